@@ -1,0 +1,43 @@
+"""Every error and warning scbin raises, each finding with a stable code."""
+
+from __future__ import annotations
+
+
+class ScbinError(Exception):
+    """Base class of all errors scbin raises. `code` is stable between versions; the text is not."""
+
+    def __init__(self, code: str, message: str):
+        super().__init__(f"[{code}] {message}")
+        self.code = code
+
+
+class ScbinInputError(ScbinError, ValueError):
+    """The data or an argument cannot be used as given. Nothing was computed or written."""
+
+
+class ScbinTypeError(ScbinInputError, TypeError):
+    """An argument is of a type scbin does not take."""
+
+
+class ScbinModelError(ScbinError, ValueError):
+    """A model directory or checkpoint is damaged, unsafe or does not fit."""
+
+
+class ScbinTrainingError(ScbinError, RuntimeError):
+    """Training had to stop. What was learned until the last checkpoint is kept."""
+
+
+class ScbinInputWarning(UserWarning):
+    """The data are used, but something about them deserves a look. `code` as in the errors."""
+
+    def __init__(self, code: str, message: str):
+        super().__init__(f"[{code}] {message}")
+        self.code = code
+
+
+class ScbinTrainingWarning(UserWarning):
+    """Training goes on, but not exactly as asked. `code` as in the errors."""
+
+    def __init__(self, code: str, message: str):
+        super().__init__(f"[{code}] {message}")
+        self.code = code
