@@ -1,0 +1,8 @@
+"""What scbin left in an AnnData, as tables."""
+
+from __future__ import annotations
+
+from scbin.get._history import history_df
+from scbin.get._tokens import tokens_df
+
+__all__ = ["history_df", "tokens_df"]
