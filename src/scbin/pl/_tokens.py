@@ -157,7 +157,7 @@ def _finish(ax: Axes, n_rows: int, vocabulary: Vocabulary, title: str, n_more: i
     ax.set_xlim(0.07, PER_ROW - 0.07)
     ax.set_ylim(n_rows + (0.6 if n_more else 0), 0)
     if n_more:
-        text = f"and {n_more:,} more genes"
+        text = f"and {n_more:,} more gene{'' if n_more == 1 else 's'}"
         ax.text(PER_ROW - 0.07, n_rows + 0.3, text, ha="right", va="center", fontsize=7.5, color=_style.QUIET_COLOUR)
     ax.set_axis_off()
     explanation = EXPLAINED[vocabulary.encoding].format(reads=vocabulary.bins and vocabulary.bins.reads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -71,8 +72,10 @@ def compute_umap(embedding: np.ndarray, *, n_neighbors: int = 15, seed: int = 0)
 
     # an object of our own: neighbours and UMAP of the user's stay as they are
     cells = AnnData(embedding[finite])
-    sc.pp.neighbors(cells, n_neighbors=min(n_neighbors, cells.n_obs - 1), use_rep="X", random_state=seed)
-    sc.tl.umap(cells, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks of scanpy on its own insides, for instance when cells are equal
+        sc.pp.neighbors(cells, n_neighbors=min(n_neighbors, cells.n_obs - 1), use_rep="X", random_state=seed)
+        sc.tl.umap(cells, random_state=seed)
     coordinates[finite] = cells.obsm["X_umap"]
     return coordinates
 

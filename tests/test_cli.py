@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+
+import scbin
+import scbin.pp
+import scbin.tl
+from scbin._errors import ScbinInputError
+from scbin.cli import main
+from scbin.pl import _umap
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.strip() == f"scbin {scbin.__version__}"
+
+
+def test_no_verb_is_explained(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
+    assert "{quickstart}" in capsys.readouterr().err
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Stand-ins for tokenizing, training and the layout: the command is what is tested here."""
+    asked = {}
+
+    def pretrain(adata, **arguments):
+        asked.update(arguments)
+        adata.obsm["X_scbin"] = adata.X.toarray()[:, :16]
+        adata.obsm["X_scbin"][0] = np.nan
+        history = pd.DataFrame({"step": [1, 2], "epoch": [1, 1], "loss": [2.0, 1.0]})
+        return SimpleNamespace(history=history, save=lambda path: path.mkdir())
+
+    monkeypatch.setattr(scbin.pp, "tokenize", lambda adata: None, raising=False)
+    monkeypatch.setattr(scbin.tl, "pretrain", pretrain, raising=False)
+    monkeypatch.setattr(_umap, "compute_umap", lambda embedding, **_: embedding[:, :2].copy())
+    return asked
+
+
+def test_quickstart_leaves_what_it_promises(quick, tmp_path, capsys):
+    out = tmp_path / "deep" / "quickstart"
+    assert main(["quickstart", "--out", str(out), "--seed", "7"]) == 0
+    assert {path.name for path in out.iterdir()} == {"embedding.png", "training.png", "adata.h5ad", "model"}
+    assert quick["seed"] == 7
+    printed = capsys.readouterr().out
+    assert "PCA, 50 components" in printed
+    assert "scbin  " in printed
+    assert ad.read_h5ad(out / "adata.h5ad").obsm["X_pca"].shape == (700, 50)
+
+
+def test_errors_are_one_line_without_a_traceback(quick, tmp_path, monkeypatch, capsys):
+    def fail(adata, **_):
+        raise ScbinInputError("D01", "there is no cuda here.")
+
+    monkeypatch.setattr(scbin.tl, "pretrain", fail)
+    assert main(["quickstart", "--out", str(tmp_path / "q")]) == 2
+    assert capsys.readouterr().err.strip() == "scbin: [D01] there is no cuda here."
+
+
+def test_out_is_a_file(tmp_path, capsys):
+    (tmp_path / "here").touch()
+    assert main(["quickstart", "--out", str(tmp_path / "here")]) == 2
+    assert "C01" in capsys.readouterr().err
