@@ -13,10 +13,16 @@ GENES = [f"G{i}" for i in range(60)]
 
 def make(encoding="bins", zeros="drop", n_cells=400, n_bins=4, seed=0):
     rng = np.random.default_rng(seed)
-    bins = None if encoding == "rank" else Bins(tuple(0.1 + np.arange(1 if encoding == "binary" else n_bins)), zeros=zeros)
+    bins = (
+        None if encoding == "rank" else Bins(tuple(0.1 + np.arange(1 if encoding == "binary" else n_bins)), zeros=zeros)
+    )
     v = Vocabulary.build(encoding, GENES, phenotypes={"sex": ["f", "m"], "tissue": ["lung", "gut", "skin"]}, bins=bins)
     rows = np.zeros((n_cells, v.n_positions), dtype=v.dtype)
-    rows[:, 0], rows[:, v.first_gene_position - 1], rows[:, -1] = v.specials["[CLS]"], v.specials["[START]"], v.specials["[END]"]
+    rows[:, 0], rows[:, v.first_gene_position - 1], rows[:, -1] = (
+        v.specials["[CLS]"],
+        v.specials["[START]"],
+        v.specials["[END]"],
+    )
     for p in v.phenotypes:
         rows[:, p.position] = rng.integers(p.missing_id, p.stop_id, n_cells)
     if encoding == "rank":
@@ -131,7 +137,9 @@ def test_unattended_zeros_stand_behind_the_attended_tokens(attend):
     if attend == "all":
         assert pack.key_lengths is None
         return
-    key = np.arange(pack.n_tokens) - np.repeat(pack.cu_seqlens[:-1], pack.lengths) < np.repeat(pack.key_lengths, pack.lengths)
+    key = np.arange(pack.n_tokens) - np.repeat(pack.cu_seqlens[:-1], pack.lengths) < np.repeat(
+        pack.key_lengths, pack.lengths
+    )
     labels = pack.input_ids.copy()
     labels[targets.where] = targets.labels
     zero = labels == v.first_gene_id

@@ -163,7 +163,13 @@ def mask_kernel(indptr, indices, data, cells, keys, seed_key, layout, ids, probs
                         seen = True
                 elif loss_everywhere and in_group:
                     label = token
-                c_id[n], c_position[n], c_label[n], c_view[n], c_seen[n] = new_id, new_position, label, version_view, seen
+                c_id[n], c_position[n], c_label[n], c_view[n], c_seen[n] = (
+                    new_id,
+                    new_position,
+                    label,
+                    version_view,
+                    seen,
+                )
                 n += 1
                 if version_hit and is_gene and n_extra > 0 and len(chosen) == 0:
                     n_more = int(n_extra + _uniform(key, _EXTRA, position))

@@ -176,7 +176,9 @@ def mask_rows(
     asks_zeros = vocabulary.bins is not None and not zeros_kept
     n_extra = _zero_targets(scheme, vocabulary) if asks_zeros else 0.0
     if scheme.zero_swap and not asks_zeros:
-        raise ScbinInputError("T03", "zero_swap needs an encoding by bins without zeros; here zeros are in the row already.")
+        raise ScbinInputError(
+            "T03", "zero_swap needs an encoding by bins without zeros; here zeros are in the row already."
+        )
     if scheme.nonzero_ratio is not None and not zeros_kept:
         raise ScbinInputError("T03", 'nonzero_ratio needs rows with zeros: tokenize with zeros="keep".')
     levels = max(vocabulary.n_levels, 1)
@@ -190,7 +192,14 @@ def mask_rows(
         scheme.loss_positions == "all", _ATTEND[scheme.attend_zeros], scheme.zero_swap_pool == "unexpressed", 0,
     )  # fmt: skip
     n_longest = _longest(vocabulary)
-    ids = (vocabulary.mask_id, vocabulary.n_tokens, int(asks_zeros), len(vocabulary.phenotypes) + 1, zeros_kept, n_longest)
+    ids = (
+        vocabulary.mask_id,
+        vocabulary.n_tokens,
+        int(asks_zeros),
+        len(vocabulary.phenotypes) + 1,
+        zeros_kept,
+        n_longest,
+    )
     layout = (vocabulary.group_start, vocabulary.group_stop, _tasks(vocabulary))
     candidates = genes if zero_positions is None else np.asarray(zero_positions, dtype=np.int64)
     n_most = int((tokens.indptr[cells + 1] - tokens.indptr[cells]).astype(np.int64).sum())

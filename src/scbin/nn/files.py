@@ -1,0 +1,160 @@
+"""Directories that are either complete or not there: written aside, hashed, flushed, renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from scbin._errors import ScbinModelError, ScbinTrainingError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MANIFEST = "manifest.json"
+_CHUNK = 4 * 2**20
+_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+Content = bytes | Mapping[str, "Tensor"]
+
+
+def write_directory(target: Path, files: Mapping[str, Content]) -> None:
+    """Write files into a new directory so that it appears at once and whole, or not at all.
+
+    Tensors go into a safetensors file, bytes as they are; `manifest.json` holds size and sha256 of each. After a crash at any
+    instant, or a full disk, there is at most a `.tmp-*` beside it.
+
+    Parameters
+    ----------
+    target
+        The directory to be; it must not exist.
+    files
+        Content by file name.
+    """
+    parent = target.parent
+    temporary = parent / f".tmp-{target.name}-{os.getpid()}"
+    try:
+        n_bytes = sum(_size(content) for content in files.values())
+        free = shutil.disk_usage(parent).free
+        if free < 2 * n_bytes:
+            raise ScbinTrainingError(
+                "T52",
+                f"{target} needs {n_bytes:,} bytes, twice that to be safe, and {free:,} are free. Make room and go on.",
+            )
+        os.mkdir(temporary)
+        entries = {name: _write_file(temporary / name, content) for name, content in files.items()}
+        _write_file(temporary / MANIFEST, manifest_bytes(entries))
+        sync_directory(temporary)
+        os.rename(temporary, target)
+        sync_directory(parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ScbinTrainingError(
+            "T52", f"{target} could not be written ({error.strerror or error}). What was written before is untouched."
+        ) from error
+
+
+def manifest_bytes(entries: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Return the manifest, one text for one content, so that every one of its bits counts too."""
+    text = json.dumps({"files": {name: dict(entry) for name, entry in entries.items()}}, sort_keys=True)
+    return json.dumps({"manifest": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}, sort_keys=True).encode()
+
+
+def verify_directory(directory: Path) -> str | None:
+    """Return what is wrong with a directory that `write_directory` made, naming the file, or `None`."""
+    try:
+        raw = (directory / MANIFEST).read_bytes()
+        entries = json.loads(json.loads(raw)["manifest"])["files"]
+        if manifest_bytes(entries) != raw:
+            return f"{MANIFEST} is damaged"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    for name, entry in entries.items():
+        path = directory / name
+        try:
+            status = os.lstat(path)
+            if not stat.S_ISREG(status.st_mode):
+                return f"{name} is not a regular file"
+            if status.st_size != entry["size"]:
+                return f"{name} has {status.st_size:,} bytes instead of {entry['size']:,}"
+            if _hash_file(path) != entry["sha256"]:
+                return f"{name} is not what was written (sha256 differs)"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def sync_directory(directory: Path) -> None:
+    """Flush the entries of a directory to disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise if a tensor holds NaN or infinity: such weights are never written."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ScbinModelError("T56", f"{name} of {what} holds NaN or infinity. It was not written.")
+
+
+def _size(content: Content) -> int:
+    if isinstance(content, bytes):
+        return len(content)
+    return sum(tensor.numel() * tensor.element_size() for tensor in content.values())
+
+
+def _write_file(path: Path, content: Content) -> dict[str, Any]:
+    """Write, hash and flush one file with plain writes: a writable memory map dies of a full disk."""
+    digest, size = hashlib.sha256(), 0
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        for piece in [content] if isinstance(content, bytes) else _safetensors(content):
+            view = memoryview(piece)
+            digest.update(view)
+            size += len(view)
+            while len(view):
+                view = view[os.write(descriptor, view[:_CHUNK]) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> Any:
+    """Yield a safetensors file piece by piece, so that no second copy of all weights is held."""
+    header, offset = {}, 0
+    for name, tensor in tensors.items():
+        n_bytes = tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + n_bytes],
+        }
+        offset += n_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+        if flat.numel():
+            yield flat.view(torch.uint8).numpy().astype(np.uint8, copy=False).data
+
+
+def _hash_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,74 @@
+"""Shapes and optimiser settings by name: our own sizes and those of the systems scbin unites."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from scbin._errors import ScbinInputError
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Shape of a network and how it was, or is best, trained."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    hidden_act: Literal["gelu", "gelu_new", "relu", "silu"] = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.0  # the packed kernel has none, and on CPU it is the largest single cost
+    max_length: int | None = None  # positions; None: as many as the vocabulary has
+    learning_rate: float = 1e-3
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.05  # below 1: share of all steps; else steps
+    weight_decay: float = 0.01
+    cells_per_step: int = 64
+    epochs: int = 10
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    clip: float | None = 1.0  # largest norm of the gradient; None: as it is
+
+
+_BASE = (12, 768, 3072, 12)
+_V1 = {"hidden_act": "relu", "hidden_dropout_prob": 0.02, "max_length": 2048, "schedule": "linear", "warmup": 10_000}
+_V1 |= {"weight_decay": 0.001, "epochs": 3, "precision": "float32"}
+_V2 = {"hidden_act": "relu", "max_length": 4096, "learning_rate": 2e-4, "warmup": 0.007, "weight_decay": 0.0}
+_V2 |= {"cells_per_step": 234, "epochs": 3}
+
+PRESETS: dict[str, Preset] = {
+    "tiny": Preset(2, 64, 128, 4, hidden_dropout_prob=0.0, cells_per_step=64, epochs=20),
+    "small": Preset(3, 128, 256, 4, hidden_dropout_prob=0.0, learning_rate=5e-4, cells_per_step=64, epochs=20),
+    "base": Preset(6, 256, 1024, 8, hidden_dropout_prob=0.0, learning_rate=3e-4, cells_per_step=128, epochs=10),
+    "geneformer-v1-6l": Preset(6, 256, 512, 4, learning_rate=1e-3, cells_per_step=144, **_V1),  # type: ignore[arg-type]
+    "geneformer-v1-12l": Preset(12, 512, 1024, 8, learning_rate=5e-4, cells_per_step=48, **_V1),  # type: ignore[arg-type]
+    "geneformer-v2-104m": Preset(12, 768, 3072, 12, **_V2),  # type: ignore[arg-type]
+    "geneformer-v2-316m": Preset(18, 1152, 4608, 18, **_V2),  # type: ignore[arg-type]
+    "polygene": Preset(
+        *_BASE, learning_rate=2e-5, schedule="linear", warmup=0.1, weight_decay=0.0, cells_per_step=36, epochs=100
+    ),
+    "perturbgene-base": Preset(
+        *_BASE, learning_rate=1e-4, schedule="linear", warmup=0.1, weight_decay=0.05, cells_per_step=256
+    ),
+    "perturbgene-large": Preset(
+        24, 1024, 4096, 16, learning_rate=5e-5, schedule="linear", warmup=0.1, weight_decay=0.05, cells_per_step=128
+    ),
+    "bioformers": Preset(
+        *_BASE, learning_rate=2e-4, warmup=2000, weight_decay=0.01, cells_per_step=2, precision="float32", clip=None
+    ),
+}
+
+
+def preset(name: str | Preset) -> Preset:
+    """Return a preset by name; a `Preset` of one's own passes through.
+
+    Examples
+    --------
+    >>> preset("geneformer-v2-104m").hidden_size
+    768
+    """
+    if isinstance(name, Preset):
+        return name
+    if name not in PRESETS:
+        raise ScbinInputError("T10", f"there is no preset {name!r}. Choose one of: {', '.join(PRESETS)}.")
+    return PRESETS[name]

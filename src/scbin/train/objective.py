@@ -1,0 +1,277 @@
+"""What a step computes from its cells: masked modelling, and terms on the vectors of whole cells."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scbin._errors import ScbinInputError
+from scbin.data.masking import MaskingScheme, Targets, mask_rows, task_names
+from scbin.nn.attention import Layout, pack_layout, to_device
+from scbin.nn.bert import logits_at
+from scbin.nn.losses import binary_cross_entropy, cross_entropy, gaussian_ordinal, info_nce
+from scbin.nn.pooling import pool
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+    from transformers import BertForMaskedLM
+
+    from scbin.data.packing import Pack
+    from scbin.encoding.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class MaskedLoss:
+    """How a prediction at a hidden position is scored.
+
+    Parameters
+    ----------
+    kind
+        `"cross_entropy"`; `"ordinal"`: a bell over the bins, near misses cost less; `"binary"`: one logit per gene. The last
+        two score genes; phenotypes keep the cross entropy.
+    label_smoothing
+        Share of the target spread evenly over the group (or the vocabulary, see `over`).
+    sigma
+        Width of the bell in bins.
+    over
+        Probabilities sum to one over the position's `"group"`, or over the whole `"vocabulary"` as in the seeds.
+    class_weights
+        For a task, one weight per value of its group, such as `{"cell_type": [0.2, 1.8]}`.
+    task_weights
+        Weight of a position by task: `"genes"` or the name of a phenotype. Default 1.
+
+    Examples
+    --------
+    >>> MaskedLoss("ordinal", sigma=0.7).over
+    'group'
+    """
+
+    kind: Literal["cross_entropy", "ordinal", "binary"] = "cross_entropy"
+    label_smoothing: float = 0.0
+    sigma: float = 1.0
+    over: Literal["group", "vocabulary"] = "group"
+    class_weights: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    task_weights: Mapping[str, float] = field(default_factory=dict)
+
+    def check(self, vocabulary: Vocabulary) -> None:
+        """Raise where the vocabulary has no such task, or none that this loss can score."""
+        known = task_names(vocabulary)
+        for name in {*self.class_weights, *self.task_weights} - set(known):
+            raise ScbinInputError("T40", f"{name!r} is not something to predict here. There are: {', '.join(known)}.")
+        if self.kind == "ordinal" and vocabulary.encoding == "rank":
+            raise ScbinInputError("T41", 'kind="ordinal" needs bins that follow one another; ranked genes do not.')
+        if self.kind == "binary" and vocabulary.n_levels != 2:
+            raise ScbinInputError(
+                "T41", f'kind="binary" needs two levels per gene; this vocabulary has {vocabulary.n_levels}.'
+            )
+        if self.over == "vocabulary" and (self.kind != "cross_entropy" or self.class_weights):
+            raise ScbinInputError("T41", 'over="vocabulary" goes with plain cross entropy alone.')
+
+
+class Contrastive(nn.Module):
+    """Two random halves of a cell's genes must find each other among those of all cells of the step."""
+
+    def __init__(self, weight: float = 1.0, temperature: float = 0.1, centred: bool = True):
+        super().__init__()
+        self.name, self.weight, self.temperature, self.centred = "contrastive", weight, temperature, centred
+
+    def forward(self, z_a: Tensor, z_b: Tensor, cells: np.ndarray) -> Tensor:
+        return info_nce(z_a, z_b, self.temperature, self.centred)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A pack and its targets on the device."""
+
+    input_ids: Tensor  # (T,)
+    position_ids: Tensor  # (T,)
+    layout: Layout
+    rows: Tensor  # (B,) which rows of the process's share these are
+    where: Tensor  # (M,)
+    labels: Tensor  # (M,) within the group
+    segments: tuple[tuple[int, int, int, int, int], ...]  # (first, last, task, start, stop) of targets with one group
+    starts: Tensor | None  # (M,) where groups differ from target to target
+    n_tokens: int
+
+
+class Objective(nn.Module):
+    """What is to be learned, as a sum of named, weighted terms.
+
+    Masked modelling predicts hidden genes and phenotypes within the group of their position. Cell terms score the pooled
+    vectors of two views of every cell: any module with a `name`, a `weight` and `forward(z_a, z_b, cells) -> scalar`, where
+    the vectors (N, H) are those of all cells of the step, over packs and processes. Parameters of such a module are trained
+    and kept in checkpoints; they do not become part of the network.
+
+    Parameters
+    ----------
+    vocabulary
+        Of the tokens.
+    scheme
+        What is hidden.
+    loss
+        How predictions are scored.
+    masked_weight
+        Weight of masked modelling.
+    cell_terms
+        Terms on cell vectors; with none, each cell is one row and no views are formed.
+    token_weights
+        Weight of each token id in a cell's vector (tokens,). Default: 1 for genes and bins, 0 for everything else.
+
+    Examples
+    --------
+    >>> from scbin.encoding.vocabulary import Vocabulary
+    >>> vocabulary = Vocabulary.build("rank", ["A", "B", "C"], max_length=8)
+    >>> Objective(vocabulary, cell_terms=[Contrastive(0.5)]).names
+    ('genes', 'specials', 'contrastive')
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        scheme: MaskingScheme | None = None,
+        loss: MaskedLoss | None = None,
+        *,
+        masked_weight: float = 1.0,
+        cell_terms: Sequence[nn.Module] = (),
+        token_weights: np.ndarray | None = None,
+    ):
+        super().__init__()
+        self.vocabulary, self.scheme, self.loss = vocabulary, scheme or MaskingScheme(), loss or MaskedLoss()
+        self.loss.check(vocabulary)
+        self.masked_weight = masked_weight
+        self.cell_terms = nn.ModuleList(term for term in cell_terms if term.weight)
+        self.tasks = task_names(vocabulary)
+        self.names = (*self.tasks, *(str(term.name) for term in self.cell_terms))
+        if token_weights is None:
+            token_weights = vocabulary.is_gene_token(np.arange(vocabulary.n_tokens)).astype(np.float32)
+        weights = torch.from_numpy(np.asarray(token_weights, dtype=np.float32))
+        self.register_buffer("token_weights", weights, persistent=False)
+        self.task_weights = np.array([self.loss.task_weights.get(task, 1.0) for task in self.tasks])
+        for task, values in self.loss.class_weights.items():
+            name = f"class_weights_{self.tasks.index(task)}"
+            self.register_buffer(name, torch.tensor(list(values), dtype=torch.float32), persistent=False)
+
+    @property
+    def views(self) -> Literal[1, 2]:
+        """Rows per cell."""
+        return 2 if len(self.cell_terms) else 1
+
+    def describe(self) -> dict[str, Any]:
+        """Return what distinguishes this objective from others, as plain values for JSON."""
+        terms = [
+            {"class": type(term).__name__} | {k: v for k, v in vars(term).items() if isinstance(v, (int, float, str))}
+            for term in self.cell_terms
+        ]
+        weights = np.asarray(self.token_weights.cpu())  # type: ignore[operator]
+        return {
+            "scheme": asdict(self.scheme),
+            "loss": asdict(self.loss),
+            "masked_weight": self.masked_weight,
+            "cell_terms": [{k: v for k, v in term.items() if k != "training"} for term in terms],
+            "token_weights": hashlib.sha256(weights.tobytes()).hexdigest(),
+        }
+
+    # ---- on the host ------------------------------------------------------------------------------------------------
+
+    def rows(
+        self,
+        tokens: csr_matrix,
+        cells: np.ndarray,
+        seed: int,
+        epoch: int,
+        *,
+        views: Literal[1, 2] | None = None,
+        zero_positions: np.ndarray | None = None,
+    ) -> tuple[Pack, Targets]:
+        """Return the masked rows of some cells and what is to be predicted in them."""
+        return mask_rows(
+            tokens, cells, self.vocabulary, self.scheme, seed=seed, epoch=epoch, views=views or self.views,
+            zero_positions=zero_positions,
+        )  # fmt: skip
+
+    def counts(self, targets: Targets) -> np.ndarray:
+        """Return by how much the summed loss of each task is to be divided: its targets, or their class weights."""
+        counts = np.bincount(targets.task, minlength=len(self.tasks)).astype(np.float64)
+        for task in self.loss.class_weights:
+            number = self.tasks.index(task)
+            mine = targets.task == number
+            weights = np.asarray(self.loss.class_weights[task], dtype=np.float64)
+            counts[number] = weights[targets.labels[mine] - targets.start[mine]].sum()
+        return counts
+
+    def batch(self, pack: Pack, targets: Targets, rows: np.ndarray, device: torch.device) -> Batch:
+        """Move a pack to the device, with its targets cut into runs that share a group."""
+        start, stop = targets.start, targets.stop
+        if self.loss.over == "vocabulary":
+            start, stop = np.zeros_like(start), np.full_like(stop, self.vocabulary.n_tokens)
+        change = np.flatnonzero(np.diff(targets.task)) + 1
+        segments, mixed = [], False
+        for first, last in zip([0, *change], [*change, len(targets)], strict=True):
+            if last > first:
+                same = bool((start[first:last] == start[first]).all())
+                mixed |= not same
+                low, high = (int(start[first]), int(stop[first])) if same else (-1, int(stop[first] - start[first]))
+                segments.append((int(first), int(last), int(targets.task[first]), low, high))
+        return Batch(
+            input_ids=to_device(pack.input_ids, device),
+            position_ids=to_device(pack.position_ids, device),
+            layout=pack_layout(pack.cu_seqlens, device, pack.key_lengths),
+            rows=to_device(rows, device),
+            where=to_device(targets.where, device),
+            labels=to_device(targets.labels - start, device),
+            segments=tuple(segments),
+            starts=to_device(start, device) if mixed else None,
+            n_tokens=pack.n_tokens,
+        )
+
+    # ---- on the device ----------------------------------------------------------------------------------------------
+
+    def masked_sums(self, bert: BertForMaskedLM, hidden: Tensor, batch: Batch) -> Tensor:
+        """Return the summed loss of each task (tasks,) over the targets of a pack."""
+        picked = hidden.index_select(0, batch.where)  # (M, H)
+        sums: list[Tensor | None] = [None] * len(self.tasks)
+        for first, last, task, start, stop in batch.segments:
+            rows, labels = picked[first:last], batch.labels[first:last]
+            if start >= 0:
+                logits = logits_at(bert, rows, start, stop)
+            else:
+                logits = _gathered_logits(bert, rows, batch.starts[first:last], stop)  # type: ignore[index]
+            sums[task] = self._score(logits, labels, task).sum()
+        zero = picked.new_zeros((), dtype=torch.float32)
+        return torch.stack([zero if value is None else value.float() for value in sums])
+
+    def _score(self, logits: Tensor, labels: Tensor, task: int) -> Tensor:
+        weights = getattr(self, f"class_weights_{task}", None)
+        if task == 0 and self.loss.kind == "ordinal":
+            return gaussian_ordinal(logits, labels, self.loss.sigma, weights)
+        if task == 0 and self.loss.kind == "binary":
+            return binary_cross_entropy(logits, labels, weights)
+        return cross_entropy(logits, labels, self.loss.label_smoothing, weights)
+
+    def pooled(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Return the vector of each row (B, H)."""
+        return pool(hidden, batch.layout, self.token_weights[batch.input_ids])  # type: ignore[index]
+
+    def cell_losses(self, z: Tensor, cells: np.ndarray) -> Tensor:
+        """Return the cell terms (terms,), unweighted, from the vectors of both views in turn (2 N, H)."""
+        return torch.stack([term(z[0::2], z[1::2], cells) for term in self.cell_terms])
+
+    @property
+    def cell_weights(self) -> list[float]:
+        """Weights of the cell terms."""
+        return [float(term.weight) for term in self.cell_terms]  # type: ignore[arg-type]
+
+
+def _gathered_logits(bert: BertForMaskedLM, hidden: Tensor, starts: Tensor, n_values: int) -> Tensor:
+    """Return logits (M, n_values) where each target has a group of its own, as genes with bins of their own have."""
+    head = bert.cls.predictions
+    ids = starts[:, None] + torch.arange(n_values, device=starts.device)  # (M, n_values)
+    rows = nn.functional.embedding(ids, head.decoder.weight)  # (M, n_values, H)
+    transformed = head.transform(hidden)
+    return torch.einsum("mh,mkh->mk", transformed, rows.to(transformed.dtype)) + head.decoder.bias[ids]
