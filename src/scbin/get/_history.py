@@ -34,7 +34,7 @@ def history_df(source: AnnData | pd.DataFrame | Any) -> pd.DataFrame:
     >>> import anndata, numpy, pandas, scbin
     >>> adata = anndata.AnnData(numpy.ones((2, 2)))
     >>> adata.uns["scbin"] = {"pretrain_history": pandas.DataFrame({"step": [1, 2], "loss": [2.1, 1.9]})}
-    >>> scbin.get.history_df(adata)["loss"].min()
+    >>> float(scbin.get.history_df(adata)["loss"].min())
     1.9
     """
     if isinstance(source, pd.DataFrame):

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import os
+from datetime import date
+
+import scbin
+
+project = "scbin"
+author = "The scbin developers"
+copyright = f"{date.today():%Y}, {author}"
+version = release = scbin.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx_autodoc_typehints",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+exclude_patterns = ["_build", "generated/.ipynb_checkpoints", "**.ipynb_checkpoints"]
+templates_path: list[str] = []
+default_role = "literal"
+nitpicky = True
+
+# types of other packages; linked where their inventories can be fetched, plain text elsewhere
+external = "anndata|dask|matplotlib|numpy|pandas|scanpy|scipy|torch|transformers"
+if os.environ.get("READTHEDOCS"):
+    extensions.append("sphinx.ext.intersphinx")
+    intersphinx_mapping = {
+        "anndata": ("https://anndata.readthedocs.io/en/stable/", None),
+        "matplotlib": ("https://matplotlib.org/stable/", None),
+        "numpy": ("https://numpy.org/doc/stable/", None),
+        "pandas": ("https://pandas.pydata.org/docs/", None),
+        "python": ("https://docs.python.org/3/", None),
+        "scipy": ("https://docs.scipy.org/doc/scipy/", None),
+        "torch": ("https://docs.pytorch.org/docs/stable/", None),
+    }
+nitpick_ignore_regex = [
+    ("py:.*", rf"({external}|collections|pathlib|typing|os)\..*"),
+    ("py:.*", "(None|Any|bool|dict|float|int|list|str|tuple|Path|Literal)"),
+]
+
+autosummary_generate = True
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+always_use_bars_union = True
+typehints_defaults = "braces"
+napoleon_google_docstring = False
+# without types in docstrings, what stands under Returns is text
+napoleon_custom_sections = ["Returns"]
+
+nb_execution_mode = "off"  # notebooks are kept with their outputs
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+suppress_warnings = ["mystnb.unknown_mime_type"]
+
+html_theme = "sphinx_book_theme"
+html_title = "scbin"
+html_static_path = ["_static"]
+html_theme_options = {"show_toc_level": 2, "path_to_docs": "docs"}
