@@ -141,19 +141,25 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ScbinModelError(
             "M07", f"{path.name} is a Git LFS pointer, not the file itself. Fetch it with `git lfs pull`."
         )
-    depth = deepest = 0
-    for byte in text:
-        depth += (byte in b"[{") - (byte in b"]}")
-        deepest = max(deepest, depth)
-    if deepest > MAX_DEPTH + text.count(b'"'):
-        raise ScbinModelError("M08", f"{path.name} is nested deeper than {MAX_DEPTH} levels.")
     try:
         content = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ScbinModelError("M08", f"{path.name} is not valid JSON for a model ({str(error)[:80]}).") from error
     if not isinstance(content, dict):
         raise ScbinModelError("M08", f"{path.name} holds a {type(content).__name__}, not an object.")
+    if _depth(content) > MAX_DEPTH:
+        raise ScbinModelError("M08", f"{path.name} is nested deeper than {MAX_DEPTH} levels.")
     return content
+
+
+def _depth(content: Any) -> int:
+    """Levels of nesting; what the parser let through is shallow enough to be walked."""
+    level, depth = [content], 0
+    while level:
+        depth += 1
+        inner = [list(part.values()) if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
+        level = [item for part in inner for item in part if isinstance(item, dict | list)]
+    return depth
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
