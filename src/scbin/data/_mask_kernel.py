@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit, uint64
 
@@ -14,7 +16,7 @@ BOTH = 2  # a token that belongs to both views
 
 
 @njit(inline="always")
-def _mix(x):
+def _mix(x: Any) -> Any:
     """Finaliser of splitmix64: every bit of the input moves every bit of the output."""
     x = uint64(x)
     x = (x ^ (x >> uint64(30))) * uint64(0xBF58476D1CE4E5B9)
@@ -23,14 +25,14 @@ def _mix(x):
 
 
 @njit(inline="always")
-def _uniform(key, purpose, counter):
+def _uniform(key: Any, purpose: Any, counter: Any) -> Any:
     """Return a number in [0, 1), the same for the same three arguments."""
     word = _mix(uint64(key) + uint64(_GOLDEN) * (uint64(counter) * uint64(16) + uint64(purpose) + uint64(1)))
     return float(word >> uint64(11)) * (1.0 / 9007199254740992.0)
 
 
 @njit(cache=True)
-def hash_uniform(seed_key, items, purpose):
+def hash_uniform(seed_key: Any, items: Any, purpose: Any) -> Any:
     """Return one number in [0, 1) for each item, a function of (key, item, purpose) alone."""
     out = np.empty(len(items), dtype=np.float64)
     for i in range(len(items)):
@@ -39,7 +41,7 @@ def hash_uniform(seed_key, items, purpose):
 
 
 @njit(inline="always")
-def _draw_absent(key, counter, candidates, limit, occupied):
+def _draw_absent(key: Any, counter: Any, candidates: Any, limit: Any, occupied: Any) -> Any:
     """Return a position of `candidates` below `limit` that is not occupied, or -1 where there is none."""
     n = len(candidates)
     if n == 0:
@@ -58,7 +60,21 @@ def _draw_absent(key, counter, candidates, limit, occupied):
 
 
 @njit(cache=True, nogil=True)
-def mask_kernel(indptr, indices, data, cells, keys, seed_key, layout, ids, probs, flags, candidates, chosen, out):
+def mask_kernel(
+    indptr: Any,
+    indices: Any,
+    data: Any,
+    cells: Any,
+    keys: Any,
+    seed_key: Any,
+    layout: Any,
+    ids: Any,
+    probs: Any,
+    flags: Any,
+    candidates: Any,
+    chosen: Any,
+    out: Any,
+) -> Any:
     """Fill `out` with masked rows; returns (tokens, targets) written.
 
     layout: per position group start, group stop, task; ids: see `masking._ids`; probs and flags: see `masking.mask_rows`.

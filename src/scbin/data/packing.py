@@ -70,7 +70,8 @@ def plan_packs(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
     if lengths.sum() <= token_budget:
         return [filled]
     order = filled[np.argsort(-lengths[filled], kind="stable")]
-    room, packs = _Room(len(order)), []
+    room = _Room(len(order))
+    packs: list[list[int]] = []
     for row in order:
         slot = room.take(int(lengths[row]), token_budget)
         if slot == len(packs):

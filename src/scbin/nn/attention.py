@@ -133,7 +133,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: fl
     if layout.key_lengths is not None and layout.cu_keys is not None and layout.key_index is not None:
         k, v = k.index_select(0, layout.key_index), v.index_select(0, layout.key_index)
         longest_key, cu_keys = max(layout.key_lengths), layout.cu_keys
-    out = varlen_attn(q, k, v, layout.cu_seqlens, cu_keys, layout.longest, longest_key)
+    out: Tensor = varlen_attn(q, k, v, layout.cu_seqlens, cu_keys, layout.longest, longest_key)  # type: ignore[assignment]
     return out[..., :d_value].unsqueeze(0)
 
 

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
     from scbin.encoding.vocabulary import Vocabulary
 
-_SHAPE = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "hidden_act")
-_SHAPE += ("hidden_dropout_prob", "attention_probs_dropout_prob")
+_SHAPE = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "hidden_act"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob"),
+)
 
 
 def bert_config(vocabulary: Vocabulary, name: str | Preset = "small", **overrides: Any) -> BertConfig:
@@ -39,7 +41,7 @@ def bert_config(vocabulary: Vocabulary, name: str | Preset = "small", **override
         vocab_size=vocabulary.n_tokens,
         max_position_embeddings=max(vocabulary.n_positions, chosen.max_length or 0),
         pad_token_id=0,
-        attn_implementation=PACKED,
+        attn_implementation=PACKED,  # type: ignore[call-arg]
         **{field: getattr(chosen, field) for field in _SHAPE},
     )
 

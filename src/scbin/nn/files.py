@@ -8,7 +8,6 @@ import os
 import shutil
 import stat
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,8 @@ import torch
 from scbin._errors import ScbinModelError, ScbinTrainingError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
 MANIFEST = "manifest.json"

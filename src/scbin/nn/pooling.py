@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from scbin.nn.attention import Layout, pack_layout
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 

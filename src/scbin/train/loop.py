@@ -107,7 +107,7 @@ class _Run:
         self.dtype = resolve_precision(settings.precision, self.device, bert.config)
         self.training, self.held_out = _split(tokens, cells, settings)
         self.zero_positions = _seen_genes(tokens, objective)
-        bert.to(self.device).train()
+        bert.to(self.device).train()  # type: ignore[arg-type]
         objective.to(self.device).train()
         world.broadcast([p.data for p in [*bert.parameters(), *objective.parameters()]])
         named = [*_prefixed("bert", bert), *_prefixed("objective", objective)]
@@ -355,8 +355,10 @@ class _Run:
         return {"bert": self.bert, "objective": self.objective}
 
 
-_NETWORK = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "hidden_act", "vocab_size")
-_NETWORK += ("hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings")
+_NETWORK = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "hidden_act", "vocab_size"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings"),
+)
 
 
 class _Pending:

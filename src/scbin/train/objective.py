@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +18,8 @@ from scbin.nn.losses import binary_cross_entropy, cross_entropy, gaussian_ordina
 from scbin.nn.pooling import pool
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from scipy.sparse import csr_matrix
     from transformers import BertForMaskedLM
 
@@ -82,6 +83,7 @@ class Contrastive(nn.Module):
         self.name, self.weight, self.temperature, self.centred = "contrastive", weight, temperature, centred
 
     def forward(self, z_a: Tensor, z_b: Tensor, cells: np.ndarray) -> Tensor:
+        """Return the loss over all cells of the step."""
         return info_nce(z_a, z_b, self.temperature, self.centred)
 
 
@@ -164,16 +166,16 @@ class Objective(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Return what distinguishes this objective from others, as plain values for JSON."""
-        terms = [
-            {"class": type(term).__name__} | {k: v for k, v in vars(term).items() if isinstance(v, (int, float, str))}
-            for term in self.cell_terms
-        ]
-        weights = np.asarray(self.token_weights.cpu())  # type: ignore[operator]
+        terms: list[dict[str, Any]] = []
+        for term in self.cell_terms:
+            plain = {key: value for key, value in vars(term).items() if isinstance(value, (int, float, str))}
+            terms.append({**plain, "class": type(term).__name__, "training": None})
+        weights = np.asarray(self.token_weights.cpu())
         return {
             "scheme": asdict(self.scheme),
             "loss": asdict(self.loss),
             "masked_weight": self.masked_weight,
-            "cell_terms": [{k: v for k, v in term.items() if k != "training"} for term in terms],
+            "cell_terms": terms,
             "token_weights": hashlib.sha256(weights.tobytes()).hexdigest(),
         }
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from scbin._errors import ScbinModelError, ScbinTrainingError, ScbinTrainingWarning
-from scbin.nn.files import check_finite, sync_directory, verify_directory, write_directory
+from scbin.nn.files import Content, check_finite, sync_directory, verify_directory, write_directory
 
 try:
     import fcntl
@@ -97,7 +97,7 @@ class Checkpoints:
             "torch": torch.__version__,
             "run": run,
         }
-        files = {
+        files: dict[str, Content] = {
             _WEIGHTS: dict(tensors),
             _STATE: json.dumps(state, sort_keys=True, allow_nan=False).encode(),
             _HISTORY: json.dumps(history).encode(),
