@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 from datetime import date
 
+from sphinx.ext.napoleon.docstring import NumpyDocstring
+
 import scbin
 
 project = "scbin"
@@ -20,7 +22,7 @@ extensions = [
     "sphinx_design",
 ]
 exclude_patterns = ["_build", "generated/.ipynb_checkpoints", "**.ipynb_checkpoints"]
-templates_path: list[str] = []
+templates_path = ["_templates"]
 default_role = "literal"
 nitpicky = True
 
@@ -39,7 +41,7 @@ if os.environ.get("READTHEDOCS"):
     }
 nitpick_ignore_regex = [
     ("py:.*", rf"({external}|collections|pathlib|typing|os)\..*"),
-    ("py:.*", "(None|Any|bool|dict|float|int|list|str|tuple|Path|Literal)"),
+    ("py:.*", "(None|Any|Ellipsis|bool|dict|float|int|list|str|tuple|Path|Literal)"),
 ]
 
 autosummary_generate = True
@@ -50,6 +52,8 @@ typehints_defaults = "braces"
 napoleon_google_docstring = False
 # without types in docstrings, what stands under Returns is text
 napoleon_custom_sections = ["Returns"]
+# nor is what stands before the first colon of a property its type
+NumpyDocstring._parse_attribute_docstring = lambda self: self._consume_to_end()
 
 nb_execution_mode = "off"  # notebooks are kept with their outputs
 myst_enable_extensions = ["colon_fence", "deflist"]
