@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scbin._errors import ScbinInputError
+from scbin.encoding.vocabulary import Vocabulary
+from scbin.nn.bert import bert_config, build_bert
+from scbin.nn.device import resolve_device, resolve_precision
+from scbin.nn.presets import PRESETS, preset
+
+
+def parameters(c, vocab_size, positions):
+    """Weights of a BERT for masked modelling, counted by hand."""
+    h, ff = c.hidden_size, c.intermediate_size
+    layer = 4 * (h * h + h) + (h * ff + ff) + (ff * h + h) + 4 * h
+    return (vocab_size + positions + 2) * h + 2 * h + c.num_hidden_layers * layer + (h * h + h + 2 * h) + vocab_size
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "positions", "total"),
+    [
+        ("geneformer-v1-6l", 25_426, 2048, 10_288_722),
+        ("geneformer-v1-12l", 25_426, 2048, 39_591_250),
+        ("geneformer-v2-104m", 20_275, 4096, 104_386_867),
+        ("geneformer-v2-316m", 20_275, 4096, 316_354_867),
+        ("polygene", 284, 2440, 87_741_980),
+        ("polygene", 284, 520, 86_267_420),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(name, vocab_size, positions, total):
+    assert parameters(preset(name), vocab_size, positions) == total
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_be_built(name):
+    vocabulary = Vocabulary.build("rank", ["A", "B", "C"], max_length=8)
+    config = bert_config(vocabulary, name)
+    with torch.device("meta"):
+        from transformers import BertForMaskedLM
+
+        bert = BertForMaskedLM(config)
+    expected = parameters(preset(name), vocabulary.n_tokens, config.max_position_embeddings)
+    assert sum(p.numel() for p in bert.parameters()) == expected
+
+
+def test_overrides_and_mistakes():
+    vocabulary = Vocabulary.build("rank", ["A", "B", "C"], max_length=8)
+    assert build_bert(vocabulary, "tiny", hidden_size=32, num_hidden_layers=1).config.hidden_size == 32
+    for kwargs, code in (({"hidden": 3}, "T11"), ({"hidden_size": 30}, "T12")):
+        with pytest.raises(ScbinInputError, match=code):
+            build_bert(vocabulary, "tiny", **kwargs)
+    with pytest.raises(ScbinInputError, match="T10"):
+        preset("huge")
+
+
+def test_devices_and_precision():
+    vocabulary = Vocabulary.build("rank", ["A", "B", "C"], max_length=8)
+    cpu = resolve_device("cpu")
+    assert resolve_precision("auto", cpu, bert_config(vocabulary, "tiny")) == torch.float32
+    assert resolve_precision("bfloat16", cpu, bert_config(vocabulary, "tiny")) == torch.bfloat16
+    for name in ("cuda:99", "abacus"):
+        with pytest.raises(ScbinInputError, match="T20"):
+            resolve_device(name)
+    with pytest.raises(ScbinInputError, match="T21"):
+        resolve_precision("half", cpu, bert_config(vocabulary, "tiny"))
