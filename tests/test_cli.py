@@ -39,7 +39,7 @@ def quick(monkeypatch):
         adata.obsm["X_scbin"] = adata.X.toarray()[:, :16]
         adata.obsm["X_scbin"][0] = np.nan
         history = pd.DataFrame({"step": [1, 2], "epoch": [1, 1], "loss": [2.0, 1.0]})
-        return SimpleNamespace(history=history, save=lambda path: path.mkdir())
+        return SimpleNamespace(history=history, save=lambda path, overwrite: path.mkdir(exist_ok=overwrite))
 
     monkeypatch.setattr(scbin.pp, "tokenize", lambda adata: None, raising=False)
     monkeypatch.setattr(scbin.tl, "pretrain", pretrain, raising=False)

@@ -64,7 +64,7 @@ def _quickstart(arguments: argparse.Namespace) -> None:
     print(f"{adata.n_obs:,} blood cells, {adata.n_vars:,} genes, {adata.obs[LABELS].nunique()} cell types")
     scbin.pp.tokenize(adata)
     model = scbin.tl.pretrain(adata, preset=arguments.preset, device=arguments.device, seed=arguments.seed)
-    model.save(out / "model")
+    model.save(out / "model", overwrite=True)
     adata.obsm["X_pca"] = _pca(adata)
     print(_score_table(_scores(adata, ("X_pca", "X_scbin"), arguments.seed)))
     _pictures(adata, model, out)

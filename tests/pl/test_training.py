@@ -48,3 +48,14 @@ def test_running_mean_against_a_loop():
 def test_history_without_any_validation(history):
     assert scbin.pl.training(history.drop(columns="validation_loss")).get_legend() is not None
     scbin.pl.training(history.assign(validation_loss=np.nan)).figure.canvas.draw()
+
+
+def test_tasks_measured_apart_are_drawn_in_pairs(history):
+    tasks = history.drop(columns=["validation_loss", "gene_loss"]).assign(
+        loss_genes=1.0, validation_genes=history["validation_loss"], loss_sex=0.6, validation_sex=0.7, loss_views=2.0
+    )
+    ax = scbin.pl.training(tasks)
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == ["genes", "genes, held out", "sex", "sex, held out"]
+    colours = [handle.get_color() for handle in ax.get_legend().legend_handles]
+    assert colours[0] == colours[1] != colours[2] == colours[3]

@@ -235,7 +235,7 @@ def _draw_categories(
     here = np.unique(codes[shown])
     present = [*here[here >= 0], *here[here < 0]]
     labels = ["missing" if code < 0 else str(values.categories[code]) for code in present]
-    _style.legend_beside(ax, [colours[code] for code in present], labels)
+    _style.legend_beside(ax, [_style.dot(colours[code]) for code in present], labels)
 
 
 def _draw_numbers(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.legend import Legend
+    from matplotlib.lines import Line2D
     from matplotlib.transforms import Bbox
 
 MISSING_COLOUR = "#d9d9d9"
@@ -64,20 +65,24 @@ def frame(ax: Axes) -> None:
     ax.tick_params(colors=QUIET_COLOUR, labelcolor=TEXT_COLOUR, labelsize=8)
 
 
-def legend_beside(ax: Axes, colours: Sequence[Any], labels: Sequence[str]) -> Legend:
-    """Put a legend of dots to the right of the axes, in as many columns as it needs."""
+def dot(colour: Any) -> Line2D:
+    """Return the dot that stands for a colour in a legend."""
     from matplotlib.lines import Line2D
 
+    return Line2D([], [], marker="o", linestyle="", markersize=6, markeredgewidth=0, color=colour)
+
+
+def legend_beside(ax: Axes, handles: Sequence[Artist], labels: Sequence[str]) -> Legend:
+    """Put a legend to the right of the axes, in as many columns as it needs."""
     if len(labels) > MOST_LABELS:
         labels = [*labels[: MOST_LABELS - 1], f"and {len(labels) - MOST_LABELS + 1:,} more"]
-        colours = [*colours[: MOST_LABELS - 1], "white"]
-    dots = [Line2D([], [], marker="o", linestyle="", markersize=6, markeredgewidth=0, color=c) for c in colours]
+        handles = [*handles[: MOST_LABELS - 1], dot("white")]
     legend = ax.legend(
-        dots,
-        ["."] * len(dots),  # the text follows below: a label with a leading underscore would be left out here
+        handles,
+        ["."] * len(handles),  # the text follows below: a label with a leading underscore would be left out here
         loc="center left",
         bbox_to_anchor=(1.01, 0.5),
-        ncols=int(np.ceil(len(dots) / LEGEND_ROWS)),
+        ncols=int(np.ceil(len(handles) / LEGEND_ROWS)),
         frameon=False,
         fontsize=8,
         handletextpad=0.2,

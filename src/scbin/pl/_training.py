@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
-COLOURS = {"loss": _style.MAIN_COLOUR, "validation_loss": _style.SECOND_COLOUR}
+NAMES = {"loss": "training", "validation_loss": "held-out cells"}
+VALIDATION = "validation_"
 
 
 def training(
@@ -31,7 +33,8 @@ def training(
     source
         The `Model` that was trained, or the `AnnData` that it was trained on.
     columns
-        Which columns of the history to draw. Default: `loss` and `validation_loss`.
+        Which columns of the history to draw. Default: the loss and that of the held-out cells, of each task where they
+        were only measured apart.
     ax
         The axes to draw in.
 
@@ -47,37 +50,65 @@ def training(
     'step'
     """
     history = history_df(source)
-    columns = [column for column in COLOURS if column in history] if columns is None else list(columns)
+    columns = _default_columns(history) if columns is None else list(columns)
     unknown = [column for column in columns if column not in history]
     if unknown:
         known = ", ".join(map(repr, history.columns))
         raise ScbinInputError("P10", f"the history has no column {unknown[0]!r}. Available: {known}.")
     ax = _new_axes() if ax is None else ax
-    spare = iter(_style.PALETTE[2:])
-    colours = [COLOURS.get(column) or next(spare) for column in columns]
-    for column, colour in zip(columns, colours, strict=True):
-        _draw_curve(ax, history["step"].to_numpy(), history[column].to_numpy(dtype=float), colour)
+    lines = [
+        _draw_curve(ax, history["step"].to_numpy(), history[column].to_numpy(dtype=float), colour, column)
+        for column, colour in zip(columns, _colours(columns), strict=True)
+    ]
     _style.frame(ax)
-    epochs = f" ({_whole(history['epoch'].max())} epochs)" if "epoch" in history and history["epoch"].max() > 0 else ""
+    n_epochs = int(history["epoch"].nunique()) if "epoch" in history else 0
+    epochs = f" ({n_epochs:,} epoch{'' if n_epochs == 1 else 's'})" if n_epochs else ""
     ax.set_xlabel(f"step{epochs}", fontsize=9, color=_style.TEXT_COLOUR)
-    ax.set_ylabel("loss", fontsize=9, color=_style.TEXT_COLOUR)
+    is_loss = "loss" in columns[0] or len(columns) > 1
+    ax.set_ylabel("loss" if is_loss else columns[0].replace("_", " "), fontsize=9, color=_style.TEXT_COLOUR)
     ax.grid(axis="y", color="#ececec", linewidth=0.8)
     ax.set_axisbelow(True)
-    labels = {"loss": "training", "validation_loss": "held-out cells"}
-    _style.legend_beside(ax, colours, [labels.get(column, column.replace("_", " ")) for column in columns])
+    _style.legend_beside(ax, lines, [_name(column) for column in columns])
     return ax
 
 
-def _draw_curve(ax: Axes, step: np.ndarray, values: np.ndarray, colour: str) -> None:
-    """Draw what was measured faintly and its running mean on top; a few points are joined as they are."""
+def _default_columns(history: pd.DataFrame) -> list[str]:
+    if "validation_loss" in history:
+        return ["loss", "validation_loss"]
+    tasks = [column.removeprefix(VALIDATION) for column in history if str(column).startswith(VALIDATION)]
+    pairs = [[f"loss_{task}", f"{VALIDATION}{task}"] for task in tasks if f"loss_{task}" in history]
+    return [column for pair in pairs for column in pair] or ["loss"]
+
+
+def _task(column: str) -> str:
+    return column.removeprefix(VALIDATION).removeprefix("loss_")
+
+
+def _name(column: str) -> str:
+    """Say in words what a column is."""
+    text = NAMES.get(column, _task(column).replace("_", " "))
+    return f"{text}, held out" if column.startswith(VALIDATION) and column not in NAMES else text
+
+
+def _colours(columns: list[str]) -> list[str]:
+    """One colour for each task, the same for training and held-out cells; a task by itself has one for each."""
+    tasks = list(dict.fromkeys(map(_task, columns)))
+    if len(tasks) == 1:
+        return [_style.SECOND_COLOUR if column.startswith(VALIDATION) else _style.MAIN_COLOUR for column in columns]
+    return [_style.palette(len(tasks))[tasks.index(_task(column))] for column in columns]
+
+
+def _draw_curve(ax: Axes, step: np.ndarray, values: np.ndarray, colour: str, column: str) -> Line2D:
+    """Draw what was measured faintly and its running mean on top; few points, and held-out cells, as they are."""
     known = np.isfinite(values)
     step, values = step[known], values[known]
-    window = len(values) // 25
-    if window < 2:
-        ax.plot(step, values, color=colour, linewidth=1.6, marker="o", markersize=3.2, markeredgewidth=0)
-        return
+    held_out, window = column.startswith(VALIDATION), len(values) // 25
+    if held_out or window < 2:
+        line = ax.plot(step, values, color=colour, linewidth=1.4, marker="o", markersize=3.6, markeredgewidth=0)[0]
+        line.set_linestyle((0, (3, 1.2)) if held_out else "-")
+        return line
     ax.plot(step, values, color=colour, linewidth=0.6, alpha=0.3)
-    ax.plot(step, _running_mean(values, window), color=colour, linewidth=1.8)
+    return ax.plot(step, _running_mean(values, window), color=colour, linewidth=1.8)[0]
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -86,10 +117,6 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     here = np.arange(len(values))
     reach = np.minimum(window, np.minimum(here, len(values) - 1 - here))
     return (total[here + reach + 1] - total[here - reach]) / (2 * reach + 1)
-
-
-def _whole(number: float) -> str:
-    return f"{number:,.0f}" if float(number).is_integer() else f"{number:,.1f}"
 
 
 def _new_axes() -> Axes:
