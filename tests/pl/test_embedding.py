@@ -49,6 +49,20 @@ def test_missing_labels_are_grey_and_last(embedded):
     assert to_hex(ax.get_legend().legend_handles[-1].get_color()) == _style.MISSING_COLOUR
 
 
+def test_unknown_is_grey_and_takes_no_colour(embedded):
+    embedded.obs["label"] = pd.Categorical(["unknown", "zeta"] * 30)
+    handles = scbin.pl.embedding(embedded, color="label").get_legend().legend_handles
+    assert [to_hex(handle.get_color()) for handle in handles] == [_style.MISSING_COLOUR, _style.PALETTE[0]]
+
+
+def test_one_extreme_cell_does_not_darken_the_others(embedded):
+    embedded.X = embedded.X.toarray()
+    embedded.X[0, 3] = 1000.0
+    dots = scbin.pl.embedding(embedded, color="GENE3").collections[-1]
+    assert dots.get_clim()[1] < 20
+    assert dots.get_array().max() == 1000
+
+
 def test_colours_of_scanpy_are_used(embedded):
     embedded.uns["cell_type_colors"] = np.array(["#ff0000", "#00ff00", "#0000ff"])
     ax = scbin.pl.embedding(embedded, color="cell_type")
@@ -78,6 +92,17 @@ def test_gene_from_a_layer(embedded):
     embedded.layers["doubled"] = embedded.X * 2
     ax = scbin.pl.embedding(embedded, color="GENE3", layer="doubled")
     assert ax.collections[-1].get_array().max() == 2 * embedded.X[:, 3].max()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_number_that_says_nothing(embedded, value):
+    embedded.obs["score"] = value
+    scbin.pl.embedding(embedded, color="score").figure.canvas.draw()
+
+
+def test_gene_that_is_not_expressed(embedded):
+    embedded.X = embedded.X.toarray() * 0
+    scbin.pl.embedding(embedded, color="GENE3").figure.canvas.draw()
 
 
 def test_several_colours_are_several_axes(embedded):

@@ -12,7 +12,6 @@ from scbin._errors import ScbinInputError, ScbinTypeError
 if TYPE_CHECKING:
     from anndata import AnnData
 
-HISTORY = "pretrain_history"  # uns["scbin"]["pretrain_history"]
 COLUMNS = ("step", "loss")
 
 
@@ -43,11 +42,11 @@ def history_df(source: AnnData | pd.DataFrame | Any) -> pd.DataFrame:
         history = source.history
     elif hasattr(source, "uns"):
         entry = source.uns.get(_keys.UNS, {})
-        if HISTORY not in entry:
+        if _keys.HISTORY not in entry:
             raise ScbinInputError(
                 "P05", "this AnnData holds no training history. Run scbin.tl.pretrain(adata), or pass the model itself."
             )
-        history = entry[HISTORY]
+        history = entry[_keys.HISTORY]
     else:
         raise ScbinTypeError("P06", f"a Model or an AnnData is needed here, not a {type(source).__name__}.")
     missing = [column for column in COLUMNS if column not in history.columns]

@@ -126,6 +126,7 @@ class _Column:
     name: str
     values: pd.Categorical | np.ndarray | None
     colours: tuple[str, ...] = ()
+    is_gene: bool = False
 
 
 def _read_color(adata: AnnData, key: str | None, layer: str | None) -> _Column:
@@ -138,9 +139,9 @@ def _read_color(adata: AnnData, key: str | None, layer: str | None) -> _Column:
         values = (
             column.array if isinstance(column.dtype, pd.CategoricalDtype) else pd.Categorical(column.astype("object"))
         )
-        return _Column(key, values, _category_colours(adata, key, len(values.categories)))
+        return _Column(key, values, _category_colours(adata, key, values.categories))
     if key in adata.var_names:
-        return _Column(key, _gene_values(adata, key, layer))
+        return _Column(key, _gene_values(adata, key, layer), is_gene=True)
     from difflib import get_close_matches
 
     close = get_close_matches(key, [*map(str, adata.obs.columns), *map(str, adata.var_names)], n=3, cutoff=0.0)
@@ -151,11 +152,14 @@ def _read_color(adata: AnnData, key: str | None, layer: str | None) -> _Column:
     )
 
 
-def _category_colours(adata: AnnData, key: str, n: int) -> tuple[str, ...]:
+def _category_colours(adata: AnnData, key: str, categories: pd.Index) -> tuple[str, ...]:
     kept = adata.uns.get(f"{key}_colors")
-    if kept is not None and len(kept) >= n:
-        return tuple(str(colour) for colour in kept[:n])
-    return tuple(_style.palette(n))
+    if kept is not None and len(kept) >= len(categories):
+        return tuple(str(colour) for colour in kept[: len(categories)])
+    # a label that says that there is none is as grey as a missing one
+    is_label = [str(name).strip().lower() not in {"", "unknown"} for name in categories]
+    colours = iter(_style.palette(sum(is_label)))
+    return tuple(next(colours) if label else _style.MISSING_COLOUR for label in is_label)
 
 
 def _gene_values(adata: AnnData, gene: str, layer: str | None) -> np.ndarray:
@@ -213,7 +217,7 @@ def _draw(
     elif isinstance(column.values, pd.Categorical):
         _draw_categories(ax, coordinates, shown, column.values, column.colours, style)
     else:
-        _draw_numbers(ax, coordinates, shown, column.values, cmap, style)
+        _draw_numbers(ax, coordinates, shown, column, cmap, style)
     ax.set_title(_style.shorten(column.name if title is None else title, 48), fontsize=11, parse_math=False)
 
 
@@ -239,14 +243,23 @@ def _draw_categories(
 
 
 def _draw_numbers(
-    ax: Axes, coordinates: np.ndarray, shown: np.ndarray, values: np.ndarray, cmap: str, style: dict[str, Any]
+    ax: Axes, coordinates: np.ndarray, shown: np.ndarray, column: _Column, cmap: str, style: dict[str, Any]
 ) -> None:
+    values = np.asarray(column.values)
     missing = np.flatnonzero(shown & ~np.isfinite(values))
     ax.scatter(coordinates[missing, 0], coordinates[missing, 1], color=_style.MISSING_COLOUR, **style)
     cells = np.flatnonzero(shown & np.isfinite(values))
     cells = cells[np.argsort(values[cells], kind="stable")]  # the highest values on top
     dots = ax.scatter(coordinates[cells, 0], coordinates[cells, 1], c=values[cells], cmap=cmap, **style)
-    _style.colour_bar(ax, dots)
+    if len(cells) == 0:
+        return
+    expressed, extend = values[cells][values[cells] > 0], "neither"
+    if column.is_gene and len(expressed):
+        # the few highest cells would leave all others dark, most of all in raw counts
+        top = float(np.quantile(expressed, 0.98, method="lower"))
+        dots.set_clim(min(float(values[cells].min()), 0.0), top)
+        extend = "max" if expressed.max() > top else "neither"
+    _style.colour_bar(ax, dots, extend=extend)
 
 
 def _label_axes(ax: Axes, name: str, shown: np.ndarray) -> None:

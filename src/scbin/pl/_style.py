@@ -85,7 +85,7 @@ def legend_beside(ax: Axes, handles: Sequence[Artist], labels: Sequence[str]) ->
         ncols=int(np.ceil(len(handles) / LEGEND_ROWS)),
         frameon=False,
         fontsize=8,
-        handletextpad=0.2,
+        handletextpad=0.45,
         columnspacing=1.0,
         borderaxespad=0.2,
     )
@@ -117,11 +117,11 @@ def make_room(ax: Axes, beside: Artist, box: Bbox) -> bool:
     return width <= 0.5 * box.width
 
 
-def colour_bar(ax: Axes, mappable: Any) -> None:
-    """Put a slim colour bar beside the axes."""
+def colour_bar(ax: Axes, mappable: Any, *, extend: str) -> None:
+    """Put a slim colour bar beside the axes; with `extend="max"` it ends in an arrow."""
     box = ax.get_position(original=True)
     beside = ax.inset_axes((1.03, 0.2, 0.03, 0.6))
-    ax.get_figure(root=True).colorbar(mappable, cax=beside)  # type: ignore[union-attr]
+    ax.get_figure(root=True).colorbar(mappable, cax=beside, extend=extend, extendfrac=0.04)  # type: ignore[union-attr]
     beside.tick_params(length=2, labelsize=8, colors=QUIET_COLOUR, labelcolor=TEXT_COLOUR)
     beside.spines[:].set_visible(False)
     make_room(ax, beside, box)
