@@ -21,7 +21,9 @@ class Toy:
         phenotypes = {"cell_type": ["a", "b", "c"]}
         self.vocabulary = v = Vocabulary.build("bins", genes, phenotypes=phenotypes, bins=Bins((0.1, 1.0, 2.0)))
         kind = rng.integers(0, 3, n_cells)
-        level = rng.integers(1, 4, (n_cells, 30)) * (rng.random((n_cells, 30)) < 0.2 + 0.6 * (np.arange(30) % 3 == kind[:, None]))
+        level = rng.integers(1, 4, (n_cells, 30)) * (
+            rng.random((n_cells, 30)) < 0.2 + 0.6 * (np.arange(30) % 3 == kind[:, None])
+        )
         rows = np.zeros((n_cells, v.n_positions), dtype=v.dtype)
         rows[:, 0], rows[:, 2], rows[:, -1] = v.specials["[CLS]"], v.specials["[START]"], v.specials["[END]"]
         rows[:, 1] = v.phenotypes[0].first_id + kind

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as run_checkpointed
 from transformers import BertConfig, BertForMaskedLM
 
 from scbin._errors import ScbinInputError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 _SHAPE = (
     *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "hidden_act"),
-    *("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"),
 )
 
 
@@ -81,6 +82,8 @@ def encode_pack(
     cu_seqlens: np.ndarray | Tensor | Layout,
     layer: int = -1,
     inputs_embeds: Tensor | None = None,
+    *,
+    checkpoint: bool = False,
 ) -> Tensor:
     """Return the hidden states (T, H) of a pack after one layer, computing none behind it.
 
@@ -99,6 +102,8 @@ def encode_pack(
         -1 is the last, -2 the one before; 0 the embeddings, 1 the first layer.
     inputs_embeds
         Instead of the word embeddings of `input_ids`, (1, T, H).
+    checkpoint
+        Keep only what goes into each layer and compute the rest again for the gradient: less memory, a third slower.
     """
     layout = cu_seqlens if isinstance(cu_seqlens, Layout) else pack_layout(cu_seqlens, position_ids.device)
     if bert.config._attn_implementation != PACKED:
@@ -113,7 +118,10 @@ def encode_pack(
     hidden = embeddings.LayerNorm(words + places + embeddings.token_type_embeddings.weight[0])
     hidden = embeddings.dropout(hidden)
     for block in layers[:n_layers]:
-        hidden = block(hidden, None, layout=layout)
+        if checkpoint and torch.is_grad_enabled():
+            hidden = run_checkpointed(block, hidden, None, layout=layout, use_reentrant=False)
+        else:
+            hidden = block(hidden, None, layout=layout)
     return hidden[0]
 
 

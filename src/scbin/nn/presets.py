@@ -19,6 +19,7 @@ class Preset:
     hidden_act: Literal["gelu", "gelu_new", "relu", "silu"] = "gelu"
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.0  # the packed kernel has none, and on CPU it is the largest single cost
+    initializer_range: float = 0.02  # standard deviation of random weights
     max_length: int | None = None  # positions; None: as many as the vocabulary has
     learning_rate: float = 1e-3
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

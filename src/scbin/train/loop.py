@@ -10,12 +10,14 @@ import numpy as np
 import torch
 
 from scbin._errors import ScbinInputError, ScbinTrainingError, ScbinTrainingWarning
-from scbin.data.masking import EVALUATION, epoch_order, split_cells
-from scbin.nn.device import resolve_device, resolve_precision
+from scbin.data.masking import EVALUATION, epoch_order
+from scbin.nn.device import resolve_precision
 from scbin.train.distributed import World, joined_world
 from scbin.train.history import Board, History, peak_flops, step_flops
 from scbin.train.memory import fit_budget, is_out_of_memory
+from scbin.train.pending import Pending
 from scbin.train.schedule import build_optimizer, learning_rate_factor, set_learning_rate
+from scbin.train.setup import own_device, ready, seen_genes, split
 from scbin.train.signals import StopRequest, stop_requests
 from scbin.train.state import Checkpoints, Progress, collect_state, fingerprint, restore_state
 from scbin.train.step import Share, StepLosses, Stepper, prepare_share, private_generators
@@ -71,7 +73,7 @@ def train(
     The history: one row per step with step, epoch, loss, loss per task (`loss_genes` ...), learning rate, gradient norm,
     cells and tokens per second, whether the step was skipped, and validation losses (`validation_genes` ...).
     """
-    with joined_world() as world:
+    with joined_world() as world, ready(bert, settings):
         run = _Run(bert, objective, tokens, settings, world, cells=cells, cell_names=cell_names, on_step=on_step)
         checkpoints = None if settings.save_dir is None else Checkpoints(settings.save_dir, settings.keep)
         try:
@@ -83,7 +85,6 @@ def train(
         finally:
             if checkpoints is not None:
                 checkpoints.close()
-            bert.eval()
 
 
 class _Run:
@@ -103,16 +104,18 @@ class _Run:
     ):
         self.settings, self.world, self.tokens = settings, world, tokens
         self.objective, self.bert, self.cell_names, self.on_step = objective, bert, cell_names, on_step
-        self.device = _own_device(settings.device, world)
+        self.device = own_device(settings.device, world)
         self.dtype = resolve_precision(settings.precision, self.device, bert.config)
-        self.training, self.held_out = _split(tokens, cells, settings)
-        self.zero_positions = _seen_genes(tokens, objective)
-        bert.to(self.device).train()  # type: ignore[arg-type]
+        self.training, self.held_out = split(tokens, cells, settings)
+        self.zero_positions = seen_genes(tokens, objective)
+        bert.to(self.device)  # type: ignore[arg-type]
         objective.to(self.device).train()
         world.broadcast([p.data for p in [*bert.parameters(), *objective.parameters()]])
-        named = [*_prefixed("bert", bert), *_prefixed("objective", objective)]
+        named = [(f"{prefix}.{n}", p) for prefix, m in self.modules.items() for n, p in m.named_parameters()]
         self.optimizer = build_optimizer([(n, p) for n, p in named if p.requires_grad], settings)
-        self.stepper = Stepper(bert, objective, world, self.device, self.dtype, settings.seed)
+        self.stepper = Stepper(
+            bert, objective, world, self.device, self.dtype, settings.seed, checkpoint=settings.gradient_checkpointing
+        )
         self.steps_per_epoch = -(-len(self.training) // settings.cells_per_step)
         self.n_steps = settings.epochs * self.steps_per_epoch
         if settings.max_steps is not None:
@@ -133,7 +136,7 @@ class _Run:
         self.budget = fit_budget(self, self.budget)
         every = self.settings.checkpoint_every or self.steps_per_epoch
         board = Board(self.settings, self.n_steps, self.step, self.world.is_first)
-        pending: _Pending | None = None
+        pending: Pending | None = None
         self.clock = time.perf_counter()
         try:
             with ThreadPoolExecutor(1) as ahead:
@@ -178,7 +181,7 @@ class _Run:
             token_budget=self.budget, zero_positions=self.zero_positions,
         )  # fmt: skip
 
-    def take_step(self, share: Share, totals: np.ndarray) -> _Pending:
+    def take_step(self, share: Share, totals: np.ndarray) -> Pending:
         """Compute the gradients and move the weights, unless something is not finite."""
         losses = self.gradients(share, totals)
         factor = learning_rate_factor(self.step, self.n_steps, self.settings.warmup, self.settings.schedule)
@@ -187,7 +190,7 @@ class _Run:
         per_task = losses.tasks / torch.from_numpy(np.maximum(totals, 1e-12)).to(self.device, torch.float32)
         numbers = torch.cat([torch.stack([losses.total, norm, finite.float()]), per_task, losses.cell_terms])
         names = [name for name, total in zip(self.objective.tasks, totals, strict=True) if total]
-        return _Pending(self.step, share, numbers, names, self.settings.learning_rate * factor)
+        return Pending(self.step, share, numbers, names, self.settings.learning_rate * factor)
 
     def gradients(self, share: Share, totals: np.ndarray) -> StepLosses:
         """Compute the gradients; alone, a step that runs out of memory is tried again with half the token budget."""
@@ -239,7 +242,7 @@ class _Run:
 
     # ---- the record -------------------------------------------------------------------------------------------------
 
-    def settle(self, pending: _Pending | None, board: Board, validation: dict[str, float] | None = None) -> None:
+    def settle(self, pending: Pending | None, board: Board, validation: dict[str, float] | None = None) -> None:
         """Read the numbers of a step, one step late on a GPU, and count the steps that were not finite."""
         if pending is None:
             return
@@ -359,62 +362,6 @@ _NETWORK = (
     *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "hidden_act", "vocab_size"),
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings"),
 )
-
-
-class _Pending:
-    """A step whose numbers are still on the device; on a GPU they travel to the host while the next step is launched."""
-
-    def __init__(self, step: int, share: Share, numbers: torch.Tensor, names: list[str], learning_rate: float):
-        self.step, self.share, self.names, self.learning_rate = step, share, names, learning_rate
-        self._arrived: Any = None
-        if numbers.is_cuda:
-            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self._numbers.copy_(numbers, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-        else:
-            self._numbers = numbers
-
-    @property
-    def numbers(self) -> torch.Tensor:
-        """The numbers, once they are here."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._numbers
-
-
-def _prefixed(prefix: str, module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(f"{prefix}.{name}", parameter) for name, parameter in module.named_parameters()]
-
-
-def _own_device(device: str, world: World) -> torch.device:
-    chosen = resolve_device(device)
-    if chosen.type == "cuda" and chosen.index is None:
-        return torch.device("cuda", world.local_rank if world.size > 1 else torch.cuda.current_device())
-    return chosen
-
-
-def _split(tokens: csr_matrix, cells: np.ndarray | None, settings: TrainSettings) -> tuple[np.ndarray, np.ndarray]:
-    """Return the cells to train on and those held out."""
-    filled = np.flatnonzero(np.diff(tokens.indptr))
-    cells = filled if cells is None else np.intersect1d(np.asarray(cells), filled)
-    held_out = split_cells(tokens.shape[0], settings.validation_share, settings.seed)[cells]
-    if held_out.all() and len(cells):
-        held_out[0] = False
-    if not len(cells):
-        raise ScbinInputError("T33", "there is no cell to train on: every token row is empty. See obs['scbin_status'].")
-    return cells[~held_out], cells[held_out][: settings.validation_most]
-
-
-def _seen_genes(tokens: csr_matrix, objective: Objective) -> np.ndarray:
-    """Return the positions of genes that some cell expresses: no other gene is asked for as unexpressed."""
-    vocabulary = objective.vocabulary
-    genes = vocabulary.gene_positions
-    if vocabulary.bins is None or vocabulary.bins.zeros == "keep":
-        return genes
-    seen = np.zeros(vocabulary.n_positions, dtype=bool)
-    seen[tokens.indices] = True
-    return genes[seen[genes]]
 
 
 def _warn(code: str, message: str) -> None:

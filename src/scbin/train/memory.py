@@ -26,7 +26,9 @@ def fit_budget(run: Any, budget: int) -> int:
     if run.device.type != "cuda":
         return budget
     alone = World()  # a process that runs out of memory must not leave the others waiting for it
-    stepper = Stepper(run.bert, run.objective, alone, run.device, run.dtype, run.settings.seed)
+    stepper = Stepper(
+        run.bert, run.objective, alone, run.device, run.dtype, run.settings.seed, checkpoint=run.stepper.checkpoint
+    )
     while True:
         share = _largest(run)
         try:

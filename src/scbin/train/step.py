@@ -99,11 +99,18 @@ class Stepper:
         device: torch.device,
         dtype: torch.dtype,
         seed: int,
+        *,
+        checkpoint: bool = False,
     ):
         self.bert, self.objective, self.world = bert, objective, world
         self.device, self.dtype, self.seed = device, dtype, seed
+        self.checkpoint = checkpoint
         self.parameters: list[nn.Parameter] = [*bert.parameters(), *objective.parameters()]
 
+    def _encode(self, batch: Batch) -> Tensor:
+        return encode_pack(self.bert, batch.input_ids, batch.position_ids, batch.layout, checkpoint=self.checkpoint)
+
+    @torch.enable_grad()
     def gradients(self, share: Share, total_counts: np.ndarray, step: int) -> StepLosses:
         """Leave the gradient of the step's loss in the parameters, the same at any token budget and number of processes.
 
@@ -125,7 +132,7 @@ class Stepper:
         sums = torch.zeros(len(objective.tasks), device=self.device)
         for number, batch in enumerate(batches):
             with self._forward(step, number):
-                hidden = encode_pack(self.bert, batch.input_ids, batch.position_ids, batch.layout)
+                hidden = self._encode(batch)
                 task_sums = objective.masked_sums(self.bert, hidden, batch)
             loss = (task_sums * factors).sum()
             if z_gradient is not None:
@@ -147,7 +154,7 @@ class Stepper:
         for pack in share.packs:
             batch = self.objective.batch(*pack, self.device)
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                hidden = encode_pack(self.bert, batch.input_ids, batch.position_ids, batch.layout)
+                hidden = self._encode(batch)
                 sums += self.objective.masked_sums(self.bert, hidden, batch)
         return sums
 
@@ -176,7 +183,7 @@ class Stepper:
         with torch.no_grad():
             for number, batch in enumerate(batches):
                 with self._forward(step, number):
-                    hidden = encode_pack(self.bert, batch.input_ids, batch.position_ids, batch.layout)
+                    hidden = self._encode(batch)
                 z[batch.rows] = self.objective.pooled(hidden, batch)
         z = self.world.gather_rows(z, share.row_counts).requires_grad_()
         seed_generators(self.device, self.seed, step, -1)

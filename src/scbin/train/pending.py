@@ -1,0 +1,32 @@
+"""The numbers of a step on their way from the device to the host."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from scbin.train.step import Share
+
+
+class Pending:
+    """A step whose numbers are still on the device; on a GPU they travel to the host while the next step is launched."""
+
+    def __init__(self, step: int, share: Share, numbers: torch.Tensor, names: list[str], learning_rate: float):
+        self.step, self.share, self.names, self.learning_rate = step, share, names, learning_rate
+        self._arrived: Any = None
+        if numbers.is_cuda:
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._numbers = numbers
+
+    @property
+    def numbers(self) -> torch.Tensor:
+        """The numbers, once they are here."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._numbers

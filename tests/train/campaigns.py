@@ -1,0 +1,93 @@
+"""Runs that cannot live inside pytest: processes killed at any instant, and two processes under torchrun."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from scbin.train.loop import train
+
+HERE = Path(__file__).parent
+
+
+def toy():
+    spec = importlib.util.spec_from_file_location("toy", HERE / "conftest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.set_num_threads(1)
+    return module.Toy()
+
+
+def fork(small, directory):
+    """Start a run in a forked child: torch is loaded already."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 2)
+        settings = small.settings(save_dir=directory, checkpoint_every=1, resume=True, epochs=2)
+        train(small.bert(hidden_dropout_prob=0.1), small.objective(), small.tokens, settings)
+    finally:
+        os._exit(0)
+
+
+def final_bytes(directory):
+    newest = max(Path(directory).glob("step-*"))
+    return newest.name, [(newest / name).read_bytes() for name in ("state.safetensors", "state.json")]
+
+
+def kill(n_kills, directory):
+    """SIGKILL a run at random instants, again and again until it is through; count how often it ends in the same bits."""
+    small, rng = toy(), random.Random(0)
+    train(small.bert(), small.objective(), small.tokens, small.settings(max_steps=1))  # compile before the clock runs
+    start = time.perf_counter()
+    os.waitpid(fork(small, f"{directory}/undisturbed"), 0)
+    longest = time.perf_counter() - start
+    expected = final_bytes(f"{directory}/undisturbed")
+    kills = inside = runs = same = 0
+    while kills < n_kills:
+        work = Path(f"{directory}/{runs}")
+        while True:
+            child = fork(small, work)
+            time.sleep(rng.uniform(0.02, longest))
+            done, _ = os.waitpid(child, os.WNOHANG)
+            if done:
+                break
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            kills += 1
+            inside += any(work.glob(".tmp-*"))
+        runs += 1
+        same += final_bytes(work) == expected
+        shutil.rmtree(work)
+    print(json.dumps({"kills": kills, "inside_a_save": inside, "runs": runs, "same_bits": same}))
+
+
+def distributed(out, n_steps, cells_per_step, save_dir):
+    """One process of a run; the first writes what was learned."""
+    small = toy()
+    bert = small.bert()
+    own = {} if save_dir == "-" else {"save_dir": save_dir, "resume": True, "checkpoint_every": 1}
+    settings = small.settings(
+        epochs=100, max_steps=int(n_steps), cells_per_step=int(cells_per_step), learning_rate=1e-3, **own
+    )
+    history = train(bert, small.objective(), small.tokens, settings)
+    if os.environ.get("RANK", "0") == "0":
+        weights = torch.cat([p.detach().reshape(-1) for p in bert.parameters()]).numpy()
+        losses = history.filter(regex="^(loss|validation)").to_numpy()
+        np.savez(out, weights=weights, losses=losses)
+
+
+if __name__ == "__main__":
+    {"kill": lambda n, d: kill(int(n), d), "distributed": distributed}[sys.argv[1]](*sys.argv[2:])
