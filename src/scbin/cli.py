@@ -116,7 +116,7 @@ def _pictures(adata: AnnData, model: object, out: Path) -> None:
 
     import scbin.pl
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.2), width_ratios=(1, 1.62), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11.0, 4.2), layout="constrained")
     scbin.pl.embedding(adata, color=LABELS, basis="X_pca", title="PCA", ax=left).get_legend().remove()
     scbin.pl.embedding(adata, color=LABELS, title="scbin", ax=right)
     figure.savefig(out / "embedding.png", dpi=150)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
+NAMES = {"X_pca": "PCA", "X_umap": "UMAP", "X_tsne": "t-SNE", _keys.UMAP: "scbin UMAP"}
+
 
 @overload
 def embedding(
@@ -112,7 +114,8 @@ def embedding(
     coordinates = matrix if matrix.shape[1] == 2 else umap_of(adata, basis)
     axes = _panels(columns) if ax is None else [ax]
     shown = np.isfinite(coordinates).all(axis=1)
-    name = _style.shorten(basis.removeprefix("X_").replace("_", " ")) + (" UMAP" if matrix.shape[1] > 2 else "")
+    name = _style.shorten(NAMES.get(basis, basis.removeprefix("X_").replace("_", " ")))
+    name += " UMAP" if matrix.shape[1] > 2 else ""
     for panel, column in zip(axes, columns, strict=True):
         _label_axes(panel, name, shown)
         _draw(panel, coordinates, shown, column, size=size, cmap=cmap, title=title)
