@@ -67,6 +67,14 @@ def test_survives_a_file(embedded, calls, tmp_path):
     assert len(calls) == 1
 
 
+def test_fingerprints_do_not_depend_on_the_block_size(embedded, monkeypatch):
+    embedding = embedded.obsm["X_scbin"]
+    whole = _umap._fingerprints(embedding[:, :2], embedding)
+    monkeypatch.setattr(_umap, "ROWS_AT_ONCE", 7)
+    np.testing.assert_array_equal(_umap._fingerprints(embedding[:, :2], embedding), whole)
+    assert len(np.unique(whole)) == 60
+
+
 def test_concatenated_cells_are_laid_out_again(embedded, calls):
     umap_of(embedded, "X_scbin")
     both = ad.concat([embedded[:30], embedded[30:]])

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 RECORD = "umap"  # uns["scbin"]["umap"][slot]: one 32-bit fingerprint per embedded cell
 FEWEST_FOR_UMAP = 10
+ROWS_AT_ONCE = 65_536
 
 
 def umap_of(adata: AnnData, basis: str, *, n_neighbors: int = 15, seed: int = 0) -> np.ndarray:
@@ -99,8 +100,12 @@ def _belongs(coordinates: np.ndarray, embedding: np.ndarray, record: np.ndarray)
 
 def _fingerprints(coordinates: np.ndarray, embedding: np.ndarray) -> np.ndarray:
     """32-bit fingerprint of coordinates and embedding of each embedded cell (cells with finite rows,)."""
-    rows = np.column_stack([np.asarray(coordinates, np.float32), np.asarray(embedding, np.float32)])
-    rows = np.ascontiguousarray(rows[np.isfinite(rows).all(axis=1)])
-    bits = rows.view(np.uint32).astype(np.uint64)
-    odd = np.random.default_rng(0).integers(2**63, size=bits.shape[1], dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-    return (bits @ odd >> np.uint64(32)).astype(np.uint32)
+    n_columns = coordinates.shape[1] + embedding.shape[1]
+    factors = np.random.default_rng(0).integers(2**63, size=n_columns, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    blocks = []
+    for start in range(0, len(embedding), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        rows = np.column_stack([coordinates[part], embedding[part]]).astype(np.float32)
+        bits = np.ascontiguousarray(rows[np.isfinite(rows).all(axis=1)]).view(np.uint32).astype(np.uint64)
+        blocks.append((bits @ factors >> np.uint64(32)).astype(np.uint32))
+    return np.concatenate(blocks)
