@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import anndata as ad
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -110,6 +111,21 @@ def test_several_colours_are_several_axes(embedded):
     assert [ax.get_title() for ax in axes] == ["cell_type", "sex", "GENE0", "GENE1"]
 
 
+def test_view_becomes_real_without_a_warning(embedded):
+    part = embedded[embedded.obs["sex"] == "female"]
+    assert len(dots(scbin.pl.embedding(part, color="GENE3"))) == 30
+    assert part.obsm["X_umap_scbin"].shape == (30, 2)
+    assert "X_umap_scbin" not in embedded.obsm
+
+
+def test_gene_of_a_backed_file(embedded, tmp_path):
+    embedded.write_h5ad(tmp_path / "cells.h5ad")
+    backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    ax = scbin.pl.embedding(backed, color="GENE3")
+    np.testing.assert_allclose(ax.collections[-1].get_array(), np.sort(embedded.X[:, 3].toarray().ravel()))
+    backed.file.close()
+
+
 def test_basis_with_two_columns_is_drawn_as_it_is(embedded):
     embedded.obsm["X_mine"] = np.arange(120.0).reshape(60, 2)
     ax = scbin.pl.embedding(embedded, basis="X_mine")
@@ -146,7 +162,7 @@ def test_long_and_strange_labels_are_drawn(embedded):
     [
         pytest.param({"color": "cell_typ"}, r"I35.*'cell_type'", id="typo"),
         pytest.param({"basis": "X_none"}, r"P01.*Available: 'X_scbin'", id="no_basis"),
-        pytest.param({"color": "GENE0", "layer": "none"}, "P04", id="no_layer"),
+        pytest.param({"color": "GENE0", "layer": "none"}, "I35.*layers", id="no_layer"),
     ],
 )
 def test_errors_say_what_is_there(embedded, change, code):

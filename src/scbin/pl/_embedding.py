@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from scbin import _keys
-from scbin._anndata import check_adata
+from scbin._anndata import check_adata, matrix_of
 from scbin._errors import ScbinInputError
 from scbin.pl import _style
 from scbin.pl._umap import read_embedding, umap_of
@@ -166,12 +166,7 @@ def _category_colours(adata: AnnData, key: str, categories: pd.Index) -> tuple[s
 
 
 def _gene_values(adata: AnnData, gene: str, layer: str | None) -> np.ndarray:
-    if layer is not None and layer not in adata.layers:
-        there = ", ".join(repr(key) for key in adata.layers) or "none"
-        raise ScbinInputError("P04", f"layer={layer!r} is not in adata.layers. Available: {there}.")
-    matrix = adata.X if layer is None else adata.layers[layer]
-    if matrix is None:
-        raise ScbinInputError("I48", f"adata.X is None, so there are no values of {gene!r}: pass layer=.")
+    matrix = matrix_of(adata, layer)
     values = matrix[:, np.flatnonzero(adata.var_names == gene)]
     values = values.compute() if hasattr(values, "compute") else values
     values = values.toarray() if hasattr(values, "toarray") else np.asarray(values)
