@@ -87,3 +87,16 @@ def test_cell_by_number_and_errors():
             scbin.pl.tokens(rows, cell, vocabulary=vocabulary)
     with pytest.raises(ScbinInputError, match="P08"):
         scbin.pl.tokens(rows)
+
+
+def test_cell_of_an_anndata_by_name(toy):
+    vocabulary = build("bins")
+    toy = toy[:2].copy()
+    toy.obsm["X_tokens"] = vstack([encode(vocabulary, [1], [2]), encode(vocabulary, [2, 3], [3, 1])]).tocsr()
+    toy.uns["scbin"] = {"vocabulary": vocabulary.to_json()}
+    before = toy.copy()
+    ax = scbin.pl.tokens(toy, "cell1")
+    assert ax.get_title(loc="left") == "Cell cell1: 7 tokens, 2 genes"
+    assert scbin.get.tokens_df(toy, "cell1").equals(scbin.get.tokens_df(toy, 1))
+    assert list(toy.obsm) == list(before.obsm)
+    assert toy.uns == before.uns
