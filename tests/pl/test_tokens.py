@@ -96,7 +96,7 @@ def test_cell_of_an_anndata_by_name(toy):
     toy.uns["scbin"] = {"vocabulary": vocabulary.to_json()}
     before = toy.copy()
     ax = scbin.pl.tokens(toy, "cell1")
-    assert ax.get_title(loc="left") == "Cell cell1: 7 tokens, 2 genes"
+    assert ax.get_title(loc="left") == "Cell cell1: 6 tokens, 2 genes"
     assert scbin.get.tokens_df(toy, "cell1").equals(scbin.get.tokens_df(toy, 1))
     assert list(toy.obsm) == list(before.obsm)
     assert toy.uns == before.uns
