@@ -43,9 +43,23 @@ def test_loadings_equal_a_dense_svd_of_the_standardised_matrix(bins):
     dense = bins.bins.centres[levels].astype(np.float64)
     standard = (dense - dense.mean(0)) / dense.std(0)
     _, values, vectors = np.linalg.svd(standard, full_matrices=False)
-    expected = vectors[:5].T * values[:5] / np.sqrt(len(dense))
     loadings = gene_loadings(tokens, bins, 5)
-    np.testing.assert_allclose(np.abs(loadings), np.abs(expected), atol=1e-6)
+    np.testing.assert_allclose(np.abs(loadings.directions), np.abs(vectors[:5].T), atol=1e-6)
+    np.testing.assert_allclose(loadings.spreads, values[:5] / np.sqrt(len(dense)), rtol=1e-6)
+    np.testing.assert_allclose(loadings.scale, 1 / dense.std(0), rtol=1e-6)
+
+
+def test_weighted_rows_of_the_table_say_what_the_svd_says(bins):
+    """Sum over genes of expression x weight x unit row is, up to a shift and a factor, the scores of the SVD."""
+    tokens, levels = random_tokens(bins)
+    loadings = gene_loadings(tokens, bins, 5)
+    table = loadings.table()
+    unit = table / np.linalg.norm(table, axis=1, keepdims=True)
+    expression = bins.bins.centres[levels].astype(np.float64)
+    read = expression @ (unit * loadings.weights()[:, None])
+    scores = (expression * loadings.scale) @ loadings.directions * np.sqrt(loadings.spreads / loadings.spreads[0])
+    read, scores = read - read.mean(0), scores - scores.mean(0)
+    np.testing.assert_allclose(read / np.linalg.norm(read), scores / np.linalg.norm(scores), atol=1e-6)
 
 
 def test_a_gene_that_no_cell_expresses_has_no_loading_and_no_nan(bins):
@@ -53,10 +67,21 @@ def test_a_gene_that_no_cell_expresses_has_no_loading_and_no_nan(bins):
     dense = tokens.toarray()
     dense[:, bins.gene_positions[4]] = 0
     loadings = gene_loadings(sp.csr_matrix(dense), bins, 5)
-    assert np.isfinite(loadings).all()
-    assert (loadings[4] == 0).all()
+    assert np.isfinite(loadings.table()).all()
+    assert (loadings.table()[4] == 0).all()
+    assert loadings.weights()[4] == 0
+
+
+def test_a_gene_of_few_cells_does_not_own_them(bins):
+    tokens, _ = random_tokens(bins)
+    dense = tokens.toarray()
+    dense[1:, bins.gene_positions[4]] = 0
+    weights = gene_loadings(sp.csr_matrix(dense), bins, 5).weights()
+    assert weights[4] <= 5 * np.median(weights) + 1e-9
 
 
 def test_two_cells_are_enough(bins):
     tokens, _ = random_tokens(bins, n_cells=2)
-    assert np.isfinite(gene_loadings(tokens, bins, 5)).all()
+    loadings = gene_loadings(tokens, bins, 5)
+    assert np.isfinite(loadings.table()).all()
+    assert np.isfinite(loadings.weights()).all()

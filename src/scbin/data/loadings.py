@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 MOST_CELLS = 20_000  # more change the leading directions little
 _CLIP = 10.0  # standard deviations, as in scanpy's scale: a gene of a few cells shall not own a direction
+_MOST_WEIGHT = 5.0  # times the median weight
 
 
 def token_expression(tokens: sp.csr_matrix, vocabulary: Vocabulary) -> sp.csr_matrix:
@@ -28,13 +30,38 @@ def token_expression(tokens: sp.csr_matrix, vocabulary: Vocabulary) -> sp.csr_ma
     return sp.csr_matrix((values, (rows, genes)), shape=(tokens.shape[0], len(vocabulary.genes)))
 
 
+@dataclass(frozen=True, eq=False)
+class Loadings:
+    """The leading directions of standardised expression: scores of a cell are `standardised @ directions`."""
+
+    directions: np.ndarray  # (genes, components), orthonormal columns; zero rows for genes that no cell expresses
+    spreads: np.ndarray  # (components,), standard deviations of the scores, decreasing
+    scale: np.ndarray  # (genes,), one over the standard deviation of each gene; zero where it does not vary
+
+    def table(self) -> np.ndarray:
+        """Return one row per gene (genes, components): its direction, with strong components longer than weak ones.
+
+        The root is between the directions themselves, which make all components alike, and their product with the spreads,
+        which leaves two or three.
+        """
+        return self.directions * np.sqrt(self.spreads / self.spreads[0])
+
+    def weights(self) -> np.ndarray:
+        """Return how much each gene says about a cell (genes,), with mean 1: the mean of rows of `table` so weighted and
+        normed is what the truncated SVD would say.
+        """
+        weights = np.linalg.norm(self.table(), axis=1) * self.scale
+        typical = np.median(weights[weights > 0]) if (weights > 0).any() else 1.0
+        weights = np.minimum(weights, _MOST_WEIGHT * typical)  # a gene seen in three cells shall not own them
+        return weights / max(weights.mean(), 1e-12)
+
+
 def gene_loadings(
     tokens: sp.csr_matrix, vocabulary: Vocabulary, n_components: int, cells: np.ndarray | None = None, *, seed: int = 0
-) -> np.ndarray:
-    """Return the loadings of the genes on the leading directions of their standardised expression.
+) -> Loadings:
+    """Return the leading directions of the standardised expression that the tokens stand for.
 
-    These are the right singular vectors times the singular values, per square root of the number of cells: the dot product of
-    two rows approximates the correlation of two genes. The matrix is centred and scaled implicitly and never made dense.
+    The truncated SVD behind PCA on scaled data. The matrix is centred and scaled implicitly and never made dense.
 
     Parameters
     ----------
@@ -45,13 +72,9 @@ def gene_loadings(
     n_components
         Number of directions; fewer are returned where the matrix has fewer.
     cells
-        The cells to look at. Default: all, at most 20,000 drawn at random.
+        The cells to look at. Default: all that are not empty, at most 20,000 of them drawn at random.
     seed
         Of that draw and of the solver's start.
-
-    Returns
-    -------
-    An array (genes, components), zero for genes that no cell expresses.
 
     Examples
     --------
@@ -59,7 +82,7 @@ def gene_loadings(
     >>> from scbin.encoding.vocabulary import Vocabulary
     >>> vocabulary = Vocabulary.build("rank", ["A", "B", "C"], max_length=6)
     >>> tokens = sp.csr_matrix(np.array([[2, 4, 5, 6], [2, 4, 6, 7], [2, 4, 5, 0], [2, 4, 7, 0]], dtype=np.uint16))
-    >>> gene_loadings(tokens, vocabulary, 2).shape
+    >>> gene_loadings(tokens, vocabulary, 2).directions.shape
     (3, 2)
     """
     generator = np.random.default_rng(seed)
@@ -67,17 +90,12 @@ def gene_loadings(
     if len(cells) > MOST_CELLS:
         cells = np.sort(generator.choice(cells, MOST_CELLS, replace=False))
     expression = token_expression(tokens[cells], vocabulary).astype(np.float64)
-    n_cells, n_genes = expression.shape
-    mean = np.asarray(expression.mean(axis=0)).ravel()
-    variance = np.asarray(expression.multiply(expression).mean(axis=0)).ravel() - mean**2
-    seen = variance > 1e-12
-    scale = np.where(seen, 1 / np.sqrt(np.where(seen, variance, 1.0)), 0.0)
-    scaled = sp.csr_matrix(expression @ sp.diags(scale))
-    scaled.data = np.minimum(scaled.data, (mean * scale)[scaled.indices] + _CLIP)
-    centre = np.asarray(scaled.mean(axis=0)).ravel()
-    n_components = min(n_components, int(seen.sum()) - 1, n_cells - 1)
+    scaled, scale = _standardised(expression)
+    n_components = min(n_components, int((scale > 0).sum()) - 1, len(cells) - 1)
     if n_components < 1:
-        return np.zeros((n_genes, 1))
+        n_genes = len(scale)
+        return Loadings(np.zeros((n_genes, 1)), np.ones(1), scale)
+    centre = np.asarray(scaled.mean(axis=0)).ravel()
     transposed = scaled.T.tocsr()
     operator = LinearOperator(
         scaled.shape,
@@ -85,9 +103,19 @@ def gene_loadings(
         matvec=lambda vector: scaled @ vector.ravel() - centre @ vector.ravel(),
         rmatvec=lambda vector: transposed @ vector.ravel() - centre * vector.sum(),
     )
-    start = generator.standard_normal(min(scaled.shape))
-    _, values, vectors = svds(operator, k=n_components, v0=start)
+    _, values, vectors = svds(operator, k=n_components, v0=generator.standard_normal(min(scaled.shape)))
     order = np.argsort(-values)
     vectors, values = vectors[order], values[order]
     signs = np.sign(vectors[np.arange(len(vectors)), np.abs(vectors).argmax(axis=1)])  # as in scikit-learn's svd_flip
-    return (vectors * (signs * values / np.sqrt(n_cells))[:, None]).T
+    return Loadings((vectors * signs[:, None]).T, np.maximum(values, 1e-12) / np.sqrt(len(cells)), scale)
+
+
+def _standardised(expression: sp.csr_matrix) -> tuple[sp.csr_matrix, np.ndarray]:
+    """Return expression over the standard deviation of each gene, clipped but not centred, and one over the deviations."""
+    mean = np.asarray(expression.mean(axis=0)).ravel()
+    variance = np.asarray(expression.multiply(expression).mean(axis=0)).ravel() - mean**2
+    varies = variance > 1e-12
+    scale = np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1.0)), 0.0)
+    scaled = sp.csr_matrix(expression @ sp.diags(scale))
+    scaled.data = np.minimum(scaled.data, (mean * scale)[scaled.indices] + _CLIP)
+    return scaled, scale
