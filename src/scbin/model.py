@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
     from transformers import BertConfig, BertForMaskedLM
 
+    from scbin.nn.embedding import Pooling
+
 FORMAT = 1
-Pooling = Literal["weighted", "mean", "cls"]
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,13 @@ class Readout:
         `"cls"`: the vector of the `[CLS]` token.
     layer
         Index into the hidden states: -1 is the last layer, -2 the one before, 0 the embeddings.
+    gene_weights
+        Weight of each gene for `"weighted"`, in the order of the vocabulary. `None`: all alike.
     """
 
     pooling: Pooling = "weighted"
     layer: int = -1
+    gene_weights: tuple[float, ...] | None = None
 
 
 @dataclass(eq=False)
@@ -150,13 +154,17 @@ class Model:
         bert, about = read_model_directory(Path(path))
         known = {"format", "vocabulary", "readout", "training", "history"}
         if about.get("format") != FORMAT or set(about) != known:
-            raise ScbinModelError("M16", f"scbin.json in {path} is not of format {FORMAT}; it needs another scbin version.")
+            raise ScbinModelError(
+                "M16", f"scbin.json in {path} is not of format {FORMAT}; it needs another scbin version."
+            )
         try:
             vocabulary = Vocabulary.from_json(json.dumps(about["vocabulary"]))
-            readout = Readout(**about["readout"])
+            readout = _read_readout(about["readout"], vocabulary)
             history = pd.DataFrame(about["history"]["data"], columns=about["history"]["columns"])
         except (ScbinInputError, TypeError, KeyError, ValueError) as error:
-            raise ScbinModelError("M17", f"scbin.json in {path} does not describe a model ({str(error)[:80]}).") from error
+            raise ScbinModelError(
+                "M17", f"scbin.json in {path} does not describe a model ({str(error)[:80]})."
+            ) from error
         shape = (bert.config.vocab_size, bert.config.max_position_embeddings)
         if shape[0] != vocabulary.n_tokens or shape[1] < vocabulary.n_positions:
             raise ScbinModelError(
@@ -179,7 +187,9 @@ class Model:
             "embedding": f"{config.hidden_size} numbers per cell, {self.readout.pooling} pooling, layer {self.readout.layer}",
         }
         trained = {key: self.training[key] for key in ("n_cells", "steps", "epochs") if key in self.training}
-        facts["trained"] = ", ".join(f"{key.replace('n_', '')} {value:,}" for key, value in trained.items()) or "not at all"
+        facts["trained"] = (
+            ", ".join(f"{key.replace('n_', '')} {value:,}" for key, value in trained.items()) or "not at all"
+        )
         if "validation_loss" in self.history:
             losses = self.history["validation_loss"].dropna()
             if len(losses):
@@ -203,6 +213,16 @@ class Model:
         return (
             "---\nlibrary_name: scbin\ntags:\n- single-cell\n- transcriptomics\n- bert\n---\n\n# A scbin model\n\n"
             f"|  |  |\n|---|---|\n{facts}\n\n"
-            "```python\nimport scbin\n\nmodel = scbin.Model.load(\"this_directory\")\n"
+            '```python\nimport scbin\n\nmodel = scbin.Model.load("this_directory")\n'
             "scbin.pp.tokenize(adata, like=model)\nscbin.tl.embed(adata, model)\n```\n"
         )
+
+
+def _read_readout(fields: Mapping[str, Any], vocabulary: Vocabulary) -> Readout:
+    readout = Readout(**fields)
+    if readout.gene_weights is None:
+        return readout
+    weights = tuple(float(weight) for weight in readout.gene_weights)
+    if len(weights) != len(vocabulary.genes) or min(weights, default=0.0) < 0:
+        raise ValueError(f"{len(weights)} gene weights for {len(vocabulary.genes)} genes")
+    return replace(readout, gene_weights=weights)

@@ -157,7 +157,9 @@ def _depth(content: Any) -> int:
     level, depth = [content], 0
     while level:
         depth += 1
-        inner = [list(part.values()) if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
+        inner = [
+            list(part.values()) if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)
+        ]
         level = [item for part in inner for item in part if isinstance(item, dict | list)]
     return depth
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,8 +28,19 @@ class Preset:
     weight_decay: float = 0.01
     cells_per_step: int = 64
     epochs: int = 10
+    fewest_steps: int = 0  # more epochs where the cells are too few to make so many steps
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     clip: float | None = 1.0  # largest norm of the gradient; None: as it is
+
+    def epochs_for(self, n_cells: int) -> int:
+        """Return how often to see each of so many cells: `epochs` times, or as often as `fewest_steps` needs.
+
+        Examples
+        --------
+        >>> Preset(2, 64, 128, 4, epochs=1, fewest_steps=600, cells_per_step=64).epochs_for(700)
+        55
+        """
+        return max(self.epochs, math.ceil(self.fewest_steps / math.ceil(max(n_cells, 1) / self.cells_per_step)))
 
 
 _BASE = (12, 768, 3072, 12)
@@ -38,9 +50,11 @@ _V2 = {"hidden_act": "relu", "max_length": 4096, "learning_rate": 2e-4, "warmup"
 _V2 |= {"cells_per_step": 234, "epochs": 3}
 
 PRESETS: dict[str, Preset] = {
-    "tiny": Preset(2, 64, 128, 4, hidden_dropout_prob=0.0, cells_per_step=64, epochs=20),
-    "small": Preset(3, 128, 256, 4, hidden_dropout_prob=0.0, learning_rate=5e-4, cells_per_step=64, epochs=20),
-    "base": Preset(6, 256, 1024, 8, hidden_dropout_prob=0.0, learning_rate=3e-4, cells_per_step=128, epochs=10),
+    "tiny": Preset(2, 64, 128, 4, hidden_dropout_prob=0.0, epochs=1, fewest_steps=400),
+    "small": Preset(3, 128, 256, 4, hidden_dropout_prob=0.0, learning_rate=5e-4, epochs=2, fewest_steps=1000),
+    "base": Preset(
+        6, 256, 1024, 8, hidden_dropout_prob=0.0, learning_rate=3e-4, cells_per_step=128, epochs=5, fewest_steps=5000
+    ),
     "geneformer-v1-6l": Preset(6, 256, 512, 4, learning_rate=1e-3, cells_per_step=144, **_V1),  # type: ignore[arg-type]
     "geneformer-v1-12l": Preset(12, 512, 1024, 8, learning_rate=5e-4, cells_per_step=48, **_V1),  # type: ignore[arg-type]
     "geneformer-v2-104m": Preset(12, 768, 3072, 12, **_V2),  # type: ignore[arg-type]

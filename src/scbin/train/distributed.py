@@ -116,6 +116,11 @@ def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         yield bucket
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one that writes files: the first under `torchrun`, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def joined_world(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
     """Join the processes that `torchrun` (or any launcher with its environment variables) started; else be alone.

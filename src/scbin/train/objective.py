@@ -124,6 +124,8 @@ class Objective(nn.Module):
         Terms on cell vectors; with none, each cell is one row and no views are formed.
     token_weights
         Weight of each token id in a cell's vector (tokens,). Default: 1 for genes and bins, 0 for everything else.
+    position_weights
+        Weight of each position in it (positions,), a factor on the former. Default: 1.
 
     Examples
     --------
@@ -142,6 +144,7 @@ class Objective(nn.Module):
         masked_weight: float = 1.0,
         cell_terms: Sequence[nn.Module] = (),
         token_weights: np.ndarray | None = None,
+        position_weights: np.ndarray | None = None,
     ):
         super().__init__()
         self.vocabulary, self.scheme, self.loss = vocabulary, scheme or MaskingScheme(), loss or MaskedLoss()
@@ -154,6 +157,8 @@ class Objective(nn.Module):
             token_weights = vocabulary.is_gene_token(np.arange(vocabulary.n_tokens)).astype(np.float32)
         weights = torch.from_numpy(np.asarray(token_weights, dtype=np.float32))
         self.register_buffer("token_weights", weights, persistent=False)
+        places = np.ones(vocabulary.n_positions) if position_weights is None else np.asarray(position_weights)
+        self.register_buffer("position_weights", torch.from_numpy(places.astype(np.float32)), persistent=False)
         self.task_weights = np.array([self.loss.task_weights.get(task, 1.0) for task in self.tasks])
         for task, values in self.loss.class_weights.items():
             name = f"class_weights_{self.tasks.index(task)}"
@@ -258,7 +263,8 @@ class Objective(nn.Module):
 
     def pooled(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Return the vector of each row (B, H)."""
-        return pool(hidden, batch.layout, self.token_weights[batch.input_ids])  # type: ignore[index]
+        weights = self.token_weights[batch.input_ids] * self.position_weights[batch.position_ids]  # type: ignore[index]
+        return pool(hidden, batch.layout, weights)
 
     def cell_losses(self, z: Tensor, cells: np.ndarray) -> Tensor:
         """Return the cell terms (terms,), unweighted, from the vectors of both views in turn (2 N, H)."""

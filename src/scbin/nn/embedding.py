@@ -1,0 +1,138 @@
+"""Vectors of cells and of genes, from token rows and a network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from scbin._errors import ScbinInputError
+from scbin.data.packing import make_pack, plan_packs
+from scbin.encoding.vocabulary import CLS
+from scbin.nn.attention import pack_layout, to_device
+from scbin.nn.bert import encode_pack
+from scbin.nn.device import resolve_device, resolve_precision
+from scbin.nn.pooling import pool
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+    from transformers import BertForMaskedLM
+
+    from scbin.encoding.vocabulary import Vocabulary
+    from scbin.nn.device import Precision
+
+Pooling = Literal["weighted", "mean", "cls"]
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Weight of a token in its cell's vector: that of its id times that of its position."""
+
+    tokens: np.ndarray  # (tokens,) float32
+    positions: np.ndarray  # (positions,) float32
+
+    def of(self, token_ids: np.ndarray, position_ids: np.ndarray) -> np.ndarray:
+        """Return the weight of each token."""
+        return self.tokens[token_ids] * self.positions[position_ids]
+
+
+def pooling_weights(vocabulary: Vocabulary, pooling: Pooling, gene_weights: np.ndarray | None = None) -> Weights:
+    """Return how tokens are weighted in a cell's vector.
+
+    `"weighted"`: by the expression that a gene's token stands for, and by `gene_weights`; `"mean"`: each gene alike; `"cls"`:
+    the `[CLS]` token alone.
+
+    Parameters
+    ----------
+    vocabulary
+        Of the tokens.
+    pooling
+        The rule.
+    gene_weights
+        One weight per gene (genes,), for `"weighted"`. Default: 1.
+    """
+    ids = np.arange(vocabulary.n_tokens)
+    positions = np.ones(vocabulary.n_positions, dtype=np.float32)
+    if pooling == "weighted":
+        tokens = vocabulary.token_values.copy()
+        if gene_weights is not None and vocabulary.position_is_gene:
+            positions[vocabulary.gene_positions] = gene_weights
+        elif gene_weights is not None:
+            tokens[vocabulary.first_gene_id : vocabulary.first_gene_id + vocabulary.n_gene_ids] *= gene_weights
+        return Weights(tokens, positions)
+    if pooling == "mean":
+        return Weights(vocabulary.is_gene_token(ids).astype(np.float32), positions)
+    if pooling != "cls":
+        raise ScbinInputError("T16", f"pooling is {pooling!r}; choose 'weighted', 'mean' or 'cls'.")
+    if CLS not in vocabulary.specials:
+        raise ScbinInputError("T16", "this vocabulary has no [CLS] token; use pooling='mean'.")
+    return Weights((ids == vocabulary.specials[CLS]).astype(np.float32), positions)
+
+
+def hide_phenotypes(tokens: csr_matrix, vocabulary: Vocabulary) -> csr_matrix:
+    """Return the rows with `[MASK]` in every phenotype slot: what the model sees when it is told nothing about a cell."""
+    if not vocabulary.phenotypes:
+        return tokens
+    hidden = tokens.copy()
+    hidden.data[np.isin(hidden.indices, [phenotype.position for phenotype in vocabulary.phenotypes])] = (
+        vocabulary.mask_id
+    )
+    return hidden
+
+
+def embed_tokens(
+    bert: BertForMaskedLM,
+    tokens: csr_matrix,
+    weights: Weights,
+    *,
+    layer: int = -1,
+    device: str = "auto",
+    precision: Precision = "float32",
+    token_budget: int = 32_768,
+    progress: bool = False,
+) -> np.ndarray:
+    """Return one vector per row (cells, hidden), NaN for rows without a weighted token.
+
+    A row's vector is the same whatever other rows there are, in whatever order, under whatever token budget.
+
+    Parameters
+    ----------
+    bert
+        The network; it is on the device afterwards only for the time of the call.
+    tokens
+        Token matrix.
+    weights
+        Weight of each token in the mean over its row, from `pooling_weights`.
+    layer
+        Whose hidden states are pooled: -1 the last, -2 the one before, 0 the embeddings.
+    device, precision
+        Where, and in which precision of the matrix products.
+    token_budget
+        Most tokens to go through the network at once.
+    progress
+        Show a progress bar.
+    """
+    target = resolve_device(device)
+    dtype = resolve_precision(precision, target, bert.config)
+    result = np.full((tokens.shape[0], bert.config.hidden_size), np.nan, dtype=np.float32)
+    lengths = np.diff(tokens.indptr)
+    totals = np.add.reduceat(np.append(weights.of(tokens.data, tokens.indices), 0), tokens.indptr[:-1])
+    lengths = np.where(totals > 0, lengths, 0)  # reduceat gives an empty row its neighbour's value, but its length is 0
+    home, was_training = bert.device, bert.training
+    bert.to(target).eval()  # type: ignore[arg-type]
+    try:
+        with torch.inference_mode(), torch.autocast(target.type, dtype, enabled=dtype != torch.float32):
+            packs = plan_packs(lengths, token_budget)
+            for rows in tqdm(packs, desc="embedding", unit="pack", disable=not progress or len(packs) < 2):
+                pack = make_pack(tokens, rows)
+                layout = pack_layout(pack.cu_seqlens, target)
+                input_ids, position_ids = to_device(pack.input_ids, target), to_device(pack.position_ids, target)
+                hidden = encode_pack(bert, input_ids, position_ids, layout, layer)
+                own = to_device(weights.of(pack.input_ids, pack.position_ids), target)
+                result[rows] = pool(hidden, layout, own).cpu().numpy()
+    finally:
+        bert.to(home).train(was_training)  # type: ignore[arg-type]
+    return result

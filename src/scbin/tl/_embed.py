@@ -1,0 +1,124 @@
+"""`tl.embed`: vectors of cells."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from scbin import _keys
+from scbin._anndata import check_adata, check_writable, read_tokens, write_obsm, write_uns
+from scbin._errors import ScbinInputError
+from scbin.nn.embedding import embed_tokens, hide_phenotypes, pooling_weights
+from scbin.tl._model import resolve_model
+
+if TYPE_CHECKING:
+    import os
+
+    from anndata import AnnData
+
+    from scbin.model import Model
+    from scbin.nn.device import Precision
+    from scbin.nn.embedding import Pooling
+
+
+def embed(
+    adata: AnnData,
+    model: Model | str | os.PathLike[str] | None = None,
+    *,
+    pooling: Pooling | None = None,
+    layer: int | None = None,
+    phenotypes: Literal["hide", "show"] = "hide",
+    device: str = "auto",
+    precision: Precision = "float32",
+    token_budget: int = 32_768,
+    progress: bool = True,
+    key_added: str | None = None,
+    copy: bool = False,
+) -> AnnData | None:
+    """Give every cell its vector, for neighbours, UMAP, clustering or a classifier.
+
+    The vector of a cell depends on its tokens and the model alone: not on the other cells, their order, the token budget or,
+    to 1e-5 in float32, the device.
+
+    Parameters
+    ----------
+    adata
+        Tokenized cells. For data the model was not trained on: `scbin.pp.tokenize(adata, like=model)`.
+    model
+        A :class:`scbin.Model`, or the directory of one. Default: the one trained on these cells.
+    pooling
+        How the vectors of a cell's tokens become one: `"weighted"` by expression, `"mean"` over the genes, or `"cls"`.
+        Default: as the model was trained.
+    layer
+        Which hidden states: -1 the last layer, -2 the one before (Geneformer's habit), 0 the embeddings. Default: as the
+        model says.
+    phenotypes
+        `"hide"` shows the model `[MASK]` instead of every phenotype token, so that labels cannot leak into the embedding.
+        `"show"` shows them: then cells of one label lie together because you said so.
+    device
+        `"auto"` takes cuda, then mps, then cpu.
+    precision
+        `"bfloat16"` is faster on recent GPUs and good to about 1e-3.
+    token_budget
+        Most tokens to go through the network at once. Changes memory and speed, not numbers.
+    progress
+        Show a progress bar.
+    key_added
+        Name of the slot. Default: `"X_scbin"`.
+    copy
+        Return a copy instead of writing into `adata`.
+
+    Returns
+    -------
+    Returns `None` if `copy=False`, else returns an `AnnData` object. Sets the following fields:
+
+    `adata.obsm['X_scbin' | key_added]`
+        One float32 vector per cell (cells, hidden size); NaN for cells without tokens (see `obs['scbin_status']`).
+    `adata.uns['scbin']['embed']`
+        How it was made, as JSON.
+
+    Raises
+    ------
+    ScbinInputError
+        If the cells are not tokenized, or with another vocabulary than the model's.
+
+    Examples
+    --------
+    >>> import scbin
+    >>> adata = scbin.datasets.pbmc68k_reduced()
+    >>> train, test = adata[:300].copy(), adata[300:400].copy()
+    >>> scbin.pp.tokenize(train)
+    >>> model = scbin.tl.pretrain(train, preset="tiny", max_steps=2, progress=False)
+    >>> scbin.pp.tokenize(test, like=model)
+    >>> scbin.tl.embed(test, model)
+    >>> test.obsm["X_scbin"].shape
+    (100, 64)
+    """
+    check_adata(adata)
+    if phenotypes not in ("hide", "show"):
+        raise ScbinInputError("T17", f"phenotypes is {phenotypes!r}; choose 'hide' or 'show'.")
+    adata = adata.copy() if copy else adata
+    chosen = resolve_model(model, adata)
+    tokens, vocabulary = read_tokens(adata, chosen.vocabulary)
+    key = key_added or _keys.EMBEDDING
+    check_writable(adata, "obsm", key)
+    readout = chosen.readout
+    pooling = pooling or readout.pooling
+    layer = readout.layer if layer is None else layer
+    gene_weights = None if readout.gene_weights is None else np.array(readout.gene_weights, dtype=np.float32)
+    embedding = embed_tokens(
+        chosen.bert,
+        hide_phenotypes(tokens, vocabulary) if phenotypes == "hide" else tokens,
+        pooling_weights(vocabulary, pooling, gene_weights),
+        layer=layer,
+        device=device,
+        precision=precision,
+        token_budget=token_budget,
+        progress=progress,
+    )
+    write_obsm(adata, key, embedding)
+    params = {"model": chosen.fingerprint, "pooling": pooling, "layer": layer, "phenotypes": phenotypes}
+    write_uns(adata, _keys.EMBED, json.dumps({**params, "precision": precision}))
+    return adata if copy else None

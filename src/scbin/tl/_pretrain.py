@@ -1,0 +1,253 @@
+"""`tl.pretrain`: a model from tokenized cells."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from scbin import _keys
+from scbin._anndata import check_adata, check_writable, read_tokens, write_obsm, write_uns
+from scbin._errors import ScbinInputError
+from scbin.data.masking import MaskingScheme
+from scbin.model import Model, Readout
+from scbin.nn.embedding import embed_tokens, hide_phenotypes, pooling_weights
+from scbin.nn.presets import preset as preset_named
+from scbin.tl._model import remember
+from scbin.train.distributed import is_first_process
+from scbin.train.objective import MaskedLoss
+from scbin.train.pretraining import Recipe, pretrain_tokens
+from scbin.train.settings import TrainSettings
+
+if TYPE_CHECKING:
+    import os
+
+    from anndata import AnnData
+
+    from scbin.nn.device import Precision
+    from scbin.nn.embedding import Pooling
+    from scbin.nn.presets import Preset
+    from scbin.train.pretraining import Pretrained
+
+
+def pretrain(
+    adata: AnnData,
+    *,
+    preset: str | Preset = "small",
+    hidden_size: int | None = None,
+    num_hidden_layers: int | None = None,
+    num_attention_heads: int | None = None,
+    intermediate_size: int | None = None,
+    epochs: int | None = None,
+    max_steps: int | None = None,
+    cells_per_step: int | None = None,
+    learning_rate: float | None = None,
+    gene_table: Literal["svd", "random"] = "svd",
+    gene_table_rank: int = 30,
+    gene_mask_prob: float = 0.15,
+    phenotype_mask_prob: float = 0.5,
+    masking: MaskingScheme | None = None,
+    loss: MaskedLoss | None = None,
+    masked_weight: float = 1.0,
+    contrastive_weight: float = 1.0,
+    pooling: Pooling = "weighted",
+    validation_share: float = 0.05,
+    token_budget: int = 16_384,
+    device: str = "auto",
+    precision: Precision = "auto",
+    gradient_checkpointing: bool = False,
+    compile: bool = False,
+    seed: int = 0,
+    save_dir: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+    tensorboard: str | os.PathLike[str] | None = None,
+    wandb: str | None = None,
+    progress: bool = True,
+    key_added: str | None = None,
+) -> Model:
+    """Train a BERT on the cells and give each cell its vector.
+
+    The model learns to predict hidden genes (and phenotypes, where the tokens have some) from the rest of a cell, and to
+    recognise two random halves of one cell among those of other cells. It starts from what the data themselves say: the
+    embedding of each gene is its loading in a truncated SVD. Labels are used only if you tokenized them.
+
+    Parameters
+    ----------
+    adata
+        Tokenized cells (:func:`scbin.pp.tokenize`).
+    preset
+        Size and optimiser settings by name: `"tiny"` for a first look, `"small"`, `"base"` for a GPU, or those of published
+        systems such as `"geneformer-v1-6l"`; see `scbin.nn.presets.PRESETS`. A `Preset` of your own is taken too.
+    hidden_size, num_hidden_layers, num_attention_heads, intermediate_size
+        Parts of the network's shape, over the preset's.
+    epochs
+        Times every cell is seen. Default: the preset's.
+    max_steps
+        Stop after so many steps of the optimiser.
+    cells_per_step
+        Cells whose gradients make one step. Default: the preset's.
+    learning_rate
+        Its peak. Default: the preset's.
+    gene_table
+        Start of the gene embeddings: the data's own truncated `"svd"`, or `"random"`.
+    gene_table_rank
+        Components of that SVD, at most the hidden size.
+    gene_mask_prob, phenotype_mask_prob
+        Share of the genes, and of the phenotypes, that are hidden and to be predicted.
+    masking
+        All details of what is hidden; replaces the two above.
+    loss
+        How predictions are scored: label smoothing, ordinal or binary losses, class weights.
+    masked_weight, contrastive_weight
+        Weights of the two terms of the loss; 0 leaves one out.
+    pooling
+        How the vectors of a cell's tokens become the cell's vector: `"weighted"` by expression, `"mean"` or `"cls"`.
+    validation_share
+        Share of the cells that are held out to report the loss on; the weights never see them.
+    token_budget
+        Most tokens to go through the network at once. Lower it to save memory; what is learned stays the same.
+    device
+        `"auto"` takes cuda, then mps, then cpu. Naming a device that is not there is an error.
+    precision
+        Of the matrix products; `"auto"` takes bfloat16 where it helps.
+    gradient_checkpointing
+        Trade a third of the speed for memory, for long cells and large networks.
+    compile
+        Let `torch.compile` fuse parts of the network.
+    seed
+        The same seed, data and machine give the same model.
+    save_dir
+        Directory for checkpoints, written so that a crash at any instant costs at most the steps since the last one; the
+        finished model is saved as its subdirectory `model`.
+    checkpoint_every
+        Steps between checkpoints. Default: an epoch.
+    resume
+        Go on from the newest sound checkpoint in `save_dir`.
+    tensorboard, wandb
+        Directory for TensorBoard, and name of a Weights & Biases project.
+    progress
+        Show a progress bar with loss, speed and time left.
+    key_added
+        Name of the slot for the embedding. Default: `"X_scbin"`.
+
+    Returns
+    -------
+    The trained :class:`scbin.Model`, with its `history`. Sets the following fields:
+
+    `adata.obsm['X_scbin' | key_added]`
+        One float32 vector per cell (cells, hidden size), NaN for cells without tokens. Phenotype tokens are hidden for it, so
+        that labels cannot leak into it.
+    `adata.uns['scbin']['pretrain']`
+        How the model was trained, as JSON.
+    `adata.uns['scbin']['pretrain_history']`
+        Losses, learning rate and speed of every step, as a `DataFrame`.
+
+    Raises
+    ------
+    ScbinInputError
+        If the cells are not tokenized, fewer than two have tokens, or an argument is out of range. Nothing is written then.
+
+    Notes
+    -----
+    Masked modelling follows BERT and Geneformer :cite:p:`theodoris2023`; the contrastive term is InfoNCE over two random
+    halves of a cell's genes, as in SimCLR.
+
+    Examples
+    --------
+    >>> import scbin
+    >>> adata = scbin.datasets.pbmc68k_reduced()[:200].copy()
+    >>> scbin.pp.tokenize(adata)
+    >>> model = scbin.tl.pretrain(adata, preset="tiny", max_steps=3, progress=False)
+    >>> adata.obsm["X_scbin"].shape, len(model.history)
+    ((200, 64), 3)
+    """
+    check_adata(adata)
+    tokens, vocabulary = read_tokens(adata)
+    key = key_added or _keys.EMBEDDING
+    check_writable(adata, "obsm", key)
+    n_cells = int(np.count_nonzero(np.diff(tokens.indptr)))
+    if n_cells < 2:
+        raise ScbinInputError("I47", f"training needs at least 2 cells with tokens; here are {n_cells}.")
+    shape = {"hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
+    shape |= {"num_attention_heads": num_attention_heads, "intermediate_size": intermediate_size}
+    chosen = replace(preset_named(preset), **{name: value for name, value in shape.items() if value is not None})
+    recipe = Recipe(
+        gene_table=gene_table,
+        gene_table_rank=gene_table_rank,
+        masking=masking or MaskingScheme(gene_mask_prob=gene_mask_prob, phenotype_mask_prob=phenotype_mask_prob),
+        loss=loss or MaskedLoss(),
+        masked_weight=masked_weight,
+        contrastive_weight=contrastive_weight,
+        pooling=pooling,
+    )
+    settings = TrainSettings(
+        epochs=epochs or chosen.epochs_for(n_cells),
+        max_steps=max_steps,
+        cells_per_step=cells_per_step or chosen.cells_per_step,
+        token_budget=token_budget,
+        learning_rate=chosen.learning_rate if learning_rate is None else learning_rate,
+        schedule=chosen.schedule,
+        warmup=chosen.warmup,
+        weight_decay=chosen.weight_decay,
+        clip=chosen.clip,
+        precision=chosen.precision if precision == "auto" else precision,
+        device=device,
+        seed=seed,
+        validation_share=validation_share,
+        save_dir=save_dir,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        gradient_checkpointing=gradient_checkpointing,
+        compile=compile,
+        progress=progress,
+        tensorboard=tensorboard,
+        wandb=wandb,
+    )
+    result = pretrain_tokens(tokens, vocabulary, chosen, recipe, settings, cell_names=adata.obs_names)
+    gene_weights = None if result.gene_weights is None else tuple(float(weight) for weight in result.gene_weights)
+    model = Model(
+        result.bert,
+        vocabulary,
+        Readout(pooling, gene_weights=gene_weights if pooling == "weighted" else None),
+        _summary(preset, chosen, recipe, settings, result),
+        result.history,
+    )
+    if save_dir is not None and is_first_process():
+        model.save(Path(save_dir) / "model", overwrite=True)
+    weights = pooling_weights(vocabulary, pooling, result.gene_weights)
+    hidden = hide_phenotypes(tokens, vocabulary)
+    embedding = embed_tokens(result.bert, hidden, weights, device=device, token_budget=token_budget)
+    _write(adata, key, embedding, model, save_dir)
+    return model
+
+
+def _summary(
+    preset: str | Preset, chosen: Preset, recipe: Recipe, settings: TrainSettings, result: Pretrained
+) -> dict[str, Any]:
+    """Return plain values that say how a model came about."""
+    steps = int(result.history["step"].iloc[-1]) + 1 if len(result.history) else 0
+    return {
+        "preset": preset if isinstance(preset, str) else "custom",
+        "n_cells": result.n_cells,
+        "steps": steps,
+        "epochs": settings.epochs,
+        "network": asdict(chosen),
+        "recipe": asdict(recipe),
+        "settings": settings.learned(),
+    }
+
+
+def _write(
+    adata: AnnData, key: str, embedding: np.ndarray, model: Model, save_dir: str | os.PathLike[str] | None
+) -> None:
+    identifier = model.fingerprint
+    remember(identifier, model)
+    write_obsm(adata, key, embedding)
+    write_uns(adata, _keys.PRETRAIN, json.dumps(model.training))
+    write_uns(adata, _keys.HISTORY, model.history.copy())
+    write_uns(adata, _keys.MODEL_ID, identifier)
+    write_uns(adata, _keys.MODEL_PATH, "" if save_dir is None else str(Path(save_dir).resolve() / "model"))

@@ -1,0 +1,113 @@
+"""Pretraining: start a network from what the data say about genes, then teach it to fill in and to recognise cells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from scbin._errors import ScbinInputError
+from scbin.data.loadings import gene_loadings
+from scbin.data.masking import MaskingScheme
+from scbin.nn.bert import build_bert, init_gene_table
+from scbin.nn.embedding import pooling_weights
+from scbin.train.loop import train, training_cells
+from scbin.train.objective import Contrastive, MaskedLoss, Objective
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import pandas as pd
+    from scipy.sparse import csr_matrix
+    from transformers import BertForMaskedLM
+
+    from scbin.encoding.vocabulary import Vocabulary
+    from scbin.nn.embedding import Pooling
+    from scbin.nn.presets import Preset
+    from scbin.train.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What pretraining starts from and what it asks of the network.
+
+    Parameters
+    ----------
+    gene_table
+        Start of the gene embeddings: the data's own truncated `"svd"`, or `"random"`.
+    gene_table_rank
+        Components of that SVD, at most the hidden size.
+    masking
+        What is hidden.
+    loss
+        How predictions are scored.
+    masked_weight, contrastive_weight
+        Weights of masked modelling and of recognising two halves of a cell.
+    pooling
+        How the vectors of a cell's tokens become one.
+    """
+
+    gene_table: Literal["svd", "random"] = "svd"
+    gene_table_rank: int = 30
+    masking: MaskingScheme = field(default_factory=MaskingScheme)
+    loss: MaskedLoss = field(default_factory=MaskedLoss)
+    masked_weight: float = 1.0
+    contrastive_weight: float = 1.0
+    pooling: Pooling = "weighted"
+
+    def __post_init__(self) -> None:
+        if self.gene_table not in ("svd", "random"):
+            raise ScbinInputError("T18", f"gene_table is {self.gene_table!r}; choose 'svd' or 'random'.")
+        if self.gene_table_rank < 1:
+            raise ScbinInputError("T18", f"gene_table_rank is {self.gene_table_rank}; it needs to be at least 1.")
+        for name in ("masked_weight", "contrastive_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ScbinInputError("T18", f"{name} is {getattr(self, name)}; it needs a finite number, not below 0.")
+        if self.masked_weight == self.contrastive_weight == 0:
+            raise ScbinInputError("T18", "masked_weight and contrastive_weight are both 0: there is nothing to learn.")
+
+
+@dataclass(frozen=True, eq=False)
+class Pretrained:
+    """What pretraining gives."""
+
+    bert: BertForMaskedLM
+    gene_weights: np.ndarray | None  # (genes,)
+    history: pd.DataFrame
+    n_cells: int  # trained on, without those held out
+
+
+def pretrain_tokens(
+    tokens: csr_matrix,
+    vocabulary: Vocabulary,
+    preset: str | Preset,
+    recipe: Recipe,
+    settings: TrainSettings,
+    *,
+    cell_names: Sequence[str] | None = None,
+) -> Pretrained:
+    """Train a new network on the rows of a token matrix.
+
+    Held-out cells enter neither the weights nor the start of the gene table.
+    """
+    training, _ = training_cells(tokens, settings)
+    bert = build_bert(vocabulary, preset, seed=settings.seed)
+    gene_weights = None
+    if recipe.gene_table == "svd":
+        rank = min(recipe.gene_table_rank, bert.config.hidden_size)
+        loadings = gene_loadings(tokens, vocabulary, rank, training, seed=settings.seed)
+        init_gene_table(bert, vocabulary, loadings.table(), seed=settings.seed)
+        gene_weights = loadings.weights()
+    weights = pooling_weights(vocabulary, recipe.pooling, gene_weights)
+    objective = Objective(
+        vocabulary,
+        recipe.masking,
+        recipe.loss,
+        masked_weight=recipe.masked_weight,
+        cell_terms=[Contrastive(recipe.contrastive_weight)],
+        token_weights=weights.tokens,
+        position_weights=weights.positions,
+    )
+    history = train(bert, objective, tokens, settings, cell_names=cell_names)
+    return Pretrained(bert.cpu().eval(), gene_weights, history, len(training))
