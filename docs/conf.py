@@ -20,6 +20,7 @@ extensions = [
     "sphinx_autodoc_typehints",
     "sphinx_copybutton",
     "sphinx_design",
+    "sphinxcontrib.bibtex",
 ]
 exclude_patterns = ["_build", "generated/.ipynb_checkpoints", "**.ipynb_checkpoints"]
 templates_path = ["_templates"]
@@ -41,8 +42,12 @@ if os.environ.get("READTHEDOCS"):
     }
 nitpick_ignore_regex = [
     ("py:.*", rf"({external}|collections|pathlib|typing|os)\..*"),
+    ("py:exc", r"Scbin\w+"),
     ("py:.*", "(None|Any|Ellipsis|bool|dict|float|int|list|str|tuple|Path|Literal)"),
 ]
+
+bibtex_bibfiles = ["references.bib"]
+bibtex_reference_style = "author_year"
 
 autosummary_generate = True
 autodoc_member_order = "bysource"

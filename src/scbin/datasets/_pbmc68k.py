@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def pbmc68k_reduced() -> AnnData:
     """Return 700 human blood cells, 765 genes, 10 cell types: small enough to try everything in minutes.
 
-    They come with scanpy (Zheng et al. 2017, reduced), so no network is needed.
+    They come with scanpy (:cite:t:`zheng2017`, reduced), so no network is needed.
 
     Returns
     -------
