@@ -38,4 +38,5 @@ def pbmc68k_reduced() -> AnnData:
         values,
         obs=shipped.obs[["bulk_labels", "louvain", "phase", "n_genes", "n_counts", "percent_mito"]].copy(),
         var=shipped.raw.var[[]].copy(),
+        uns={"log1p": {}},  # the values are rounded to three digits, so only this note tells that they are logs
     )

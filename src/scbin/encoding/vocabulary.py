@@ -17,9 +17,17 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 Encoding = Literal["bins", "binary", "rank", "gene_bins"]
+Layout = Literal["scbin", "geneformer_v1", "geneformer_v2", "bionemo"]
 
 PAD, MASK, CLS, END, START = "[PAD]", "[MASK]", "[CLS]", "[END]", "[START]"
 CANONICAL_SPECIALS = {PAD: 0, MASK: 1, CLS: 2, END: 3, START: 4}
+# specials, position of the first gene without phenotypes, usual length
+LAYOUTS: dict[str, tuple[dict[str, int], int, int]] = {
+    "scbin": (CANONICAL_SPECIALS, 2, 2048),
+    "geneformer_v1": ({PAD: 0, MASK: 1}, 0, 2048),
+    "geneformer_v2": ({PAD: 0, MASK: 1, CLS: 2, END: 3}, 1, 4096),
+    "bionemo": ({PAD: 0, MASK: 1, CLS: 2}, 1, 2048),
+}
 CANONICAL_PHENOTYPES = ("sex", "tissue", "cell_type", "age", "disease")
 FORMAT = 1
 
@@ -62,6 +70,8 @@ class Vocabulary:
     max_length: int  # tokens a row may have; also the number of positions for "rank"
     bins: Bins | None = None  # None for "rank"
     medians: tuple[float, ...] | None = None  # per gene, for "rank": non-zero median per 10,000 counts
+    gene_shares: tuple[float, ...] | None = None  # share of the counts that each gene held where the genes were chosen
+    name_map: tuple[tuple[str, str], ...] | None = None  # symbols, aliases and retired ids, each to one of the genes
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "specials", dict(self.specials))
@@ -79,8 +89,11 @@ class Vocabulary:
         bins: Bins | None = None,
         medians: Sequence[float] | None = None,
         max_length: int | None = None,
+        layout: Layout = "scbin",
+        gene_shares: Sequence[float] | None = None,
+        name_map: Mapping[str, str] | None = None,
     ) -> Vocabulary:
-        """Lay out the canonical vocabulary `[CLS] phenotypes [START] genes [END]`.
+        """Lay out a vocabulary, by default `[CLS] phenotypes [START] genes [END]`.
 
         Parameters
         ----------
@@ -96,18 +109,27 @@ class Vocabulary:
         medians
             Non-zero median of each gene per 10,000 counts; only for `"rank"`.
         max_length
-            Longest row in tokens. Default: 2,048 for `"rank"`, else as long as the genes need.
+            Longest row in tokens. Default: 2,048 for `"rank"` (4,096 for Geneformer V2), else as long as the genes need.
+        layout
+            Which special tokens there are: scbin's, or those of Geneformer V1 (none), V2 (`[CLS]` and `[END]`) or BioNeMo
+            (`[CLS]`). Only scbin's has room for phenotypes.
+        gene_shares
+            Share of all counts that each gene held in the data the genes were chosen on, to weigh the overlap with new data.
+        name_map
+            Other names of the genes: symbols, aliases, retired ids.
         """
-        specials = dict(CANONICAL_SPECIALS)
+        specials, bare_position, longest = LAYOUTS[layout]
+        if layout != "scbin" and (phenotypes or encoding != "rank"):
+            raise ScbinInputError("V11", f'layout {layout!r} is for encoding="rank" without phenotypes.')
         names = sorted(phenotypes or {}, key=_canonical_order)
         next_id, built = len(specials), []
         for position, name in enumerate(names, start=1):
             values = tuple(str(value) for value in (phenotypes or {})[name])
             built.append(Phenotype(name, values, position, first_id=next_id + 1, missing_id=next_id))
             next_id += 1 + len(values)
-        first_gene_position = len(built) + 2
+        first_gene_position = len(built) + bare_position
         if max_length is None:
-            max_length = 2048 if encoding == "rank" else first_gene_position + len(genes) + 1
+            max_length = longest if encoding == "rank" else first_gene_position + len(genes) + 1
         return cls(
             encoding=encoding,
             genes=tuple(str(gene) for gene in genes),
@@ -118,6 +140,8 @@ class Vocabulary:
             max_length=int(max_length),
             bins=bins,
             medians=None if medians is None else tuple(float(median) for median in medians),
+            gene_shares=None if gene_shares is None else tuple(float(share) for share in gene_shares),
+            name_map=None if name_map is None else tuple(sorted(name_map.items())),
         )
 
     def _check(self) -> None:
@@ -136,7 +160,9 @@ class Vocabulary:
         spans = [(i, i + 1) for i in used] + [(p.first_id, p.stop_id) for p in self.phenotypes if p.values]
         spans = sorted([*spans, (self.first_gene_id, self.first_gene_id + self.n_gene_ids)])
         if spans[0][0] < 0 or any(before[1] > after[0] for before, after in zip(spans, spans[1:], strict=False)):
-            raise ScbinInputError("V06", "token ids overlap: specials, phenotype values and genes need ranges of their own.")
+            raise ScbinInputError(
+                "V06", "token ids overlap: specials, phenotype values and genes need ranges of their own."
+            )
         if self.specials.get(PAD) != 0 or MASK not in self.specials:
             raise ScbinInputError("V07", "the special tokens need [PAD] = 0 and a [MASK].")
 
@@ -272,13 +298,18 @@ class Vocabulary:
         try:
             fields: dict[str, Any] = json.loads(text)
             if fields.pop("format") != FORMAT:
-                raise ScbinInputError("V09", f"this vocabulary is not of format {FORMAT}; it needs another scbin version.")
+                raise ScbinInputError(
+                    "V09", f"this vocabulary is not of format {FORMAT}; it needs another scbin version."
+                )
             fields["genes"] = tuple(fields["genes"])
             fields["phenotypes"] = tuple(
                 Phenotype(**{**phenotype, "values": tuple(phenotype["values"])}) for phenotype in fields["phenotypes"]
             )
             fields["bins"] = None if fields["bins"] is None else Bins.from_dict(fields["bins"])
-            fields["medians"] = None if fields["medians"] is None else tuple(fields["medians"])
+            for name in ("medians", "gene_shares"):
+                fields[name] = None if fields.get(name) is None else tuple(fields[name])
+            if fields.get("name_map") is not None:
+                fields["name_map"] = tuple((str(name), str(gene)) for name, gene in fields["name_map"])
             return cls(**fields)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ScbinInputError("V10", f"this is not a vocabulary written by scbin ({error}).") from error

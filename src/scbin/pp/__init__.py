@@ -1,0 +1,7 @@
+"""From an AnnData with counts or log1p values to tokens."""
+
+from __future__ import annotations
+
+from scbin.pp._tokenize import tokenize
+
+__all__ = ["tokenize"]

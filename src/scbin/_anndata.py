@@ -1,0 +1,315 @@
+"""Between AnnData and arrays: checking what came in, reading matrices by row blocks, writing slots."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from anndata.abc import CSCDataset, CSRDataset
+from scipy import sparse
+
+from scbin import _keys
+from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinTypeError
+from scbin.encoding.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BLOCK = 4_000_000  # stored values per row block: tens of megabytes
+WRITTEN = "written"  # uns["scbin"]["written"], JSON list of slots scbin wrote under names that the user chose
+OWN = (_keys.TOKENS, _keys.EMBEDDING, "scbin_", "X_umap_", "X_scbin_")
+
+
+# ---- checking -------------------------------------------------------------------------------------------------------
+
+
+def check_adata(adata: object) -> ad.AnnData:
+    """Return `adata` if it is an AnnData with genes, else say what to pass."""
+    if not isinstance(adata, ad.AnnData):
+        advice = {
+            "MuData": 'pass one modality: mdata["rna"]',
+            "list": "join them first: anndata.concat(adatas)",
+            "DataFrame": "wrap it: anndata.AnnData(frame)",
+            "str": "read it first: anndata.read_h5ad(path)",
+            "NoneType": "functions that change an AnnData in place return None; pass the AnnData itself",
+        }
+        kind = type(adata).__name__
+        kind = "str" if kind.endswith("Path") else kind
+        raise ScbinTypeError(
+            "I55", f"adata is a {type(adata).__name__}, not an AnnData; {advice.get(kind, 'pass an AnnData')}."
+        )
+    if adata.n_vars == 0:
+        raise ScbinInputError("I48", f"adata has no genes (its shape is {adata.shape}).")
+    return adata
+
+
+def read_obs(adata: ad.AnnData, key: str) -> pd.Series:
+    """Return the column `key` of obs; if there is none, name the closest ones."""
+    if key in adata.obs.columns:
+        return adata.obs[key]
+    names = [str(name) for name in adata.obs.columns]
+    close = difflib.get_close_matches(str(key), names, n=3, cutoff=0.0) or names[:3]
+    found = ", ".join(repr(name) for name in close) or "none"
+    raise ScbinInputError("I35", f"{key!r} is not a column of adata.obs. The closest ones are: {found}.")
+
+
+def read_tokens(adata: ad.AnnData, vocabulary: Vocabulary | None = None) -> tuple[sparse.csr_matrix, Vocabulary]:
+    """Return the token matrix (cells, positions) and its vocabulary, checked against each other."""
+    check_adata(adata)
+    if _keys.TOKENS not in adata.obsm:
+        raise ScbinInputError(
+            "T01", f"adata.obsm has no {_keys.TOKENS!r}: the cells are not tokenized. Call scbin.pp.tokenize(adata)."
+        )
+    stored = adata.uns.get(_keys.UNS, {}).get(_keys.VOCABULARY)
+    own = None if stored is None else Vocabulary.from_json(str(stored))
+    if own is not None and vocabulary is not None and own.sha256 != vocabulary.sha256:
+        raise ScbinInputError(
+            "T03",
+            f"the tokens were made with another vocabulary ({own!r}) than the one asked for ({vocabulary!r}). "
+            "Call scbin.pp.tokenize(adata, like=model).",
+        )
+    vocabulary = own or vocabulary
+    if vocabulary is None:
+        raise ScbinInputError(
+            "T02",
+            f"adata.obsm[{_keys.TOKENS!r}] is there but adata.uns['scbin']['vocabulary'] is not: anndata.concat drops uns. "
+            "Join with anndata.concat(adatas, uns_merge='same'), or tokenize again.",
+        )
+    return _checked_tokens(adata, vocabulary), vocabulary
+
+
+def _checked_tokens(adata: ad.AnnData, vocabulary: Vocabulary) -> sparse.csr_matrix:
+    tokens = adata.obsm[_keys.TOKENS]
+    if not sparse.issparse(tokens):
+        tokens = sparse.csr_matrix(np.asarray(tokens))
+    if tokens.shape[1] != vocabulary.n_positions or tokens.dtype.kind != "u":
+        raise ScbinInputError(
+            "T04",
+            f"adata.obsm[{_keys.TOKENS!r}] has {tokens.shape[1]} columns of {tokens.dtype}, but its vocabulary needs "
+            f"{vocabulary.n_positions} of {vocabulary.dtype}: joining tables with different vocabularies cuts or widens it. "
+            "Tokenize the joined data again.",
+        )
+    tokens = sparse.csr_matrix(tokens)
+    if not tokens.has_sorted_indices:
+        tokens = tokens.sorted_indices()
+    if tokens.nnz and int(tokens.data.max()) >= vocabulary.n_tokens:
+        raise ScbinInputError("T05", "some tokens have ids that the vocabulary does not know. Tokenize again.")
+    return tokens
+
+
+# ---- matrices by row blocks -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive rows of a matrix as CSR arrays; `indptr` is int64 and starts at 0."""
+
+    start: int
+    data: np.ndarray
+    indices: np.ndarray
+    indptr: np.ndarray
+    n_vars: int
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return len(self.indptr) - 1
+
+    def csr(self) -> sparse.csr_matrix:
+        """Return a canonical CSR matrix: sorted, no duplicates, no stored zeros. The source is not touched."""
+        matrix = sparse.csr_matrix((self.data, self.indices, self.indptr), shape=(self.n_rows, self.n_vars), copy=True)
+        matrix.has_canonical_format = False
+        matrix.sum_duplicates()
+        matrix.eliminate_zeros()
+        return matrix
+
+
+def iter_blocks(
+    adata: ad.AnnData, layer: str | None = None, *, block_values: int = BLOCK
+) -> Iterator[tuple[int, sparse.csr_matrix]]:
+    """Go through X or a layer of any container as (first row, canonical CSR of consecutive rows)."""
+    for block in raw_blocks(adata, layer, block_values=block_values):
+        yield block.start, block.csr()
+
+
+def raw_blocks(adata: ad.AnnData, layer: str | None = None, *, block_values: int = BLOCK) -> Iterator[Block]:
+    """Go through the matrix as it is stored: explicit zeros, order and duplicates are left as they are."""
+    if adata.is_view:  # the parent's matrix is read through the view, a block at a time
+        rows = _rows_per_block(adata.n_vars, block_values)
+        for start in range(0, adata.n_obs, rows):
+            part = adata[start : start + rows]
+            yield _block(matrix_of(part, layer), start, start, part.n_obs, view=True)
+        return
+    matrix = matrix_of(adata, layer)
+    if sparse.issparse(matrix) and matrix.format == "csc":
+        check_structure(matrix.indptr, matrix.indices, matrix.data, matrix.shape[::-1])
+        matrix = sparse.csr_matrix(matrix)
+    if hasattr(matrix, "dask"):
+        yield from _dask_blocks(matrix)
+        return
+    if sparse.issparse(matrix):
+        check_structure(matrix.indptr, matrix.indices, matrix.data, matrix.shape)
+    n_rows, stored = matrix.shape[0], _stored(matrix)
+    rows = _rows_per_block(max(1, stored // max(1, n_rows)), block_values)
+    for start in range(0, n_rows, rows):
+        yield _block(matrix, start, 0, min(rows, n_rows - start))
+
+
+def _rows_per_block(values_per_row: int, block_values: int) -> int:
+    return int(np.clip(block_values // max(1, values_per_row), 1, 65_536))
+
+
+def _stored(matrix: Any) -> int:
+    if isinstance(matrix, CSRDataset | CSCDataset):
+        return int(matrix.group["data"].shape[0])
+    return int(matrix.nnz) if sparse.issparse(matrix) else int(np.prod(matrix.shape, dtype=np.int64))
+
+
+def _block(matrix: Any, start: int, offset: int, n_rows: int, *, view: bool = False) -> Block:
+    """Rows `start - offset` to `+ n_rows` of a container as a block that begins at row `start` of the whole."""
+    first = start - offset
+    if sparse.issparse(matrix) and matrix.format == "csr" and not view:
+        indptr = matrix.indptr[first : first + n_rows + 1].astype(np.int64)
+        low, high = int(indptr[0]), int(indptr[-1])
+        return _arrays(start, matrix.data[low:high], matrix.indices[low:high], indptr - low, matrix.shape[1])
+    part = matrix if view else matrix[first : first + n_rows]
+    if not sparse.issparse(part):
+        part = np.asarray(part)
+        _check_dtype(part)
+    part = sparse.csr_matrix(part)
+    check_structure(part.indptr, part.indices, part.data, part.shape)
+    return _arrays(start, part.data, part.indices, part.indptr.astype(np.int64), part.shape[1])
+
+
+def _arrays(start: int, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, n_vars: int) -> Block:
+    """Narrow to the types that the kernels are compiled for: float32 where it holds every value, int32 columns."""
+    if data.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+        small = data.dtype.itemsize <= 2 or not data.size or (data.dtype.kind != "f" and abs(data).max() < 2**24)
+        data = data.astype(np.float32 if small else np.float64)
+    if not data.dtype.isnative:
+        data = data.astype(data.dtype.newbyteorder("="))
+    return Block(start, data, np.asarray(indices, dtype=np.int32), indptr, n_vars)
+
+
+def _dask_blocks(matrix: Any) -> Iterator[Block]:
+    if len(matrix.chunks[1]) > 1:
+        raise ScbinInputError(
+            "I16",
+            f"the dask matrix is chunked along the genes ({len(matrix.chunks[1])} chunks), but cells are read whole. "
+            "Rechunk it: adata.X = adata.X.rechunk((1000, -1)).",
+        )
+    start = 0
+    for i in range(len(matrix.chunks[0])):
+        part = matrix.blocks[i, 0].compute()
+        n_rows = part.shape[0]
+        yield _block(part, start, start, n_rows, view=not (sparse.issparse(part) and part.format == "csr"))
+        start += n_rows
+
+
+def matrix_of(adata: ad.AnnData, layer: str | None) -> Any:
+    """Return X or the layer as it is stored, if it is of a kind that can be read."""
+    if layer is not None and layer not in adata.layers:
+        there = ", ".join(repr(key) for key in adata.layers) or "none"
+        raise ScbinInputError("I35", f"layers has no {layer!r}. Available: {there}.")
+    matrix = adata.X if layer is None else adata.layers[layer]
+    if matrix is None:
+        raise ScbinInputError("I48", "adata.X is None: pass layer= with the name of the layer to read.")
+    name = "X" if layer is None else f"layers[{layer!r}]"
+    if isinstance(matrix, np.ma.MaskedArray):
+        raise ScbinInputError("I13", f"{name} is a masked array; fill the mask: {name}.filled(0).")
+    if isinstance(matrix, np.matrix):
+        raise ScbinInputError("I13", f"{name} is a numpy matrix; use np.asarray({name}).")
+    if sparse.issparse(matrix) and matrix.format not in ("csr", "csc"):
+        raise ScbinInputError("I13", f"{name} is a sparse {matrix.format} matrix; use csr_matrix({name}).")
+    if not hasattr(matrix, "shape") or len(matrix.shape) != 2:
+        raise ScbinInputError("I13", f"{name} is a {type(matrix).__name__}, not a matrix; use csr_matrix({name}).")
+    if not isinstance(matrix, CSRDataset | CSCDataset):
+        _check_dtype(matrix)
+    return matrix
+
+
+def _check_dtype(matrix: Any) -> None:
+    if matrix.dtype.kind not in "biuf":
+        raise ScbinInputError(
+            "I13", f"the matrix has dtype {matrix.dtype}, which is no number type; use astype('float32')."
+        )
+
+
+def check_structure(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, shape: tuple[int, int]) -> None:
+    """Refuse CSR arrays that point outside themselves: compiled loops would read other memory."""
+    whole = (
+        len(indptr) == shape[0] + 1
+        and indptr[0] == 0
+        and bool(np.all(indptr[1:] >= indptr[:-1]))
+        and indptr[-1] <= min(len(indices), len(data))
+    )
+    if not whole:
+        raise ScbinInputError(
+            "I43", "the sparse matrix is damaged: its indptr does not rise from 0 to the number of stored values."
+        )
+    stored = indices[: int(indptr[-1])]
+    if len(stored) and not (0 <= stored.min() and stored.max() < shape[1]):
+        raise ScbinInputError(
+            "I43",
+            f"the sparse matrix is damaged: it has column indices from {stored.min()} to {stored.max()}, but "
+            f"{shape[1]} columns.",
+        )
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def check_writable(adata: ad.AnnData, slot: str, key: str) -> None:
+    """Raise if `adata.<slot>[key]` exists and scbin did not write it."""
+    own = key.startswith(OWN) or f"{slot}/{key}" in _written(adata)
+    if key in getattr(adata, slot) and not own:
+        raise ScbinInputError(
+            "I54",
+            f"adata.{slot}[{key!r}] exists and scbin did not write it, so it is not replaced. "
+            "Choose another name with key_added=.",
+        )
+
+
+def write_obsm(adata: ad.AnnData, key: str, value: Any) -> None:
+    """Set `obsm[key]`, which must be free or scbin's own."""
+    _write(adata, "obsm", key, value)
+
+
+def write_obs(adata: ad.AnnData, key: str, value: Any) -> None:
+    """Set the obs column `key`, which must be free or scbin's own."""
+    _write(adata, "obs", key, value)
+
+
+def write_uns(adata: ad.AnnData, key: str, value: Any) -> None:
+    """Set `uns["scbin"][key]`."""
+    make_real(adata)
+    adata.uns[_keys.UNS] = {**adata.uns.get(_keys.UNS, {}), key: value}
+
+
+def make_real(adata: ad.AnnData) -> None:
+    """Turn a view into an object of its own, as the first write would, without the warning."""
+    if adata.is_view:
+        adata._init_as_actual(adata.copy())
+
+
+def _write(adata: ad.AnnData, slot: str, key: str, value: Any) -> None:
+    check_writable(adata, slot, key)
+    make_real(adata)
+    getattr(adata, slot)[key] = value
+    if not key.startswith(OWN):
+        write_uns(adata, WRITTEN, json.dumps(sorted({*_written(adata), f"{slot}/{key}"})))
+
+
+def _written(adata: ad.AnnData) -> list[str]:
+    return json.loads(str(adata.uns.get(_keys.UNS, {}).get(WRITTEN, "[]")))
+
+
+def warn(code: str, message: str) -> None:
+    """Issue one of scbin's own warnings, pointing at the caller's line."""
+    warnings.warn(ScbinInputWarning(code, message), stacklevel=4)

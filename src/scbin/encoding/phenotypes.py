@@ -1,0 +1,150 @@
+"""Labels of cells into control tokens; ages from text."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+
+from scbin._errors import ScbinInputError
+
+if TYPE_CHECKING:
+    from scbin.encoding.vocabulary import Phenotype
+
+MISSING = frozenset({"", "unknown", "nan", "none", "na", "n/a", "<na>"})
+COLUMNS = {"age": ("age", "development_stage"), "cell_type": ("cell_type",), "sex": ("sex",)}  # CELLxGENE names
+AGE_COLUMNS = ("development_stage", "age")
+LONGEST = 512
+MOST_NUMBERS = 200
+ORDINALS = {
+    word: k + 1
+    for k, word in enumerate(
+        "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
+    )
+}
+
+# days after fertilization at which Carnegie stages 1 to 23 begin
+CARNEGIE_DAYS = (1, 2, 4, 6, 7, 13, 16, 18, 20, 22, 24, 26, 28, 32, 33, 37, 41, 44, 47, 50, 52, 54, 56)
+
+AgeBins = Literal["text", "10", "20"]
+
+
+def labels_of(column: pd.Series, name: str) -> np.ndarray:
+    """Return the labels of a column as text (cells,), None where the label is missing.
+
+    Names, never codes, so unused categories do not matter; 1 and 1.0 are both "1". Numbers with fractions or of more than 200
+    kinds are refused: they are measurements.
+    """
+    values = column.astype(object).to_numpy(dtype=object)
+    codes, distinct = pd.factorize(values, use_na_sentinel=True)
+    texts = np.array([_text(value) for value in distinct] + [None], dtype=object)
+    if pd.api.types.is_numeric_dtype(column.dtype) and not pd.api.types.is_bool_dtype(column.dtype):
+        numbers = pd.to_numeric(pd.Series(distinct), errors="coerce").dropna().to_numpy(dtype=np.float64)
+        if len(numbers) > MOST_NUMBERS or (numbers != np.rint(numbers)).any():
+            raise ScbinInputError(
+                "I42",
+                f"{name!r} looks continuous ({len(numbers)} different numbers). Cut it into categories, for example with "
+                "pandas.cut, or use regression.",
+            )
+    long = [text for text in texts if text is not None and len(text) > LONGEST]
+    if long:
+        raise ScbinInputError(
+            "I41", f"{name!r} has a label of {len(long[0]):,} characters ({long[0][:40]!r}...); the limit is {LONGEST}."
+        )
+    return texts[codes]
+
+
+def _text(value: object) -> str | None:
+    if isinstance(value, float | np.floating) and np.isfinite(value) and value == np.rint(value):
+        value = int(value)
+    text = str(value)
+    return None if text.strip().lower() in MISSING else text
+
+
+def values_of(labels: np.ndarray) -> tuple[str, ...]:
+    """Return the distinct labels in a fixed order: numbers by size, then text by the alphabet."""
+    present = {label for label in labels if label is not None}
+    return tuple(
+        sorted(present, key=lambda text: (not _is_number(text), float(text) if _is_number(text) else 0.0, text))
+    )
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"-?\d+(\.\d+)?", text) is not None
+
+
+def token_ids(labels: np.ndarray, phenotype: Phenotype) -> tuple[np.ndarray, dict[str, int]]:
+    """Return the token of each cell, and the labels that the vocabulary does not know with their counts."""
+    known = {value: phenotype.first_id + k for k, value in enumerate(phenotype.values)}
+    codes, distinct = pd.factorize(labels, use_na_sentinel=True)
+    ids = np.array(
+        [known.get(text, phenotype.missing_id) for text in distinct] + [phenotype.missing_id], dtype=np.int64
+    )
+    counts = np.bincount(codes[codes >= 0], minlength=len(distinct))
+    return ids[codes], {text: int(n) for text, n in zip(distinct, counts, strict=True) if text not in known}
+
+
+# ---- ages -----------------------------------------------------------------------------------------------------------
+
+
+def age_in_years(text: str) -> float | None:
+    """Return the age that a CELLxGENE development stage names, in years; None where it names none.
+
+    Examples
+    --------
+    >>> age_in_years("34-year-old human stage"), age_in_years("third decade stage"), age_in_years("6-month-old stage")
+    (34.0, 25.0, 0.5)
+    >>> round(age_in_years("Carnegie stage 17"), 2), age_in_years("adult stage") is None
+    (0.11, True)
+    """
+    text = text.strip().lower().replace("human ", "")
+    rules = (
+        (r"under 1[- ]year[- ]old.*", lambda m: 1.0),
+        (r"(\d+(?:\.\d+)?)(?:[- ]years?(?:[- ]old)?(?: and over)?(?: stage)?)?", lambda m: float(m[1])),
+        (r"(\d+)\s*[-\N{EN DASH}]\s*(\d+)[- ]years?(?:[- ]old)?(?: stage)?", lambda m: (float(m[1]) + float(m[2])) / 2),
+        (r"(\d+(?:\.\d+)?)[- ]months?(?:[- ]old)?(?: stage)?", lambda m: float(m[1]) / 12),
+        (r"(\d+(?:\.\d+)?)[- ]weeks?(?:[- ]old)?(?: stage)?", lambda m: float(m[1]) / 52),
+        (r"(\d+(?:\.\d+)?)[- ]days?(?:[- ]old)?(?: stage)?", lambda m: float(m[1]) / 365.25),
+        (r"(\d+)(?:st|nd|rd|th) week post-fertilization(?: stage)?", lambda m: float(m[1]) / 52),
+        (r"(\d+)(?:st|nd|rd|th) lmp month(?: stage)?", lambda m: float(m[1]) / 12),
+        (r"carnegie stage (\d+)", lambda m: _carnegie(int(m[1]))),
+        (r"(\w+) lmp month(?: stage)?", lambda m: ORDINALS[m[1]] / 12 if m[1] in ORDINALS else None),
+        (r"(\w+) decade(?: of life)?(?: stage)?", lambda m: 10 * ORDINALS[m[1]] - 5 if m[1] in ORDINALS else None),
+        (r"(\d+)(?:st|nd|rd|th) decade(?: of life)?(?: stage)?", lambda m: 10 * float(m[1]) - 5),
+    )
+    for pattern, years in rules:
+        match = re.fullmatch(pattern, text)
+        if match:
+            found = years(match)
+            return None if found is None else float(found)
+    return None
+
+
+def _carnegie(stage: int) -> float | None:
+    return CARNEGIE_DAYS[stage - 1] / 365.25 if 1 <= stage <= len(CARNEGIE_DAYS) else None
+
+
+def age_group(years: float | None, width: int) -> str | None:
+    """Return the class of an age, [low, high): by 20 years from 0, by 10 years from 10 (children have none there)."""
+    if years is None or not np.isfinite(years) or years < 0:
+        return None
+    if years >= 80:
+        return ">=80"
+    if width == 20 and years < 20:
+        return "<20"
+    if width == 10 and years < 10:
+        return None
+    low = int(years // width) * width
+    return f"{low}-{low + width}"
+
+
+def age_labels(labels: np.ndarray, width: int) -> tuple[np.ndarray, dict[str, int]]:
+    """Return the age classes of labels, and the labels that name no age with their counts."""
+    codes, distinct = pd.factorize(labels, use_na_sentinel=True)
+    years = [age_in_years(text) for text in distinct]
+    groups = np.array([age_group(age, width) for age in years] + [None], dtype=object)
+    counts = np.bincount(codes[codes >= 0], minlength=len(distinct))
+    unread = {str(t): int(n) for t, n, age in zip(distinct, counts, years, strict=True) if age is None}
+    return groups[codes], unread

@@ -1,0 +1,127 @@
+"""One matrix of one AnnData, read several times by row blocks: which columns count, what its values are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scbin._anndata import Block, raw_blocks
+from scbin._errors import ScbinInputError
+from scbin.encoding.values import Reading, Scan, Values, read_values
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from anndata import AnnData
+
+COUNT_LAYERS = ("counts", "raw_counts", "raw")
+
+
+class Source:
+    """The matrix that a verb reads: `X`, or a layer."""
+
+    def __init__(self, adata: AnnData, layer: str | None):
+        self.adata = adata
+        self.layer = layer
+        self.name = "X" if layer is None else f"layers[{layer!r}]"
+        self.used, self.left_out = _used_columns(adata)
+        self._unsorted: set[int] = set()
+        self._scan: Scan | None = None
+
+    def blocks(self) -> Iterator[Block]:
+        """Go through the rows; after the scan every block is sorted and has no duplicates."""
+        for block in raw_blocks(self.adata, self.layer):
+            yield self._sorted(block) if block.start in self._unsorted else block
+
+    def _sorted(self, block: Block) -> Block:
+        matrix = block.csr()
+        return Block(block.start, matrix.data, matrix.indices, matrix.indptr.astype(np.int64), block.n_vars)
+
+    def scan(self) -> Scan:
+        """Look at every stored value, once."""
+        if self._scan is None:
+            scan = Scan(self.adata.n_obs)
+            for block in raw_blocks(self.adata, self.layer):
+                self.look(scan, block)
+            self._scan = scan
+        return self._scan
+
+    def look(self, scan: Scan, block: Block) -> Block:
+        """Take a block into the scan, and return it sorted."""
+        if _out_of_order(block):
+            self._unsorted.add(block.start)
+            block = self._sorted(block)
+        scan.add(block.start, block.data, block.indices, block.indptr, block.n_vars, self.used)
+        return block
+
+    def read(self, scan: Scan, values: Values) -> Reading:
+        """Decide what the values are; the errors name places and the layer that would do."""
+        note: Any = self.adata.uns.get("log1p")
+        base = note.get("base") if isinstance(note, dict) else None
+        try:
+            return read_values(
+                scan,
+                values=values,
+                noted=note is not None,
+                noted_base=None if base is None else float(base),
+                name=self.name,
+                places=self._places(scan),
+            )
+        except ScbinInputError as error:
+            hint = self.suggest_counts()
+            if hint is None:
+                raise
+            raise ScbinInputError(error.code, f"{str(error).split('] ', 1)[1]} {hint}") from None
+
+    def _places(self, scan: Scan) -> str:
+        adata = self.adata
+        return ", ".join(
+            f"cell {str(adata.obs_names[row])!r}, gene {str(adata.var_names[column])!r}: {value:.4g}"
+            for row, column, value in scan.places
+        )
+
+    def suggest_counts(self) -> str | None:
+        """Name a layer, or `.raw`, that holds whole, non-negative numbers, if there is one beside this matrix."""
+        for layer in COUNT_LAYERS:
+            if layer != self.layer and layer in self.adata.layers and _holds_counts(self.adata, layer):
+                return f'layers[{layer!r}] holds counts: pass layer="{layer}" to use them.'
+        raw = None if self.adata.isbacked else self.adata.raw
+        if raw is not None and _whole(raw.X):
+            return ".raw holds counts: adata.raw.to_adata() gives them as an AnnData of its own."
+        return None
+
+
+def _out_of_order(block: Block) -> bool:
+    """Whether some row has columns that do not increase; the flags of a container can be set wrongly."""
+    if len(block.indices) < 2:
+        return False
+    down = block.indices[1:] <= block.indices[:-1]
+    starts = block.indptr[1:-1]
+    down[starts[(starts > 0) & (starts < len(block.indices))] - 1] = False
+    return bool(down.any())
+
+
+def _holds_counts(adata: AnnData, layer: str) -> bool:
+    try:
+        return all(_whole(block.data) for block in raw_blocks(adata, layer))
+    except ScbinInputError:
+        return False
+
+
+def _whole(matrix: Any) -> bool:
+    values = np.asarray(getattr(matrix, "data", matrix)) if hasattr(matrix, "nnz") else np.asarray(matrix)
+    return values.dtype.kind in "biuf" and bool(
+        ((values >= 0) & (values == np.rint(values)) & np.isfinite(values)).all()
+    )
+
+
+def _used_columns(adata: AnnData) -> tuple[np.ndarray, int]:
+    """Which columns are gene counts: all, or those that `var["feature_types"]` calls Gene Expression."""
+    used = np.ones(adata.n_vars, dtype=bool)
+    if "feature_types" in adata.var.columns:
+        kinds = adata.var["feature_types"].astype(str).to_numpy()
+        genes = kinds == "Gene Expression"
+        if genes.any() and not genes.all():
+            return genes, int((~genes).sum())
+    return used, 0
