@@ -106,20 +106,23 @@ def test_class_weights_divide_by_their_sum():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_gradients_do_not_depend_on_the_token_budget(small, dropout):
+def test_gradients_do_not_depend_on_packs_or_token_budget(small, dropout):
+    """One pack; several, with their activations kept; several, twice through the network. The last two even with dropout."""
     found = []
-    for budget in (10_000, 200) if dropout == 0 else (200, 200):
+    for budget, size in ((10_000, None), (10_000, 200), (200, None))[bool(dropout) :]:
         bert, objective = small.bert(hidden_dropout_prob=dropout).train(), small.objective()
         stepper = Stepper(bert, objective, World(), torch.device("cpu"), torch.float32, 0)
-        share = prepare_share(objective, small.tokens, np.arange(10, 40), World(), seed=0, epoch=0, token_budget=budget)
-        assert (len(share.packs) == 1) == (budget == 10_000)
+        share = prepare_share(
+            objective, small.tokens, np.arange(10, 40), World(), seed=0, epoch=0, token_budget=budget, pack_tokens=size
+        )
+        assert (len(share.packs) == 1) == (budget == 10_000 and size is None)
         with private_generators(torch.device("cpu")):
             losses = stepper.gradients(share, share.counts, 3)
         found.append((losses.total, [p.grad.clone() for p in bert.parameters() if p.grad is not None]))
-    (a, grads_a), (b, grads_b) = found
-    assert float(a) == pytest.approx(float(b), abs=1e-6 * float(a))
-    for x, y in zip(grads_a, grads_b, strict=True):
-        assert (x - y).abs().max() < 1e-5 if dropout == 0 else torch.equal(x, y)
+    for total, gradients in found[1:]:
+        assert float(total) == pytest.approx(float(found[0][0]), rel=1e-6)
+        for x, y in zip(gradients, found[0][1], strict=True):
+            assert (x - y).abs().max() < 1e-5 if dropout == 0 else torch.equal(x, y)
 
 
 def test_parts_equal_the_whole_by_finite_differences(small):

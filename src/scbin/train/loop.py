@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from scbin.train.objective import Objective
     from scbin.train.settings import TrainSettings
 
+_PACK_TOKENS_CPU = (
+    4096  # activations stay in the caches and the allocator's hands: 1.05x (tiny) to 1.75x (base) measured
+)
 _MOST_SKIPPED = 3  # non-finite steps in a row
 
 
@@ -107,6 +110,7 @@ class _Run:
         self.device = own_device(settings.device, world)
         self.dtype = resolve_precision(settings.precision, self.device, bert.config)
         self.training, self.held_out = split(tokens, cells, settings)
+        self.pack_tokens = _PACK_TOKENS_CPU if self.device.type == "cpu" else None
         self.zero_positions = seen_genes(tokens, objective)
         bert.to(self.device)  # type: ignore[arg-type]
         objective.to(self.device).train()
@@ -178,7 +182,7 @@ class _Run:
         """Mask and pack this process's part of some cells."""
         return prepare_share(
             self.objective, self.tokens, cells, self.world, seed=self.settings.seed, epoch=epoch,
-            token_budget=self.budget, zero_positions=self.zero_positions,
+            token_budget=self.budget, pack_tokens=self.pack_tokens, zero_positions=self.zero_positions,
         )  # fmt: skip
 
     def take_step(self, share: Share, totals: np.ndarray) -> Pending:
@@ -303,7 +307,7 @@ class _Run:
             cells = self.world.share(self.held_out[first : first + 256])
             share = prepare_share(
                 self.objective, self.tokens, cells, World(), seed=self.settings.seed, epoch=EVALUATION,
-                token_budget=self.budget, zero_positions=self.zero_positions, views=1,
+                token_budget=self.budget, pack_tokens=self.pack_tokens, zero_positions=self.zero_positions, views=1,
             )  # fmt: skip
             sums += self.stepper.evaluate(share).double().cpu().numpy()
             counts += share.counts

@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from scbin._errors import ScbinInputError
 from scbin.data.loadings import gene_loadings
 from scbin.data.masking import MaskingScheme
 from scbin.nn.bert import build_bert, init_gene_table
 from scbin.nn.embedding import pooling_weights
-from scbin.train.loop import train, training_cells
+from scbin.train.loop import train
 from scbin.train.objective import Contrastive, MaskedLoss, Objective
+from scbin.train.setup import split
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
     import pandas as pd
     from scipy.sparse import csr_matrix
     from transformers import BertForMaskedLM
@@ -91,7 +91,7 @@ def pretrain_tokens(
 
     Held-out cells enter neither the weights nor the start of the gene table.
     """
-    training, _ = training_cells(tokens, settings)
+    training, _ = split(tokens, None, settings)
     bert = build_bert(vocabulary, preset, seed=settings.seed)
     gene_weights = None
     if recipe.gene_table == "svd":

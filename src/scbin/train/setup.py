@@ -30,7 +30,7 @@ def ready(bert: BertForMaskedLM, settings: TrainSettings) -> Iterator[None]:
     The biases of the keys rest: they move every score of a query alike, so their gradient is zero but for rounding, which
     AdamW would blow up to full steps that differ from machine to machine.
     """
-    resting = [layer.attention.self.key.bias for layer in bert.bert.encoder.layer]
+    resting = [p for name, p in bert.named_parameters() if name.endswith("attention.self.key.bias")]
     trained = [bias for bias in resting if bias.requires_grad]
     for bias in trained:
         bias.requires_grad_(False)
@@ -49,12 +49,13 @@ def ready(bert: BertForMaskedLM, settings: TrainSettings) -> Iterator[None]:
 
 def _compile(bert: BertForMaskedLM, on: bool) -> None:
     """Let torch.compile fuse the feed-forward blocks, for any number of tokens; or take that back."""
-    for layer in bert.bert.encoder.layer:
-        for block in (layer.intermediate, layer.output, layer.attention.output):
-            if on:
-                block.compile(dynamic=True)
-            else:
-                block._compiled_call_impl = None
+    for name, block in bert.bert.encoder.named_modules():
+        if not name.endswith((".intermediate", ".output")):
+            continue
+        if on:
+            block.compile(dynamic=True)
+        else:
+            block._compiled_call_impl = None
 
 
 def own_device(device: str, world: World) -> torch.device:

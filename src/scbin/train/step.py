@@ -35,6 +35,7 @@ class Share:
     cells: np.ndarray  # all cells of the step
     row_counts: list[int]  # rows of each process
     n_tokens: int
+    fits: bool  # whether all packs together are within the token budget
 
 
 def prepare_share(
@@ -46,16 +47,18 @@ def prepare_share(
     seed: int,
     epoch: int,
     token_budget: int,
+    pack_tokens: int | None = None,
     zero_positions: np.ndarray | None = None,
     views: Literal[1, 2] | None = None,
 ) -> Share:
-    """Mask this process's part of the cells of a step and plan its packs."""
+    """Mask this process's part of the cells of a step and plan its packs, of `pack_tokens` where less than the budget."""
     shares = np.array_split(cells, world.size)
     views = views or objective.views
     pack, targets = objective.rows(tokens, shares[world.rank], seed, epoch, views=views, zero_positions=zero_positions)
-    packs = split_pack(pack, targets, token_budget)
+    packs = split_pack(pack, targets, min(token_budget, pack_tokens or token_budget))
     row_counts = [len(share) * views for share in shares]
-    return Share(packs, objective.counts(targets), cells, row_counts, pack.n_tokens)
+    fits = pack.n_tokens <= token_budget
+    return Share(packs, objective.counts(targets), cells, row_counts, pack.n_tokens, fits)
 
 
 @contextmanager
@@ -112,35 +115,30 @@ class Stepper:
 
     @torch.enable_grad()
     def gradients(self, share: Share, total_counts: np.ndarray, step: int) -> StepLosses:
-        """Leave the gradient of the step's loss in the parameters, the same at any token budget and number of processes.
+        """Leave the gradient of the step's loss in the parameters, the same for any packs and number of processes.
 
         The masked loss is a sum over targets divided by the count of the whole step. A cell term needs the vectors of all
-        cells at once. With one pack and one process they are at hand; otherwise a first pass without gradients collects them,
-        the term's gradient with respect to them is taken, and the second pass carries it into each pack.
+        cells at once: they are collected over packs and processes, the term's gradient with respect to them is taken, and the
+        backward of each pack carries it in. Where the activations of all packs fit into the token budget they are kept from
+        the first forward; else that one is done without gradients and each pack goes through twice.
         """
         objective = self.objective
         for parameter in self.parameters:
             parameter.grad = None
         factors = to_device(self._factors(total_counts), self.device)
         batches = [objective.batch(*pack, self.device) for pack in share.packs]
-        whole = self.world.size == 1 and len(batches) == 1 and len(batches[0].rows) == share.row_counts[0]
-        in_parts = objective.views == 2 and not whole
         cell_values = torch.zeros(len(objective.cell_terms), device=self.device)
-        z_gradient = None
-        if in_parts:
-            cell_values, z_gradient = self._cell_gradient(batches, share, step)
         sums = torch.zeros(len(objective.tasks), device=self.device)
+        z_gradient, kept = None, {}
+        if objective.views == 2:
+            if share.fits:
+                kept = {number: self._forward(batch, step, number) for number, batch in enumerate(batches)}
+            cell_values, z_gradient = self._cell_gradient(batches, kept, share, step)
         for number, batch in enumerate(batches):
-            with self._forward(step, number):
-                hidden = self._encode(batch)
-                task_sums = objective.masked_sums(self.bert, hidden, batch)
+            task_sums, z = kept.pop(number) if kept else self._forward(batch, step, number)
             loss = (task_sums * factors).sum()
-            if z_gradient is not None:
-                loss = loss + (objective.pooled(hidden, batch) * z_gradient[batch.rows]).sum()
-            elif objective.views == 2:
-                values = objective.cell_losses(objective.pooled(hidden, batch), share.cells)
-                loss = loss + self._weigh(values)
-                cell_values = values.detach()
+            if z is not None and z_gradient is not None:
+                loss = loss + (z * z_gradient[batch.rows]).sum()
             loss.backward()
             sums += task_sums.detach()
         self.world.sum_gradients(self.parameters)
@@ -169,22 +167,29 @@ class Stepper:
             cell_values.new_zeros(()),
         )
 
-    @contextmanager
-    def _forward(self, step: int, number: int) -> Iterator[None]:
+    def _forward(
+        self, batch: Batch, step: int, number: int, *, vectors_only: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the summed losses of a pack and, where there are views, the vectors of its rows."""
         seed_generators(self.device, self.seed, step, number, self.world.rank)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            yield
+            hidden = self._encode(batch)
+            none = hidden.new_zeros(len(self.objective.tasks))
+            sums = none if vectors_only else self.objective.masked_sums(self.bert, hidden, batch)
+        return sums, self.objective.pooled(hidden, batch) if self.objective.views == 2 else None
 
-    def _cell_gradient(self, batches: list[Batch], share: Share, step: int) -> tuple[Tensor, Tensor]:
+    def _cell_gradient(
+        self, batches: list[Batch], kept: dict[int, tuple[Tensor, Tensor | None]], share: Share, step: int
+    ) -> tuple[Tensor, Tensor]:
         """Return the cell terms over all cells of the step and their gradient at this process's rows."""
         mine = sum(share.row_counts[: self.world.rank])
         n_rows = share.row_counts[self.world.rank]
         z = torch.zeros(n_rows, self.bert.config.hidden_size, device=self.device)
         with torch.no_grad():
             for number, batch in enumerate(batches):
-                with self._forward(step, number):
-                    hidden = self._encode(batch)
-                z[batch.rows] = self.objective.pooled(hidden, batch)
+                _, part = kept[number] if kept else self._forward(batch, step, number, vectors_only=True)
+                if part is not None:
+                    z[batch.rows] = part.detach()
         z = self.world.gather_rows(z, share.row_counts).requires_grad_()
         seed_generators(self.device, self.seed, step, -1)
         values = self.objective.cell_losses(z, share.cells)
