@@ -138,19 +138,16 @@ def _tile(ax: Axes, i: int, text: str, caption: str, *, face: Any, edge: Any = "
     )
     ax.add_patch(box)
     ink = "white" if np.dot(to_rgb(face), [0.299, 0.587, 0.114]) < 0.55 else _style.TEXT_COLOUR
-    ax.text(
-        x + 0.5, y + 0.42, _style.shorten(text, 16), color=ink, ha="center", va="center", fontsize=8.5, parse_math=False
-    )
-    ax.text(
-        x + 0.5,
-        y + 0.70,
-        _style.shorten(caption, 24),
-        color=ink,
-        ha="center",
-        va="center",
-        fontsize=6,
-        parse_math=False,
-    )
+    for words, height, largest in ((_style.shorten(text, 16), 0.42, 8.5), (_style.shorten(caption, 24), 0.70, 6.0)):
+        size = min(largest, _tile_points(ax) / (0.62 * max(len(words), 1)))
+        ax.text(x + 0.5, y + height, words, color=ink, ha="center", va="center", fontsize=size, parse_math=False)
+
+
+def _tile_points(ax: Axes) -> float:
+    """Width inside a tile in points: text is made to fit into it, also in small axes."""
+    figure = ax.get_figure(root=True)
+    inches = ax.get_position().width * figure.get_size_inches()[0] if figure is not None else PER_ROW
+    return 72 * 0.78 * inches / PER_ROW
 
 
 def _finish(ax: Axes, n_rows: int, vocabulary: Vocabulary, title: str, n_more: int) -> None:
@@ -162,18 +159,12 @@ def _finish(ax: Axes, n_rows: int, vocabulary: Vocabulary, title: str, n_more: i
     ax.set_axis_off()
     explanation = EXPLAINED[vocabulary.encoding].format(reads=vocabulary.bins and vocabulary.bins.reads)
     ax.set_title(title, loc="left", fontsize=11, color=_style.TEXT_COLOUR, parse_math=False, pad=18)
-    ax.text(
-        0.0,
-        1.01,
-        explanation,
-        transform=ax.transAxes,
-        va="bottom",
-        fontsize=8,
-        color=_style.QUIET_COLOUR,
-    )
+    ax.text(0.0, 1.01, explanation, transform=ax.transAxes, va="bottom", fontsize=8, color=_style.QUIET_COLOUR)
 
 
 def _new_axes(n_rows: int) -> Axes:
     import matplotlib.pyplot as plt
 
-    return plt.subplots(figsize=(1.25 * PER_ROW, 0.55 * n_rows + 0.8), layout="constrained")[1]
+    height = 0.55 * n_rows + 0.9
+    margins = {"left": 0.015, "right": 0.985, "bottom": 0.02, "top": 1 - 0.6 / height}
+    return plt.subplots(figsize=(1.25 * PER_ROW, height), gridspec_kw=margins)[1]
