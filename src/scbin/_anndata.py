@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import anndata as ad
 import numpy as np
-import pandas as pd
 from anndata.abc import CSCDataset, CSRDataset
 from scipy import sparse
 
@@ -20,6 +19,8 @@ from scbin.encoding.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import pandas as pd
 
 BLOCK = 4_000_000  # stored values per row block: tens of megabytes
 WRITTEN = "written"  # uns["scbin"]["written"], JSON list of slots scbin wrote under names that the user chose

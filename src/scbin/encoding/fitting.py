@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 
 from scbin.encoding.kernels import frozen, gene_moments
-from scbin.encoding.quantiles import QuantileSketch
 
 if TYPE_CHECKING:
+    from scbin.encoding.quantiles import QuantileSketch
     from scbin.encoding.values import Reading
 
+Rows = tuple[np.ndarray, np.ndarray, np.ndarray]  # CSR: data, indices, indptr
 TARGET = 10_000.0
 MEAN_BINS = 20
 
@@ -26,8 +27,9 @@ class GeneMoments:
         self.n_cells = np.zeros(n_genes, dtype=np.int64)
         self._total, self._squares, self.largest, self.raw_sums = np.zeros((4, n_genes))
 
-    def add(self, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, columns: np.ndarray) -> None:
+    def add(self, block: Rows, columns: np.ndarray) -> None:
         """Take in a block of rows."""
+        data, indices, indptr = block
         sums = (self.n_cells, self._total, self._squares, self.largest, self.raw_sums)
         rows = (frozen(indptr), frozen(data), frozen(indices), frozen(columns))
         gene_moments(*rows, TARGET, self._reading.log_factor, *sums)
@@ -79,9 +81,7 @@ def _dispersion(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
 
 def add_normalised(
     sketch: QuantileSketch,
-    data: np.ndarray,
-    indices: np.ndarray,
-    indptr: np.ndarray,
+    block: Rows,
     columns: np.ndarray,
     reading: Reading,
     *,
@@ -89,6 +89,7 @@ def add_normalised(
     one_group: bool = False,
 ) -> None:
     """Put the expressed values of a block, per 10,000 counts, into a sketch by gene; with `logs` as log1p of that."""
+    data, indices, indptr = block
     genes = columns[indices]
     values = np.where(genes > -2, np.maximum(data, 0).astype(np.float64), 0.0)
     if reading.log_factor and logs:

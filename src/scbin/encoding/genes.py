@@ -84,10 +84,13 @@ def match_genes(
     name_map: Mapping[str, str] | None = None,
     case: Literal["exact", "upper"] = "exact",
     duplicates: Literal["sum", "error"] = "sum",
+    beside: Mapping[str, Sequence[object]] | None = None,
+    cells: Sequence[str] = (),
 ) -> GeneMatch:
     """Match column names to the genes of a vocabulary, or, without one, make the list of genes.
 
-    Columns of one gene are summed later; `used` is False for columns that hold something else than gene counts.
+    Columns of one gene are summed later; `used` is False for columns that hold something else than gene counts. `beside` are
+    other names of the same columns and `cells` the names of the cells: only to give advice when the names do not fit.
     """
     used = np.ones(len(names), dtype=bool) if used is None else used
     if case == "upper":
@@ -104,7 +107,10 @@ def match_genes(
     match.columns = np.array([index.get(name, -1) if name is not None else -1 for name in mapped], dtype=np.int32)
     match.columns[~used] = -2
     if vocabulary is not None:
-        _explain_mismatch([n for n, use in zip(names, used, strict=True) if n is not None and use], match, case)
+        kept = [n for n, use in zip(names, used, strict=True) if n is not None and use]
+        _explain_mismatch(kept, match, case, beside or {}, cells)
+    elif len(cells) and kind_of(cells) == "Ensembl ids" != kind_of([n for n in names if n is not None]):
+        raise ScbinInputError("I34", f"the cells have gene names ({_some(cells)}): transpose it, adata = adata.T.")
     _note_duplicates(mapped, used, match, duplicates)
     return match
 
@@ -165,13 +171,20 @@ def _note_duplicates(names: list[str | None], used: np.ndarray, match: GeneMatch
     match.warnings.append(("I22", f"{found}; their columns were added up."))
 
 
-def _explain_mismatch(names: list[str], match: GeneMatch, case: str) -> None:
+def _explain_mismatch(
+    names: list[str], match: GeneMatch, case: str, beside: Mapping[str, Sequence[object]], cells: Sequence[str]
+) -> None:
     """Raise if the names are those of another species, another case or another kind of name than the vocabulary's."""
     vocabulary = match.genes
     n_found = int((match.columns >= 0).sum())
     share = n_found / max(1, min(len(names), len(vocabulary)))
     if share >= 0.5:
         return
+    if len(set(cells) & set(vocabulary)) > max(1, n_found):
+        raise ScbinInputError(
+            "I34", f"the vocabulary's genes are among obs_names ({_some(cells)}): transpose it, adata = adata.T."
+        )
+    advice = _best_column(beside, vocabulary, n_found)
     here, there = species_of(names), species_of(vocabulary)
     if here and there and here != there:
         raise ScbinInputError(
@@ -192,12 +205,24 @@ def _explain_mismatch(names: list[str], match: GeneMatch, case: str) -> None:
         raise ScbinInputError(
             "I30",
             f"the gene names are {kind_here} ({_some(names)}), the vocabulary needs {kind_there} ({_some(vocabulary)})"
-            "{advice}.",
+            f"{advice}.",
         )
     if n_found == 0:
         raise ScbinInputError(
-            "I31", f"no gene is in the vocabulary: here {_some(names)}, there {_some(vocabulary)}{{advice}}."
+            "I31", f"no gene is in the vocabulary: here {_some(names)}, there {_some(vocabulary)}{advice}."
         )
+
+
+def _best_column(beside: Mapping[str, Sequence[object]], vocabulary: Sequence[str], n_found: int) -> str:
+    known = set(vocabulary)
+    hits = {
+        column: len({strip_version(name) for name in names if isinstance(name, str)} & known)
+        for column, names in beside.items()
+    }
+    best = max(hits, key=hits.__getitem__, default=None)
+    if best is None or hits[best] <= n_found:
+        return ""
+    return f"; var[{best!r}] has {hits[best]:,} of them: pass gene_key={best!r}"
 
 
 def species_of(names: Sequence[str]) -> str | None:

@@ -30,7 +30,7 @@ def _pool(n_threads: int) -> ThreadPoolExecutor:
 def n_threads() -> int:
     """Threads the kernels use: `NUMBA_NUM_THREADS`, at most the cores this process may run on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return max(1, min(cores, int(config.NUMBA_NUM_THREADS)))
+    return max(1, min(cores, int(vars(config)["NUMBA_NUM_THREADS"])))
 
 
 def frozen(array: np.ndarray) -> np.ndarray:

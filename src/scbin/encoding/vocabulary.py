@@ -15,6 +15,7 @@ from scbin.encoding.bins import Bins
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 Encoding = Literal["bins", "binary", "rank", "gene_bins"]
 Layout = Literal["scbin", "geneformer_v1", "geneformer_v2", "bionemo"]
@@ -144,6 +145,36 @@ class Vocabulary:
             name_map=None if name_map is None else tuple(sorted(name_map.items())),
         )
 
+    @classmethod
+    def from_geneformer(
+        cls,
+        token_dictionary: Mapping[str, int] | str | Path,
+        gene_medians: Mapping[str, float] | str | Path,
+        ensembl_mapping: Mapping[str, str] | str | Path | None = None,
+        gene_names: Mapping[str, str] | str | Path | None = None,
+    ) -> Vocabulary:
+        """Build the `"rank"` vocabulary of a Geneformer version, V1 or V2, with its own token ids.
+
+        Parameters
+        ----------
+        token_dictionary
+            `{gene or special: id}`, or a file with it.
+        gene_medians
+            `{gene: median}`, or a file with it.
+        ensembl_mapping
+            `{symbol, alias or retired id: gene}`, or a file with it: with it, data may name genes by symbol.
+        gene_names
+            `{symbol: gene}`, or a file with it (V1 has its symbols there).
+
+        Examples
+        --------
+        >>> Vocabulary.from_geneformer({"<pad>": 0, "<mask>": 1, "ENSG00000000003": 2}, {"ENSG00000000003": 2.0})
+        Vocabulary: rank, 1 genes, phenotypes: none, 3 token ids, 2,048 positions
+        """
+        from scbin.encoding.geneformer import vocabulary_from_geneformer
+
+        return vocabulary_from_geneformer(token_dictionary, gene_medians, ensembl_mapping, gene_names)
+
     def _check(self) -> None:
         if self.encoding not in get_args(Encoding):
             raise ScbinInputError("V01", f"encoding is {self.encoding!r}; choose one of {list(get_args(Encoding))}.")
@@ -252,6 +283,11 @@ class Vocabulary:
             levels = np.tile(self.bins.centres, len(self.genes) if self.encoding == "gene_bins" else 1)
         values[self.first_gene_id : self.first_gene_id + self.n_gene_ids] = levels
         return values
+
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        """Other names of genes, upper-cased, to the genes."""
+        return dict(self.name_map or ())
 
     def phenotype(self, name: str) -> Phenotype:
         """Return the category called `name`."""

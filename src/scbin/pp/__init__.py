@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from scbin.pp._check import check
 from scbin.pp._tokenize import tokenize
 
-__all__ = ["tokenize"]
+__all__ = ["check", "tokenize"]

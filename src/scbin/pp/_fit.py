@@ -29,16 +29,16 @@ BinRule = Literal["linear", "quantile", "quantile_per_gene", "quantile_per_cell"
 class Fit:
     """What the user asked of the vocabulary."""
 
-    encoding: Encoding
-    bins: Bins | Sequence[float] | BinRule | None
-    n_bins: int
-    threshold: float
-    zeros: Literal["drop", "keep"]
-    n_genes: int
-    mask_var: str | None
-    layout: Layout
-    max_length: int | None
-    medians: Mapping[str, float] | None
+    encoding: Encoding = "bins"
+    bins: Bins | Sequence[float] | BinRule | None = None
+    n_bins: int = 20
+    threshold: float = 0.1
+    zeros: Literal["drop", "keep"] = "drop"
+    n_genes: int = 2000
+    mask_var: str | None = "highly_variable"
+    layout: Layout = "scbin"
+    max_length: int | None = None
+    medians: Mapping[str, float] | None = None
 
 
 def fit_vocabulary(
@@ -77,7 +77,7 @@ def _moments(source: Source, reading: Reading, match: GeneMatch) -> GeneMoments:
     moments = GeneMoments(len(match.genes), reading)
     for block in source.blocks():
         rows = (block.data, block.indices, block.indptr)
-        moments.add(*(rows if add_up is None else add_up(*rows)), columns)
+        moments.add(rows if add_up is None else add_up(*rows), columns)
     return moments
 
 
@@ -130,7 +130,7 @@ def _quantile_bins(
     for block in source.blocks():
         rows = (block.data, block.indices, block.indptr)
         rows = rows if add_up is None else add_up(*rows)
-        add_normalised(sketch, *rows, columns, reading, logs=True, one_group=not per_gene)
+        add_normalised(sketch, rows, columns, reading, logs=True, one_group=not per_gene)
     quantiles = sketch.quantiles(np.linspace(0, 1, fit.n_bins, endpoint=False))
     lowest = np.nanmin(quantiles, initial=1.0) / 2
     overall = np.where(np.isnan(quantiles), np.linspace(0.1, 8, fit.n_bins)[None, :], quantiles)
@@ -151,7 +151,7 @@ def _medians(source: Source, reading: Reading, match: GeneMatch) -> np.ndarray:
     sketch = QuantileSketch(len(match.genes))
     for block in source.blocks():
         rows = (block.data, block.indices, block.indptr)
-        add_normalised(sketch, *(rows if add_up is None else add_up(*rows)), columns, reading, logs=False)
+        add_normalised(sketch, rows if add_up is None else add_up(*rows), columns, reading, logs=False)
     medians = sketch.medians()
     return np.array([float(f"{median:.7g}") for median in medians])
 

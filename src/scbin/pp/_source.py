@@ -27,12 +27,18 @@ class Source:
         self.name = "X" if layer is None else f"layers[{layer!r}]"
         self.used, self.left_out = _used_columns(adata)
         self._unsorted: set[int] = set()
+        self._seen = np.zeros(adata.n_vars, dtype=bool)
         self._scan: Scan | None = None
 
     def blocks(self) -> Iterator[Block]:
         """Go through the rows; after the scan every block is sorted and has no duplicates."""
         for block in raw_blocks(self.adata, self.layer):
             yield self._sorted(block) if block.start in self._unsorted else block
+
+    @property
+    def n_zero_genes(self) -> int:
+        """Columns without a stored value in any cell."""
+        return int((~self._seen & self.used).sum())
 
     def _sorted(self, block: Block) -> Block:
         matrix = block.csr()
@@ -52,6 +58,7 @@ class Source:
         if _out_of_order(block):
             self._unsorted.add(block.start)
             block = self._sorted(block)
+        self._seen[block.indices] = True
         scan.add(block.start, block.data, block.indices, block.indptr, block.n_vars, self.used)
         return block
 
