@@ -192,6 +192,37 @@ def test_gradient_checkpointing_and_half_precision(small):
 
 
 @pytest.mark.gpu
+def test_cuda_skips_steps_that_are_not_finite(small, monkeypatch):
+    """There the optimiser itself skips, and the host hears of it one step later."""
+    real, bad_steps = loop.Stepper.gradients, {2, 4}
+
+    def poisoned(self, share, totals, step):
+        losses = real(self, share, totals, step)
+        if step in bad_steps:
+            next(p for p in self.parameters if p.grad is not None).grad[0, 0] = float("nan")
+        return losses
+
+    monkeypatch.setattr(loop.Stepper, "gradients", poisoned)
+    bert = small.bert()
+    history = train(bert, small.objective(), small.tokens, small.settings(device="cuda"))
+    assert set(history.loc[history["skipped"] == 1, "step"]) == bad_steps
+    assert torch.isfinite(weights(bert)).all()
+    bad_steps = {3, 4, 5}
+    with pytest.raises(ScbinTrainingError, match="T62"):
+        train(small.bert(), small.objective(), small.tokens, small.settings(device="cuda"))
+
+
+@pytest.mark.gpu
+def test_cuda_waits_for_nothing_inside_a_step(small):
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        stepper_run = train(small.bert(), small.objective(), small.tokens, small.settings(device="cuda", max_steps=3))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(stepper_run) == 3
+
+
+@pytest.mark.gpu
 def test_cuda_learns_what_the_cpu_learns(small):
     found = []
     for device in ("cpu", "cuda"):

@@ -11,6 +11,7 @@ import torch
 
 from scbin._errors import ScbinInputError, ScbinTrainingError, ScbinTrainingWarning
 from scbin.data.masking import EVALUATION, epoch_order
+from scbin.nn.attention import to_device
 from scbin.nn.device import resolve_precision
 from scbin.train.distributed import World, joined_world
 from scbin.train.history import Board, History, peak_flops, step_flops
@@ -191,7 +192,7 @@ class _Run:
         factor = learning_rate_factor(self.step, self.n_steps, self.settings.warmup, self.settings.schedule)
         set_learning_rate(self.optimizer, self.settings.learning_rate * factor)
         norm, finite = self.update(losses)
-        per_task = losses.tasks / torch.from_numpy(np.maximum(totals, 1e-12)).to(self.device, torch.float32)
+        per_task = losses.tasks / to_device(np.maximum(totals, 1e-12).astype(np.float32), self.device)
         numbers = torch.cat([torch.stack([losses.total, norm, finite.float()]), per_task, losses.cell_terms])
         names = [name for name, total in zip(self.objective.tasks, totals, strict=True) if total]
         return Pending(self.step, share, numbers, names, self.settings.learning_rate * factor)
