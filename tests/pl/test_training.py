@@ -59,3 +59,9 @@ def test_tasks_measured_apart_are_drawn_in_pairs(history):
     assert names == ["genes", "genes, held out", "sex", "sex, held out"]
     colours = [handle.get_color() for handle in ax.get_legend().legend_handles]
     assert colours[0] == colours[1] != colours[2] == colours[3]
+
+
+def test_one_task_says_in_its_axis_what_was_lost(history):
+    ax = scbin.pl.training(history[["step"]].assign(loss=3.0, loss_genes=1.0, validation_genes=1.2))
+    assert ax.get_ylabel() == "loss of genes"
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["training", "held-out cells"]

@@ -64,11 +64,13 @@ def training(
     n_epochs = int(history["epoch"].nunique()) if "epoch" in history else 0
     epochs = f" ({n_epochs:,} epoch{'' if n_epochs == 1 else 's'})" if n_epochs else ""
     ax.set_xlabel(f"step{epochs}", fontsize=9, color=_style.TEXT_COLOUR)
-    is_loss = "loss" in columns[0] or len(columns) > 1
-    ax.set_ylabel("loss" if is_loss else columns[0].replace("_", " "), fontsize=9, color=_style.TEXT_COLOUR)
+    is_pair = len(columns) == 2 and len({_task(column) for column in columns}) == 1
+    what = "loss" if "loss" in columns or len(columns) > 2 else _task(columns[0]).replace("_", " ")
+    ax.set_ylabel(f"loss of {what}" if is_pair and what != "loss" else what, fontsize=9, color=_style.TEXT_COLOUR)
     ax.grid(axis="y", color="#ececec", linewidth=0.8)
     ax.set_axisbelow(True)
-    _style.legend_beside(ax, lines, [_name(column) for column in columns])
+    names = ["training", "held-out cells"] if is_pair else [_name(column) for column in columns]
+    _style.legend_beside(ax, lines, names)
     return ax
 
 
