@@ -132,19 +132,22 @@ class Block:
 
 
 def iter_blocks(
-    adata: ad.AnnData, layer: str | None = None, *, block_values: int = BLOCK
+    adata: ad.AnnData, layer: str | None = None, *, block_values: int | None = None
 ) -> Iterator[tuple[int, sparse.csr_matrix]]:
     """Go through X or a layer of any container as (first row, canonical CSR of consecutive rows)."""
     for block in raw_blocks(adata, layer, block_values=block_values):
         yield block.start, block.csr()
 
 
-def raw_blocks(adata: ad.AnnData, layer: str | None = None, *, block_values: int = BLOCK) -> Iterator[Block]:
+def raw_blocks(adata: ad.AnnData, layer: str | None = None, *, block_values: int | None = None) -> Iterator[Block]:
     """Go through the matrix as it is stored: explicit zeros, order and duplicates are left as they are."""
-    if adata.is_view:  # the parent's matrix is read through the view, a block at a time
+    block_values = block_values or BLOCK
+    if adata.is_view:  # the parent's matrix is read a block at a time; a view of a backed view does not exist
+        parent = adata._adata_ref
+        chosen = np.arange(parent.n_obs)[adata._oidx]
         rows = _rows_per_block(adata.n_vars, block_values)
         for start in range(0, adata.n_obs, rows):
-            part = adata[start : start + rows]
+            part = parent[chosen[start : start + rows], adata._vidx]
             yield _block(matrix_of(part, layer), start, start, part.n_obs, view=True)
         return
     matrix = matrix_of(adata, layer)
@@ -183,6 +186,8 @@ def _block(matrix: Any, start: int, offset: int, n_rows: int, *, view: bool = Fa
     if not sparse.issparse(part):
         part = np.asarray(part)
         _check_dtype(part)
+        if part.dtype.kind == "f" and (part.dtype.itemsize == 2 or not part.dtype.isnative):  # scipy takes neither
+            part = part.astype(np.float32 if part.dtype.itemsize <= 4 else np.float64)
     part = sparse.csr_matrix(part)
     check_structure(part.indptr, part.indices, part.data, part.shape)
     return _arrays(start, part.data, part.indices, part.indptr.astype(np.int64), part.shape[1])
@@ -193,8 +198,6 @@ def _arrays(start: int, data: np.ndarray, indices: np.ndarray, indptr: np.ndarra
     if data.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
         small = data.dtype.itemsize <= 2 or not data.size or (data.dtype.kind != "f" and abs(data).max() < 2**24)
         data = data.astype(np.float32 if small else np.float64)
-    if not data.dtype.isnative:
-        data = data.astype(data.dtype.newbyteorder("="))
     return Block(start, data, np.asarray(indices, dtype=np.int32), indptr, n_vars)
 
 

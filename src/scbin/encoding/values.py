@@ -190,7 +190,7 @@ def _refuse(scan: Scan, name: str, places: str) -> None:
         raise ScbinInputError(
             "I05", f"{name} has {scan.not_finite:,} values that are not finite ({places}). Replace or remove them."
         )
-    if scan.negative_fraction:
+    if scan.negative and scan.fractions:
         raise ScbinInputError(
             "I03",
             f"{name} has {scan.negative:,} negative values ({places}), as after sc.pp.scale; scbin needs counts or log1p "
