@@ -105,27 +105,28 @@ def share_of(objective: Objective, tokens: csr_matrix, cells: np.ndarray, epoch:
     )
 
 
-def gemm_rate(n_tokens: int, n_targets: int, dtype: torch.dtype) -> float:
-    """FLOP/s of the bare matrix products of a step: forward, and both products of the backward, at its shapes."""
-    shapes = [(n_tokens, 256, 256)] * 4 + [(n_tokens, 256, 512), (n_tokens, 512, 256), (n_targets, 256, 25_426)]
-    best = []
-    for _ in range(3):
-        flops, seconds = 0.0, 0.0
-        for m, k, n in shapes:
-            a, b, g = (torch.randn(*size, dtype=dtype) for size in ((m, k), (n, k), (m, n)))
+def product_seconds(share, dtype: torch.dtype) -> float:
+    """CPU-seconds of the bare matrix products of a step at its shapes: forward, and both products of each in the backward.
+
+    Linear layers over all tokens of a pack, scores and values of attention per cell and head, the head at its targets.
+    """
+    shapes: dict[tuple[int, ...], int] = {}  # (heads, m, k, n): times
+    for pack, targets, _ in share.packs:
+        shapes[1, pack.n_tokens, 256, 256] = 4 * 6
+        shapes[1, pack.n_tokens, 256, 512] = shapes[1, pack.n_tokens, 512, 256] = 6
+        shapes[1, len(targets), 256, 25_426] = 1
+        for length in pack.lengths.tolist():
+            shapes[4, length, 64, length] = shapes[4, length, length, 64] = 6
+    total = 0.0
+    for (heads, m, k, n), times in shapes.items():
+        a, b, g = (torch.randn(heads, *size, dtype=dtype) for size in ((m, k), (k, n), (m, n)))
+        seconds = []
+        for _ in range(4):
             start = time.process_time()
-            a @ b.T, g @ b, g.T @ a
-            seconds += time.process_time() - start
-            flops += 6 * m * k * n
-        best.append(flops / seconds)
-    return max(best)
-
-
-def step_flops(share) -> float:
-    lengths = np.concatenate([pack.lengths for pack, *_ in share.packs]).astype(float)
-    n_targets = sum(len(targets) for _, targets, _ in share.packs)
-    linear = lengths.sum() * (8 * 256 * 256 + 4 * 256 * 512)
-    return 3 * (6 * (linear + 4 * 256 * (lengths**2).sum()) + 2 * n_targets * 256 * (25_426 + 256))
+            torch.bmm(a, b), torch.bmm(g, b.transpose(1, 2)), torch.bmm(a.transpose(1, 2), g)
+            seconds.append(time.process_time() - start)
+        total += times * float(np.median(seconds[1:]))
+    return total
 
 
 def main() -> None:
@@ -156,8 +157,8 @@ def main() -> None:
             seconds = time.process_time() - start
             rates[name].append(share.n_tokens / seconds)
             if variant is plain:
-                n_targets = sum(len(targets) for _, targets, _ in share.packs)
-                utilisation.append(step_flops(share) / seconds / gemm_rate(share.n_tokens, n_targets, torch.float32))
+                packed = share_of(plain.objective, tokens, cells, number, 4096)
+                utilisation.append(product_seconds(packed, torch.float32) / seconds)
     report(rates, utilisation, arguments)
 
 
@@ -178,14 +179,14 @@ def report(rates: dict[str, list[float]], utilisation: list[float], arguments: a
         ratio = np.median(values / kept["naive"])
         print(f"{name:58} {np.median(values):8.0f} {values.min():7.0f}-{values.max():<7.0f} {ratio:6.2f}x")
     share = float(np.median(utilisation[1:]))
-    print(f"float32 step against bare matrix products at its shapes, measured beside it: {share:.0%}")
+    print(f"bare matrix products at the shapes of the float32 step, measured beside it, take {share:.0%} of its time")
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
         f"{arguments.cells} cells a step, {arguments.rounds} rounds, first dropped; 1 thread, peak memory {memory:.1f} GiB, "
         f"torch {torch.__version__}, transformers {transformers.__version__}"
     )
     if arguments.json is not None:
-        result = {name: values.tolist() for name, values in kept.items()} | {"gemm_share": share}
+        result = {name: values.tolist() for name, values in kept.items()} | {"product_share": share}
         arguments.json.write_text(json.dumps(result, indent=1))
 
 
