@@ -8,8 +8,9 @@ from scipy.sparse import csr_matrix
 from scbin.encoding.bins import Bins
 from scbin.encoding.vocabulary import Vocabulary
 from scbin.nn.bert import build_bert
-from scbin.train.objective import Contrastive, Objective
+from scbin.train.objective import Objective
 from scbin.train.settings import TrainSettings
+from scbin.train.terms import Contrastive
 
 
 class Toy:

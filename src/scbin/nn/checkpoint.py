@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import stat
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +20,7 @@ from scbin.nn.files import MANIFEST, check_finite, verify_directory, write_direc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from torch import Tensor
 

@@ -52,7 +52,8 @@ def pretrain(
     masking: MaskingScheme | None = None,
     loss: MaskedLoss | None = None,
     masked_weight: float = 1.0,
-    contrastive_weight: float = 1.0,
+    denoising_weight: float = 1.0,
+    contrastive_weight: float = 0.1,
     pooling: Pooling = "weighted",
     validation_share: float = 0.05,
     token_budget: int = 16_384,
@@ -102,8 +103,9 @@ def pretrain(
         All details of what is hidden; replaces the two above.
     loss
         How predictions are scored: label smoothing, ordinal or binary losses, class weights.
-    masked_weight, contrastive_weight
-        Weights of the two terms of the loss; 0 leaves one out.
+    masked_weight, denoising_weight, contrastive_weight
+        Weights of the terms of the loss: predicting what is hidden, finding the place of a cell from half of its genes, and
+        recognising the two halves of a cell among others. 0 leaves one out.
     pooling
         How the vectors of a cell's tokens become the cell's vector: `"weighted"` by expression, `"mean"` or `"cls"`.
     validation_share
@@ -172,7 +174,7 @@ def pretrain(
     n_cells = int(np.count_nonzero(np.diff(tokens.indptr)))
     if n_cells < 2:
         raise ScbinInputError("I47", f"training needs at least 2 cells with tokens; here are {n_cells}.")
-    shape = {"hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
+    shape: dict[str, Any] = {"hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
     shape |= {"num_attention_heads": num_attention_heads, "intermediate_size": intermediate_size}
     chosen = replace(preset_named(preset), **{name: value for name, value in shape.items() if value is not None})
     recipe = Recipe(
@@ -181,6 +183,7 @@ def pretrain(
         masking=masking or MaskingScheme(gene_mask_prob=gene_mask_prob, phenotype_mask_prob=phenotype_mask_prob),
         loss=loss or MaskedLoss(),
         masked_weight=masked_weight,
+        denoising_weight=denoising_weight,
         contrastive_weight=contrastive_weight,
         pooling=pooling,
     )
@@ -198,13 +201,13 @@ def pretrain(
         device=device,
         seed=seed,
         validation_share=validation_share,
-        save_dir=save_dir,
+        save_dir=None if save_dir is None else Path(save_dir),
         checkpoint_every=checkpoint_every,
         resume=resume,
         gradient_checkpointing=gradient_checkpointing,
         compile=compile,
         progress=progress,
-        tensorboard=tensorboard,
+        tensorboard=None if tensorboard is None else Path(tensorboard),
         wandb=wandb,
     )
     result = pretrain_tokens(tokens, vocabulary, chosen, recipe, settings, cell_names=adata.obs_names)

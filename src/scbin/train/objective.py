@@ -14,7 +14,7 @@ from scbin._errors import ScbinInputError
 from scbin.data.masking import MaskingScheme, Targets, mask_rows, task_names
 from scbin.nn.attention import Layout, pack_layout, to_device
 from scbin.nn.bert import logits_at
-from scbin.nn.losses import binary_cross_entropy, cross_entropy, gaussian_ordinal, info_nce
+from scbin.nn.losses import binary_cross_entropy, cross_entropy, gaussian_ordinal
 from scbin.nn.pooling import pool
 
 if TYPE_CHECKING:
@@ -75,18 +75,6 @@ class MaskedLoss:
             raise ScbinInputError("T41", 'over="vocabulary" goes with plain cross entropy alone.')
 
 
-class Contrastive(nn.Module):
-    """Two random halves of a cell's genes must find each other among those of all cells of the step."""
-
-    def __init__(self, weight: float = 1.0, temperature: float = 0.1, centred: bool = True):
-        super().__init__()
-        self.name, self.weight, self.temperature, self.centred = "contrastive", weight, temperature, centred
-
-    def forward(self, z_a: Tensor, z_b: Tensor, cells: np.ndarray) -> Tensor:
-        """Return the loss over all cells of the step."""
-        return info_nce(z_a, z_b, self.temperature, self.centred)
-
-
 @dataclass(frozen=True, eq=False)
 class Batch:
     """A pack and its targets on the device."""
@@ -130,6 +118,7 @@ class Objective(nn.Module):
     Examples
     --------
     >>> from scbin.encoding.vocabulary import Vocabulary
+    >>> from scbin.train.terms import Contrastive
     >>> vocabulary = Vocabulary.build("rank", ["A", "B", "C"], max_length=8)
     >>> Objective(vocabulary, cell_terms=[Contrastive(0.5)]).names
     ('genes', 'specials', 'contrastive')

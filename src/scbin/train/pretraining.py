@@ -9,10 +9,11 @@ from scbin._errors import ScbinInputError
 from scbin.data.loadings import gene_loadings
 from scbin.data.masking import MaskingScheme
 from scbin.nn.bert import build_bert, init_gene_table
-from scbin.nn.embedding import pooling_weights
+from scbin.nn.embedding import embed_tokens, hide_phenotypes, pooling_weights
 from scbin.train.loop import train
-from scbin.train.objective import Contrastive, MaskedLoss, Objective
+from scbin.train.objective import MaskedLoss, Objective
 from scbin.train.setup import split
+from scbin.train.terms import Contrastive, Denoising
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
     from scipy.sparse import csr_matrix
+    from torch import nn
     from transformers import BertForMaskedLM
 
     from scbin.encoding.vocabulary import Vocabulary
-    from scbin.nn.embedding import Pooling
+    from scbin.nn.embedding import Pooling, Weights
     from scbin.nn.presets import Preset
     from scbin.train.settings import TrainSettings
 
@@ -42,8 +44,8 @@ class Recipe:
         What is hidden.
     loss
         How predictions are scored.
-    masked_weight, contrastive_weight
-        Weights of masked modelling and of recognising two halves of a cell.
+    masked_weight, denoising_weight, contrastive_weight
+        Weights of masked modelling, of finding a cell's place from half of its genes, and of recognising two halves of a cell.
     pooling
         How the vectors of a cell's tokens become one.
     """
@@ -53,7 +55,8 @@ class Recipe:
     masking: MaskingScheme = field(default_factory=MaskingScheme)
     loss: MaskedLoss = field(default_factory=MaskedLoss)
     masked_weight: float = 1.0
-    contrastive_weight: float = 1.0
+    denoising_weight: float = 1.0
+    contrastive_weight: float = 0.1
     pooling: Pooling = "weighted"
 
     def __post_init__(self) -> None:
@@ -61,11 +64,12 @@ class Recipe:
             raise ScbinInputError("T18", f"gene_table is {self.gene_table!r}; choose 'svd' or 'random'.")
         if self.gene_table_rank < 1:
             raise ScbinInputError("T18", f"gene_table_rank is {self.gene_table_rank}; it needs to be at least 1.")
-        for name in ("masked_weight", "contrastive_weight"):
+        weights = ("masked_weight", "denoising_weight", "contrastive_weight")
+        for name in weights:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ScbinInputError("T18", f"{name} is {getattr(self, name)}; it needs a finite number, not below 0.")
-        if self.masked_weight == self.contrastive_weight == 0:
-            raise ScbinInputError("T18", "masked_weight and contrastive_weight are both 0: there is nothing to learn.")
+        if not any(getattr(self, name) for name in weights):
+            raise ScbinInputError("T18", f"{', '.join(weights)} are all 0: there is nothing to learn.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,9 +109,31 @@ def pretrain_tokens(
         recipe.masking,
         recipe.loss,
         masked_weight=recipe.masked_weight,
-        cell_terms=[Contrastive(recipe.contrastive_weight)],
+        cell_terms=_cell_terms(bert, tokens, vocabulary, recipe, settings, weights),
         token_weights=weights.tokens,
         position_weights=weights.positions,
     )
     history = train(bert, objective, tokens, settings, cell_names=cell_names)
     return Pretrained(bert.cpu().eval(), gene_weights, history, len(training))
+
+
+def _cell_terms(
+    bert: BertForMaskedLM,
+    tokens: csr_matrix,
+    vocabulary: Vocabulary,
+    recipe: Recipe,
+    settings: TrainSettings,
+    weights: Weights,
+) -> list[nn.Module]:
+    terms: list[nn.Module] = [Contrastive(recipe.contrastive_weight)]
+    if recipe.denoising_weight:
+        # the phenotypes are hidden, so that a label cannot say where its cell lies
+        start = embed_tokens(
+            bert,
+            hide_phenotypes(tokens, vocabulary),
+            weights,
+            device=settings.device,
+            token_budget=settings.token_budget,
+        )
+        terms.append(Denoising(start, recipe.denoising_weight))
+    return terms
