@@ -114,7 +114,9 @@ def test_pool_is_a_weighted_mean_and_differentiable_in_the_weights():
     hidden, weights = torch.randn(9, 4), torch.rand(9).requires_grad_()
     cu = np.array([0, 2, 2, 9])
     z = pool(hidden, cu, weights)
-    assert z[2].detach().numpy() == pytest.approx(np.average(hidden[2:].numpy(), axis=0, weights=weights[2:].detach()), abs=1e-6)
+    assert z[2].detach().numpy() == pytest.approx(
+        np.average(hidden[2:].numpy(), axis=0, weights=weights[2:].detach()), abs=1e-6
+    )
     assert (z[1] == 0).all()
     z.sum().backward()
     assert weights.grad.abs().sum() > 0

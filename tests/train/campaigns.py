@@ -74,15 +74,20 @@ def kill(n_kills, directory):
     print(json.dumps({"kills": kills, "inside_a_save": inside, "runs": runs, "same_bits": same}))
 
 
-def distributed(out, n_steps, cells_per_step, save_dir):
-    """One process of a run; the first writes what was learned."""
+def distributed(out, n_steps, cells_per_step, save_dir, stop_after="0"):
+    """One process of a run; the first writes what was learned, or asks all to stop after some steps."""
+
+    def stop(row):
+        if row["step"] + 1 == int(stop_after):
+            os.kill(os.getpid(), signal.SIGTERM)
+
     small = toy()
     bert = small.bert()
     own = {} if save_dir == "-" else {"save_dir": save_dir, "resume": True, "checkpoint_every": 1}
     settings = small.settings(
         epochs=100, max_steps=int(n_steps), cells_per_step=int(cells_per_step), learning_rate=1e-3, **own
     )
-    history = train(bert, small.objective(), small.tokens, settings)
+    history = train(bert, small.objective(), small.tokens, settings, on_step=stop)
     if os.environ.get("RANK", "0") == "0":
         weights = torch.cat([p.detach().reshape(-1) for p in bert.parameters()]).numpy()
         losses = history.filter(regex="^(loss|validation)").to_numpy()
