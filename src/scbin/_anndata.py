@@ -299,7 +299,12 @@ def write_uns(adata: ad.AnnData, key: str, value: Any) -> None:
 def make_real(adata: ad.AnnData) -> None:
     """Turn a view into an object of its own, as the first write would, without the warning."""
     if adata.is_view:
-        adata._init_as_actual(adata.copy())
+        adata._init_as_actual(copied(adata))
+
+
+def copied(adata: ad.AnnData) -> ad.AnnData:
+    """Return a copy in memory."""
+    return adata.to_memory() if adata.isbacked else adata.copy()
 
 
 def _write(adata: ad.AnnData, slot: str, key: str, value: Any) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from scipy import sparse
 
 from scbin.encoding.bins import lookup, scaled_edges
-from scbin.encoding.kernels import bin_rows, compact, frozen, over_rows, rank_rows
+from scbin.encoding.kernels import bin_rows, compact, count_known, frozen, over_rows, rank_rows
 from scbin.encoding.vocabulary import CLS, END, START
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class Encoder:
         self.vocabulary = vocabulary
         self.reading = reading
         self.columns, self._sum = unique_columns(columns, len(vocabulary.genes), reading)
+        self._all_used = bool((self.columns > -2).all())
         known = self.columns[self.columns >= 0]
         self._in_order = bool((np.diff(known) > 0).all())
         bins = vocabulary.bins
@@ -75,22 +76,34 @@ class Encoder:
         prefix = self.prefix(phenotype_ids)
         end_id = vocabulary.specials.get(END, 0)
         keep = vocabulary.bins is not None and vocabulary.bins.zeros == "keep"
+        rows = (frozen(indptr), frozen(data), frozen(indices), frozen(self.columns))
         room = np.full(n_rows, len(vocabulary.genes)) if keep else np.diff(indptr)
         max_genes = vocabulary.max_length - prefix.shape[1] - (end_id > 0)
-        if vocabulary.encoding == "rank":
+        if vocabulary.encoding == "rank":  # the length of a row is known beforehand: no gaps to close
+            over_rows(count_known, *rows, room)
             room = np.minimum(room, max_genes)
-        offsets = np.concatenate([[0], np.cumsum(room + prefix.shape[1] + 1)])
-        ids, positions = np.empty(offsets[-1], dtype=np.uint32), np.empty(offsets[-1], dtype=np.int32)
+        frame = prefix.shape[1] + (end_id > 0)
+        offsets = np.concatenate([[0], np.cumsum(np.where(room > 0, room + frame, 0))])
+        ids, positions = np.empty(offsets[-1], dtype=vocabulary.dtype), np.empty(offsets[-1], dtype=np.int32)
         lengths = np.zeros(n_rows, dtype=np.int64)
         totals, matched, cut = np.zeros((3, n_rows))
         out = (frozen(prefix), end_id, frozen(offsets), ids, positions, lengths, totals, matched)
-        rows = (frozen(indptr), frozen(data), frozen(indices), frozen(self.columns))
         if vocabulary.bins is None:
             log_factor = self.reading.log_factor
-            over_rows(rank_rows, *rows, log_factor, self._medians, vocabulary.first_gene_id, max_genes, *out, cut)
+            over_rows(
+                rank_rows,
+                *rows,
+                log_factor,
+                self._medians,
+                vocabulary.first_gene_id,
+                max_genes,
+                *out,
+                cut,
+                self._all_used,
+            )
         else:
             tables = (self._target, self._factor, self._edges, self._table, self._bases, keep)
-            over_rows(bin_rows, *rows, *tables, *out, vocabulary.bins.per == "cell")
+            over_rows(bin_rows, *rows, *tables, *out, vocabulary.bins.per == "cell", self._all_used)
         tokens = self._matrix(ids, positions, offsets, lengths, n_missing=(prefix == 0).sum(axis=1))
         if vocabulary.position_is_gene and lengths.max(initial=0) > vocabulary.max_length:
             tokens, cut = self._shorten(tokens, data, indices, indptr)
@@ -102,10 +115,13 @@ class Encoder:
         """Close the gaps between the rows; `n_missing` specials of each row do not exist in this layout."""
         vocabulary = self.vocabulary
         indptr = np.concatenate([[0], np.cumsum(np.where(lengths > 0, lengths - n_missing, 0))])
-        data = np.empty(indptr[-1], dtype=vocabulary.dtype)
-        indices = np.empty(indptr[-1], dtype=np.int32)
-        rows = (frozen(offsets), frozen(lengths), frozen(ids), frozen(positions))
-        over_rows(compact, frozen(indptr), *rows, data, indices)
+        if np.array_equal(indptr, offsets):
+            data, indices = ids, positions
+        else:
+            data = np.empty(indptr[-1], dtype=vocabulary.dtype)
+            indices = np.empty(indptr[-1], dtype=np.int32)
+            rows = (frozen(offsets), frozen(lengths), frozen(ids), frozen(positions))
+            over_rows(compact, frozen(indptr), *rows, data, indices)
         tokens = sparse.csr_matrix((data, indices, indptr), shape=(len(lengths), vocabulary.n_positions), copy=False)
         tokens.has_canonical_format = False
         if vocabulary.position_is_gene and not self._in_order:

@@ -8,11 +8,12 @@ from typing import Literal
 import numpy as np
 
 from scbin._errors import ScbinInputError
-from scbin.encoding.kernels import frozen, over_rows, scan_rows
+from scbin.encoding.kernels import frozen, over_rows, scan_rows, scan_rows_fast
 
 Values = Literal["auto", "counts", "log1p"]
 LOG_LIMIT = 14.0  # log1p of a million is 13.8
 SAMPLE = 500
+NOT_FINITE = 0x7F800000  # bits of a float32 from which on it is infinite, no number, or negative
 
 
 @dataclass
@@ -27,7 +28,6 @@ class Scan:
     zeros: int = 0
     unsorted: int = 0
     stored: int = 0
-    smallest: float = np.inf
     largest: float = 0.0
     largest_at: int = -1  # row of the first block that holds the largest value
     places: list[tuple[int, int, float]] = field(default_factory=list)  # first bad values: row, column, value
@@ -46,7 +46,6 @@ class Scan:
             for name, value in zip(names, part, strict=False):
                 setattr(self, name, getattr(self, name) + int(value))
             self.stored += int(part[7])
-            self.smallest = min(self.smallest, float(part[8]))
         largest = max((float(part[9]) for part in found), default=0.0)
         if largest > self.largest:
             self.largest, self.largest_at = largest, start
@@ -56,6 +55,29 @@ class Scan:
         self.n_genes.append(counts)
         self._sample(start, data, indices, indptr, used)
         return any(part[5] for part in found)
+
+    def add_fast(
+        self, start: int, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, used: np.ndarray, seen: np.ndarray
+    ) -> bool:
+        """Take in a block if nothing about it needs a closer look: float32, finite, not negative, columns in order."""
+        if data.dtype != np.float32 or not used.all():
+            return False
+        sums, counts = np.zeros(len(indptr) - 1), np.zeros(len(indptr) - 1, dtype=np.int64)
+        bits = frozen(data.view(np.uint32))
+        found = over_rows(scan_rows_fast, frozen(indptr), frozen(data), bits, frozen(indices), sums, counts, seen)
+        highest = max((int(part[0]) for part in found), default=0)
+        if highest >= NOT_FINITE or any(part[3] for part in found):
+            return False
+        largest = float(np.uint32(highest).view(np.float32))
+        if largest > self.largest:
+            self.largest, self.largest_at = largest, start
+        self.stored += len(data)
+        self.zeros += sum(int(part[2]) for part in found)
+        self.fractions += len(data) - sum(int(part[1]) for part in found)
+        self.sums.append(sums)
+        self.n_genes.append(counts)
+        self._sample(start, data, indices, indptr, used)
+        return True
 
     def _note_bad(
         self, start: int, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, used: np.ndarray

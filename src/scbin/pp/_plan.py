@@ -91,11 +91,11 @@ class Plan:
             "counts_in_vocabulary": _share(matched.sum(), totals.sum()),
         }
         if self.given:
-            self._check_overlap(record)
+            self.check_overlap(record)
         self._warn_empty(codes)
         return Result(tokens, status, record, self._lines(record))
 
-    def _check_overlap(self, record: dict[str, Any]) -> None:
+    def check_overlap(self, record: dict[str, Any]) -> None:
         """Weigh the genes that were found by the counts they held where the vocabulary was made."""
         shares = self.vocabulary.gene_shares
         found = np.unique(self.match.columns[self.match.columns >= 0])
@@ -181,6 +181,45 @@ def prepare(adata: AnnData, like: Any, fit: Fit, options: Options) -> Plan:
         "phenotypes": columns,
     }
     return Plan(source, reading, match, vocabulary, ids, record, options.force, given is not None)
+
+
+def stream(adata: AnnData, like: Any, options: Options) -> Iterator[Encoded]:
+    """Encode with a given vocabulary in one pass: what the values are is read off the first block and checked at the end."""
+    given = vocabulary_of(like)
+    if given is None:
+        raise ScbinInputError("E01", "like is None; pass a scbin model or a vocabulary.")
+    columns = _phenotype_columns(adata, options.phenotypes, given)
+    source = Source(adata, options.layer)
+    match = _match(adata, source, given, options)
+    labels = {name: _labels(adata, column, None) for name, column in columns.items()}
+    ids = _phenotype_ids(given, labels, adata.n_obs, known=True)
+    first: Reading | None = None
+    encoder: Encoder | None = None
+    scan = source.new_scan()
+    totals = matched = 0.0
+    for block in source.unsorted_blocks():
+        block = source.look(scan, block)
+        if encoder is None:
+            first = source.read(scan, options.values)
+            _check_bins(first, given, Fit())
+            encoder = Encoder(given, match.columns, first)
+        rows = slice(block.start, block.start + block.n_rows)
+        part = encoder.encode(block.data, block.indices, block.indptr, ids[rows])
+        totals, matched = totals + part.totals.sum(), matched + part.matched.sum()
+        yield part
+    if first is None:
+        return
+    reading = source.read(scan, options.values)
+    if (reading.kind, reading.base) != (first.kind, first.base):
+        raise ScbinInputError(
+            "I01",
+            f"the first cells hold {first.text}, but all of {source.name} together {reading.text}. Pass values=, or separate "
+            "the cells.",
+        )
+    for code, message in (*reading.warnings, *match.warnings, *_source_warnings(source, reading, given)):
+        warn(code, message)
+    plan = Plan(source, reading, match, given, ids, {}, options.force, given=True)
+    plan.check_overlap({"cells": adata.n_obs, "counts_in_vocabulary": _share(matched, totals)})
 
 
 def vocabulary_of(like: Any, fit: Fit | None = None) -> Vocabulary | None:

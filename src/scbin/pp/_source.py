@@ -47,14 +47,25 @@ class Source:
     def scan(self) -> Scan:
         """Look at every stored value, once."""
         if self._scan is None:
-            scan = Scan(self.adata.n_obs)
-            for block in raw_blocks(self.adata, self.layer):
+            scan = self.new_scan()
+            for block in self.unsorted_blocks():
                 self.look(scan, block)
             self._scan = scan
         return self._scan
 
+    def new_scan(self) -> Scan:
+        """Begin to look."""
+        return Scan(self.adata.n_obs)
+
+    def unsorted_blocks(self) -> Iterator[Block]:
+        """Go through the rows as they are stored."""
+        return raw_blocks(self.adata, self.layer)
+
     def look(self, scan: Scan, block: Block) -> Block:
         """Take a block into the scan, and return it sorted."""
+        rows = (block.data, block.indices, block.indptr)
+        if scan.add_fast(block.start, *rows, self.used, self._seen):
+            return block
         if _out_of_order(block):
             self._unsorted.add(block.start)
             block = self._sorted(block)

@@ -7,14 +7,15 @@ import logging
 from typing import TYPE_CHECKING, Any, Literal
 
 from scbin import _keys
-from scbin._anndata import check_adata, check_writable, make_real, write_obs, write_obsm, write_uns
+from scbin._anndata import check_adata, check_writable, copied, make_real, write_obs, write_obsm, write_uns
 from scbin.pp._fit import Fit
-from scbin.pp._plan import Options, prepare
+from scbin.pp._plan import Options, prepare, stream
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from anndata import AnnData
+    from scipy import sparse
 
     from scbin.encoding.bins import Bins
     from scbin.encoding.values import Values
@@ -134,7 +135,7 @@ def tokenize(
     check_writable(adata, "obsm", key)
     plan = prepare(adata, like, fit, options)
     result = plan.finish(list(plan.encode()))
-    target = adata.copy() if copy else adata
+    target = copied(adata) if copy else adata
     make_real(target)
     write_obsm(target, key, result.tokens)
     write_obs(target, _keys.STATUS, result.status)
@@ -143,3 +144,44 @@ def tokenize(
     for line in result.lines:
         logger.info(line)
     return target if copy else None
+
+
+def iter_tokens(
+    adata: AnnData,
+    *,
+    like: Any,
+    values: Values = "auto",
+    layer: str | None = None,
+    gene_key: str | None = None,
+    phenotypes: Sequence[str] | Mapping[str, str] | str | None = None,
+    case: Literal["exact", "upper"] = "exact",
+    duplicates: Literal["sum", "error"] = "sum",
+    force: bool = False,
+) -> Iterator[sparse.csr_matrix]:
+    """Yield the tokens of consecutive row blocks, for data whose tokens do not fit into memory.
+
+    The matrix is read once; that it holds what its first block holds is checked on the way, and an error raised after some
+    blocks means that they must not be used. Nothing is written to `adata`.
+
+    Parameters
+    ----------
+    adata
+        Cells by genes, in memory, backed or with a dask matrix.
+    like
+        A model or a vocabulary.
+    values, layer, gene_key, phenotypes, case, duplicates, force
+        As for `tokenize`.
+
+    Examples
+    --------
+    >>> import scbin
+    >>> adata = scbin.datasets.pbmc68k_reduced()
+    >>> scbin.pp.tokenize(adata)
+    >>> vocabulary = scbin.Vocabulary.from_json(adata.uns["scbin"]["vocabulary"])
+    >>> [part.shape for part in scbin.pp.iter_tokens(adata, like=vocabulary)]
+    [(700, 768)]
+    """
+    check_adata(adata)
+    options = Options(values, layer, gene_key, phenotypes, None, case, duplicates, force)
+    for part in stream(adata, like, options):
+        yield part.tokens
