@@ -110,6 +110,18 @@ def test_scale_and_widths_of_their_own():
         assert (out[0, a:b] - (weights @ v[:, :, a:b, :5])[0].transpose(0, 1)).abs().max() < 1e-5
 
 
+def test_dropout_in_attention_is_right_on_average():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 6, 8).unbind()
+    layout = pack_layout(np.array([0, 2, 6]))
+    exact, _ = packed_attention(torch.nn.Identity(), q, k, v, None, layout=layout)
+    draws = torch.stack(
+        [packed_attention(torch.nn.Identity(), q, k, v, None, layout=layout, dropout=0.3)[0] for _ in range(4000)]
+    )
+    assert draws.std(0).min() > 0.01
+    assert (draws.mean(0) - exact).abs().max() < 0.1
+
+
 def test_pool_is_a_weighted_mean_and_differentiable_in_the_weights():
     hidden, weights = torch.randn(9, 4), torch.rand(9).requires_grad_()
     cu = np.array([0, 2, 2, 9])
