@@ -164,13 +164,13 @@ class Objective(nn.Module):
         for term in self.cell_terms:
             plain = {key: value for key, value in vars(term).items() if isinstance(value, (int, float, str))}
             terms.append({**plain, "class": type(term).__name__, "training": None})
-        weights = np.asarray(self.token_weights.cpu())
+        weights = [np.asarray(w.cpu()).tobytes() for w in (self.token_weights, self.position_weights)]
         return {
             "scheme": asdict(self.scheme),
             "loss": asdict(self.loss),
             "masked_weight": self.masked_weight,
             "cell_terms": terms,
-            "token_weights": hashlib.sha256(weights.tobytes()).hexdigest(),
+            "pooling_weights": [hashlib.sha256(w).hexdigest() for w in weights],
         }
 
     # ---- on the host ------------------------------------------------------------------------------------------------
