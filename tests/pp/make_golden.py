@@ -1,0 +1,125 @@
+"""The golden token files of every encoding, and the plain formulas that make them: `python tests/pp/make_golden.py`.
+
+The matrix is `x[i, j] = max(0, (7 i + 11 j + i j^2) mod 13 - 6) * (1 + (i j) mod 4)^2`, 8 cells by 12 genes. Each file holds, per cell,
+`[position, token id]` pairs, computed here by loops over single values from the definition, not by scbin.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "golden"
+N_CELLS, N_GENES = 8, 12
+COUNTS = [
+    [max(0, (7 * i + 11 * j + i * j * j) % 13 - 6) * (1 + (i * j) % 4) ** 2 for j in range(N_GENES)]
+    for i in range(N_CELLS)
+]
+GENES = [f"GENE{chr(65 + j)}" for j in range(N_GENES)]
+EDGES = [0.5, 5.0, 6.5, 7.5]
+PAD, MASK, CLS, END, START = range(5)
+
+# name of the file: arguments of scbin.pp.tokenize
+CASES = {
+    "bins_linear": {},
+    "bins_explicit": {"bins": EDGES},
+    "bins_explicit_keep": {"bins": EDGES, "zeros": "keep"},
+    "bins_polygene": {"bins": "polygene"},
+    "bins_perturbgene": {"bins": "perturbgene"},
+    "bins_quantile_per_cell": {"bins": "quantile_per_cell", "n_bins": 4},
+    "binary": {"encoding": "binary", "threshold": 6.0},
+    "gene_bins": {"encoding": "gene_bins"},
+    "gene_bins_keep": {"encoding": "gene_bins", "zeros": "keep"},
+    "rank": {"encoding": "rank"},
+    "rank_geneformer_v1": {"encoding": "rank", "layout": "geneformer_v1"},
+    "rank_geneformer_v2": {"encoding": "rank", "layout": "geneformer_v2"},
+    "rank_bionemo": {"encoding": "rank", "layout": "bionemo"},
+    "rank_short": {"encoding": "rank", "max_length": 6},
+}
+
+
+def level_of(value: float, edges: list[float]) -> int:
+    return sum(edge <= value for edge in edges)
+
+
+def log1p_values(row: list[int]) -> list[float]:
+    return [math.log1p(x / sum(row) * 10_000) for x in row]
+
+
+def log2_level(x: int) -> int:
+    """Bioformers: x up to 8, then 8 + ceil(3 (log2 x - 3)); powers of two are exact in integers."""
+    if x <= 8:
+        return x
+    k = 0
+    while x**3 > 8**3 * 2**k:  # x > 8 * 2^(k / 3)
+        k += 1
+    return 8 + k
+
+
+def quantile(ordered: list[float], share: float) -> float:
+    place = share * (len(ordered) - 1)
+    low = min(int(place), len(ordered) - 2) if len(ordered) > 1 else 0
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def edges_of(name: str, row: list[float]) -> list[float]:
+    if name.startswith("bins_explicit"):
+        return EDGES
+    if name == "bins_polygene":
+        return [0.1 + k * 8.9 / 8 for k in range(9)]
+    if name == "bins_perturbgene":
+        return [0.1 + k * 8.9 / 9 for k in range(10)]
+    if name == "binary":
+        return [6.0]
+    if name == "bins_quantile_per_cell":
+        expressed = sorted(v for v in row if v > 0)
+        return [quantile(expressed, k / 3) for k in range(4)]
+    return [round(0.1 + 0.4 * k, 10) for k in range(20)]
+
+
+def levelled(name: str, row: list[int]) -> list[list[int]]:
+    keep = name.endswith("keep") or name == "bins_polygene"
+    joint = name.startswith("gene_bins")
+    values = log1p_values(row)
+    edges = edges_of(name, values)
+    n_levels = max(log2_level(x) for cell in COUNTS for x in cell) + 1
+    out = [[0, CLS], [1, START]]
+    for j, x in enumerate(row):
+        level = log2_level(x) if joint else (level_of(values[j], edges) if x > 0 else 0)
+        if keep or level:
+            out.append([2 + j, 5 + level + (j * n_levels if joint else 0)])
+    return [*out, [2 + N_GENES, END]]
+
+
+def medians() -> list[float]:
+    found = []
+    for j in range(N_GENES):
+        values = sorted(row[j] / sum(row) * 10_000 for row in COUNTS if row[j])
+        found.append(quantile(values, 0.5) if values else 0.0)
+    return found
+
+
+def ranked(name: str, row: list[int]) -> list[list[int]]:
+    middle = medians()
+    used = [j for j in range(N_GENES) if middle[j] > 0]
+    first_id, before, after = {
+        "rank_geneformer_v1": (2, [], []),
+        "rank_geneformer_v2": (4, [CLS], [END]),
+        "rank_bionemo": (3, [CLS], []),
+    }.get(name, (5, [CLS, START], [END]))
+    room = {"rank_short": 6, "rank_geneformer_v2": 4096}.get(name, 2048) - len(before) - len(after)
+    order = sorted((j for j in used if row[j]), key=lambda j: (-float(f"{row[j] / middle[j]:.6g}"), j))
+    ids = [*before, *(first_id + used.index(j) for j in order[:room]), *after]
+    return [[position, token] for position, token in enumerate(ids)]
+
+
+def make(name: str) -> list[list[list[int]]]:
+    return [(ranked if name.startswith("rank") else levelled)(name, row) for row in COUNTS]
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for case in CASES:
+        (FOLDER / f"{case}.json").write_text(json.dumps(make(case), separators=(",", ":")) + "\n")
