@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -163,6 +164,15 @@ def raw_blocks(adata: ad.AnnData, layer: str | None = None, *, block_values: int
     rows = _rows_per_block(max(1, stored // max(1, n_rows)), block_values)
     for start in range(0, n_rows, rows):
         yield _block(matrix, start, 0, min(rows, n_rows - start))
+
+
+def ahead(blocks: Iterator[Block]) -> Iterator[Block]:
+    """Read the next block in a thread while this one is worked on."""
+    with ThreadPoolExecutor(1, thread_name_prefix="scbin-read") as reader:
+        coming = reader.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = reader.submit(next, blocks, None)
+            yield block
 
 
 def _rows_per_block(values_per_row: int, block_values: int) -> int:

@@ -19,7 +19,7 @@ from scbin.pp import tokenize
 
 ENCODINGS = ["bins", "binary", "rank", "gene_bins"]
 pytestmark = pytest.mark.filterwarnings("ignore::scbin._errors.ScbinInputWarning")
-quick = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+quick = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 many = settings(quick, max_examples=400)
 
 counts = hnp.arrays(

@@ -159,6 +159,7 @@ def read_values(
         return Reading("counts", by=by, fractional=scan.fractions > 0, warnings=tuple(warnings))
     if values == "log1p":
         base = _log_base(scan.rows) or noted_base or float(np.e)
+        _refuse_logs(scan, base, name)
         return Reading("log1p", base, _log_total(scan.rows, base), "asked", warnings=tuple(warnings))
     return _guess(scan, noted, noted_base, name, warnings)
 
@@ -184,6 +185,7 @@ def _guess(scan: Scan, noted: bool, noted_base: float | None, name: str, warning
         )
     if noted:
         base = noted_base or float(np.e)
+        _refuse_logs(scan, base, name)
         return Reading("log1p", base, _log_total(scan.rows, base), "uns", warnings=tuple(warnings))
     if scan.largest <= LOG_LIMIT:
         warnings.append(
@@ -227,6 +229,16 @@ def _refuse(scan: Scan, name: str, places: str) -> None:
     if scan.largest > 1e9:
         raise ScbinInputError(
             "I08", f"{name} has values up to {scan.largest:.4g}, which no cell can have. Use the original counts."
+        )
+
+
+def _refuse_logs(scan: Scan, base: float, name: str) -> None:
+    """Refuse logs of more than a billion counts: they are no logs."""
+    if scan.largest * np.log(base) > np.log(1e9):
+        raise ScbinInputError(
+            "I08",
+            f'{name} has values up to {scan.largest:.4g}, which no log1p value can reach. Pass values="counts" if they are '
+            "counts.",
         )
 
 

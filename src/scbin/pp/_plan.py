@@ -89,6 +89,7 @@ class Plan:
             "cut_cells": int((cut > 0).sum()),
             "cut_share": _share(cut.sum(), matched.sum()),
             "counts_in_vocabulary": _share(matched.sum(), totals.sum()),
+            "any_counts": bool(totals.any()),
         }
         if self.given:
             self.check_overlap(record)
@@ -99,7 +100,7 @@ class Plan:
         """Weigh the genes that were found by the counts they held where the vocabulary was made."""
         shares = self.vocabulary.gene_shares
         found = np.unique(self.match.columns[self.match.columns >= 0])
-        by_counts = record["counts_in_vocabulary"]
+        by_counts = record["counts_in_vocabulary"] if record["any_counts"] else self.match.share_of_genes
         if shares is not None and sum(shares) > 0:
             by_counts = _share(np.asarray(shares)[found].sum(), sum(shares))
         record["overlap_counts"], record["overlap_genes"] = by_counts, round(self.match.share_of_genes, 6)
@@ -219,7 +220,8 @@ def stream(adata: AnnData, like: Any, options: Options) -> Iterator[Encoded]:
     for code, message in (*reading.warnings, *match.warnings, *_source_warnings(source, reading, given)):
         warn(code, message)
     plan = Plan(source, reading, match, given, ids, {}, options.force, given=True)
-    plan.check_overlap({"cells": adata.n_obs, "counts_in_vocabulary": _share(matched, totals)})
+    record = {"cells": adata.n_obs, "counts_in_vocabulary": _share(matched, totals), "any_counts": totals > 0}
+    plan.check_overlap(record)
 
 
 def vocabulary_of(like: Any, fit: Fit | None = None) -> Vocabulary | None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scbin._anndata import Block, raw_blocks
+from scbin._anndata import Block, ahead, raw_blocks
 from scbin._errors import ScbinInputError
 from scbin.encoding.values import Reading, Scan, Values, read_values
 
@@ -32,7 +32,7 @@ class Source:
 
     def blocks(self) -> Iterator[Block]:
         """Go through the rows; after the scan every block is sorted and has no duplicates."""
-        for block in raw_blocks(self.adata, self.layer):
+        for block in self.unsorted_blocks():
             yield self._sorted(block) if block.start in self._unsorted else block
 
     @property
@@ -59,7 +59,8 @@ class Source:
 
     def unsorted_blocks(self) -> Iterator[Block]:
         """Go through the rows as they are stored."""
-        return raw_blocks(self.adata, self.layer)
+        blocks = raw_blocks(self.adata, self.layer)
+        return ahead(blocks) if self.adata.isbacked else blocks
 
     def look(self, scan: Scan, block: Block) -> Block:
         """Take a block into the scan, and return it sorted."""
