@@ -17,7 +17,7 @@ from scbin.encoding.vocabulary import Vocabulary
 from scbin.pp import tokenize
 
 sys.path.insert(0, str(Path(__file__).parent))
-from make_golden import CASES, COUNTS, FOLDER, GENES, make  # noqa: E402
+from make_golden import CASES, COUNTS, FOLDER, GENES, make
 
 
 @pytest.mark.parametrize("case", CASES)

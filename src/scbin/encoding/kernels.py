@@ -110,7 +110,7 @@ def scan_rows_fast(first, last, indptr, data, bits, indices, sums, counts, seen)
         highest = max(highest, words[k])
         whole += np.int32(values[k] == np.rint(values[k]))
         zeros += np.int32(words[k] == np.uint32(0))
-    unsorted = 0
+    unsorted = np.int64(0)
     for row in range(first, last):
         columns = indices[indptr[row] : indptr[row + 1]]
         sums[row] = _sum(data[indptr[row] : indptr[row + 1]])

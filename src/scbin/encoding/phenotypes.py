@@ -101,7 +101,7 @@ def age_in_years(text: str) -> float | None:
     """
     text = text.strip().lower().replace("human ", "")
     rules = (
-        (r"under 1[- ]year[- ]old.*", lambda m: 1.0),
+        (r"under[- ]1[- ]year[- ]old.*", lambda m: 1.0),
         (r"(\d+(?:\.\d+)?)(?:[- ]years?(?:[- ]old)?(?: and over)?(?: stage)?)?", lambda m: float(m[1])),
         (r"(\d+)\s*[-\N{EN DASH}]\s*(\d+)[- ]years?(?:[- ]old)?(?: stage)?", lambda m: (float(m[1]) + float(m[2])) / 2),
         (r"(\d+(?:\.\d+)?)[- ]months?(?:[- ]old)?(?: stage)?", lambda m: float(m[1]) / 12),

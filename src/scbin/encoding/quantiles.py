@@ -92,7 +92,7 @@ def _of_counts(counts: np.ndarray, shares: np.ndarray) -> np.ndarray:
     out = np.full((len(counts), len(shares)), np.nan)
     for group in np.flatnonzero(counts.any(axis=1)):
         total = np.concatenate([[0], np.cumsum(counts[group], dtype=np.int64)])
-        goal = shares * total[-1]
+        goal = np.clip(shares * total[-1], 0.5, total[-1] - 0.5)
         k = np.clip(np.searchsorted(total, goal, side="left") - 1, 0, INTERVALS - 1)
         inside = (goal - total[k]) / np.maximum(total[k + 1] - total[k], 1)
         out[group] = bounds[k] + (bounds[k + 1] - bounds[k]) * inside

