@@ -57,10 +57,11 @@ def kill(n_kills, directory):
     expected = final_bytes(f"{directory}/undisturbed")
     kills = inside = runs = same = 0
     while kills < n_kills:
-        work = Path(f"{directory}/{runs}")
+        work, attempts = Path(f"{directory}/{runs}"), 0
         while True:
             child = fork(small, work)
-            time.sleep(rng.uniform(0.02, longest))
+            attempts += 1  # more patience with every attempt: on a busy machine a run must still come through
+            time.sleep(rng.uniform(0.02, longest * (1 + attempts / 8)))
             done, _ = os.waitpid(child, os.WNOHANG)
             if done:
                 break
