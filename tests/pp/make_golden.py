@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from fractions import Fraction
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "golden"
@@ -97,7 +98,8 @@ def medians() -> list[float]:
     found = []
     for j in range(N_GENES):
         values = sorted(row[j] / sum(row) * 10_000 for row in COUNTS if row[j])
-        found.append(quantile(values, 0.5) if values else 0.0)
+        mantissa, exponent = math.frexp(quantile(values, 0.5) if values else 0.0)
+        found.append(math.ldexp(round(mantissa * 2**20), exponent - 20))  # 20 bits
     return found
 
 
@@ -110,7 +112,7 @@ def ranked(name: str, row: list[int]) -> list[list[int]]:
         "rank_bionemo": (3, [CLS], []),
     }.get(name, (5, [CLS, START], [END]))
     room = {"rank_short": 6, "rank_geneformer_v2": 4096}.get(name, 2048) - len(before) - len(after)
-    order = sorted((j for j in used if row[j]), key=lambda j: (-float(f"{row[j] / middle[j]:.6g}"), j))
+    order = sorted((j for j in used if row[j]), key=lambda j: (-Fraction(row[j]) / Fraction(middle[j]), j))
     ids = [*before, *(first_id + used.index(j) for j in order[:room]), *after]
     return [[position, token] for position, token in enumerate(ids)]
 

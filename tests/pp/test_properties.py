@@ -125,7 +125,7 @@ def test_ranks_and_bins_mean_what_they_say(x, encoding):
         if encoding == "rank":
             genes = [int(vocabulary.genes[k - vocabulary.first_gene_id][4:-1]) for k in ids]
             middle = dict(zip(vocabulary.genes, vocabulary.medians, strict=True))
-            keys = [values[g] / middle[f"GENE{g}x"] for g in genes]
+            keys = [float(values[g]) / middle[f"GENE{g}x"] for g in genes]
             assert keys == sorted(keys, reverse=True)
             assert sorted(genes) == np.flatnonzero(values).tolist()
         else:

@@ -158,6 +158,7 @@ def read_values(
         by: Literal["asked", "values"] = "asked" if values == "counts" else "values"
         return Reading("counts", by=by, fractional=scan.fractions > 0, warnings=tuple(warnings))
     if values == "log1p":
+        _refuse_logs(scan, 2.0, name)  # before anything is raised to a power
         base = _log_base(scan.rows) or noted_base or float(np.e)
         _refuse_logs(scan, base, name)
         return Reading("log1p", base, _log_total(scan.rows, base), "asked", warnings=tuple(warnings))

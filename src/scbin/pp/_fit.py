@@ -152,8 +152,10 @@ def _medians(source: Source, reading: Reading, match: GeneMatch) -> np.ndarray:
     for block in source.blocks():
         rows = (block.data, block.indices, block.indptr)
         add_normalised(sketch, rows if add_up is None else add_up(*rows), columns, reading, logs=False)
-    medians = sketch.medians()
-    return np.array([float(f"{median:.7g}") for median in medians])
+    # with 20 bits, count / median of two genes is either equal or further apart than float64 can blur: scaling a cell by a
+    # whole number can then never change an order
+    mantissa, exponent = np.frexp(sketch.medians())
+    return np.ldexp(np.rint(mantissa * 2**20), exponent - 20)
 
 
 def _given(match: GeneMatch, medians: Mapping[str, float]) -> np.ndarray:
