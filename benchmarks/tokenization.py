@@ -23,7 +23,7 @@ import numba
 import numpy as np
 from scipy import sparse
 
-from scbin.encoding import kernels
+from scbin.encoding import kernels, scanning
 from scbin.encoding.bins import Bins
 from scbin.encoding.encode import Encoder
 from scbin.encoding.values import Reading
@@ -127,7 +127,7 @@ def in_memory(n_cells: int, n_naive: int, rounds: int) -> None:
     edges = np.asarray(Bins.linear().edges)
     for vocabulary, place in ((rank_v, columns), (bins_v, bin_columns)):
         encode(few, vocabulary, place, 1)
-    floor = lambda: kernels.over_rows(kernels.scan_rows, *scan_arguments(matrix))
+    floor = lambda: kernels.over_rows(scanning.scan_rows_fast, *scan_arguments(matrix))
     floor()
 
     def ours(vocabulary, place, threads):
@@ -160,12 +160,9 @@ def in_memory(n_cells: int, n_naive: int, rounds: int) -> None:
 
 def scan_arguments(matrix: sparse.csr_matrix) -> tuple:
     n = matrix.shape[0]
-    arrays = (
-        kernels.frozen(matrix.indptr.astype(np.int64)),
-        kernels.frozen(matrix.data),
-        kernels.frozen(matrix.indices),
-    )
-    return (*arrays, N_GENES, kernels.frozen(np.ones(N_GENES, dtype=bool)), np.zeros(n), np.zeros(n, dtype=np.int64))
+    parts = (matrix.indptr.astype(np.int64), matrix.data, matrix.data.view(np.uint32), matrix.indices)
+    out = (np.zeros(n), np.zeros(n, dtype=np.int64), np.zeros(N_GENES, dtype=bool))
+    return (*(kernels.frozen(part) for part in parts), *out)
 
 
 def _same_bins(row: sparse.csr_matrix, expected: np.ndarray, vocabulary: Vocabulary) -> bool:

@@ -13,9 +13,11 @@ import pytest
 from scipy import sparse
 
 import scbin
-from scbin._anndata import check_adata, read_tokens
+from scbin._anndata import check_adata, raw_blocks, read_tokens
 from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinTypeError
+from scbin.encoding.encode import Encoder
 from scbin.encoding.genes import match_genes
+from scbin.encoding.values import Reading
 from scbin.encoding.vocabulary import Vocabulary
 from scbin.pp import check, tokenize
 
@@ -217,6 +219,15 @@ def test_i11_unsorted_and_duplicate_indices():
 
 def test_i12_csc():
     np.testing.assert_array_equal(tokens(cells(sparse.csc_matrix(COUNTS))), EXPECTED)
+
+
+def test_i12_csc_on_disk_is_noted(tmp_path, caplog):
+    cells(sparse.csc_matrix(COUNTS)).write_h5ad(tmp_path / "a.h5ad")
+    adata = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
+    caplog.set_level(logging.INFO)
+    np.testing.assert_array_equal(tokens(adata), EXPECTED)
+    assert "CSR is faster" in caplog.text
+    adata.file.close()
 
 
 def test_i13_other_kinds():
@@ -497,6 +508,14 @@ def test_i43_index_types_and_damage():
         else:
             adata.X.indices[5] = 99 if damage == "column" else -1
         fails(adata, "I43", "damaged")
+
+
+def test_i44_i45_offsets_are_64_bit():
+    block = next(raw_blocks(cells()))
+    assert block.indptr.dtype == np.int64
+    encoder = Encoder(VOCABULARY, np.arange(30, dtype=np.int32), Reading("counts"))
+    phenotypes = np.zeros((12, 0), dtype=np.int64)
+    assert encoder.encode(block.data, block.indices, block.indptr, phenotypes).tokens.shape == (12, 33)
 
 
 def test_i46_long_cells():

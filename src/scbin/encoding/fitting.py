@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from scbin.encoding.kernels import frozen, gene_moments
+from scbin.encoding.kernels import frozen
+from scbin.encoding.scanning import gene_moments
 
 if TYPE_CHECKING:
     from scbin.encoding.quantiles import QuantileSketch

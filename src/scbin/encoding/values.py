@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 
 from scbin._errors import ScbinInputError
-from scbin.encoding.kernels import frozen, over_rows, scan_rows, scan_rows_fast
+from scbin.encoding.kernels import frozen, over_rows
+from scbin.encoding.scanning import scan_rows, scan_rows_fast
 
 Values = Literal["auto", "counts", "log1p"]
 LOG_LIMIT = 14.0  # log1p of a million is 13.8

@@ -138,6 +138,10 @@ class Plan:
             lines.append(
                 f"scbin: {record['cut_cells']:,} cells had more genes than fit; {record['cut_share']:.2%} of the counts were cut."
             )
+        if source.by_column:
+            lines.append(
+                "scbin: the matrix on disk is stored by columns (CSC), which is slow to read by cells; CSR is faster."
+            )
         if adata.isbacked:
             lines.append("scbin: the file is open for reading; the tokens are in memory until adata.write(...).")
         return lines

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scbin._anndata import Block, ahead, raw_blocks
+from scbin._anndata import Block, ahead, matrix_of, raw_blocks
 from scbin._errors import ScbinInputError
 from scbin.encoding.values import Reading, Scan, Values, read_values
 
@@ -34,6 +34,11 @@ class Source:
         """Go through the rows; after the scan every block is sorted and has no duplicates."""
         for block in self.unsorted_blocks():
             yield self._sorted(block) if block.start in self._unsorted else block
+
+    @property
+    def by_column(self) -> bool:
+        """Whether a matrix on disk is stored by columns."""
+        return self.adata.isbacked and getattr(matrix_of(self.adata, self.layer), "format", None) == "csc"
 
     @property
     def n_zero_genes(self) -> int:
