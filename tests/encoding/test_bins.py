@@ -61,6 +61,13 @@ def test_edges_must_increase_from_above_zero(edges):
         Bins(edges)
 
 
+def test_limits():
+    with pytest.raises(ScbinInputError, match="B06"):
+        Bins(tuple(range(1, 70_000)))
+    with pytest.raises(ScbinInputError, match="V12"):
+        Vocabulary.build("rank", ["A1"], medians=[1.0], max_length=3)
+
+
 def test_unknown_rule_names_the_known():
     with pytest.raises(ScbinInputError, match="quantile_per_cell"):
         make_bins("squares", 5, "drop")

@@ -607,6 +607,16 @@ def test_i57_mostly_empty_droplets():
     assert (out[:12] > 0).any(axis=1).all()
 
 
+@pytest.mark.parametrize("edges", [[0.5, 5.0], (0.5, 5.0), np.array([0.5, 5.0])])
+def test_edges_of_any_sequence(edges):
+    np.testing.assert_array_equal(tokens(cells(), bins=edges), tokens(cells(), bins=[0.5, 5.0]))
+
+
+def test_like_another_encoding():
+    fails(cells(), "E02", "leave it out", like=VOCABULARY, encoding="rank")
+    fails(cells(), "E01", "vocabulary", like=3)
+
+
 def test_check_reports_errors_as_rows(capsys):
     table = check(cells(LOGS - 0.5))
     assert table.loc[table["kind"] == "error", "code"].tolist() == ["I03"]

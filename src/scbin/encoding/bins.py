@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 LINEAR_START, LINEAR_STEP = 0.1, 0.4  # log1p values per 10,000: 20 bins reach 7.7
+MOST_BINS = 65_000
 TABLE_SHIFT = 47  # sign, exponent and 5 bits of the mantissa of a float64 are left
 TABLE_SIZE = 1 << (63 - TABLE_SHIFT)
 
@@ -39,6 +40,10 @@ class Bins:
         edges = np.asarray(self.edges, dtype=np.float64)
         if edges.ndim != 1 or not len(edges) or not np.isfinite(edges).all() or (np.diff(edges) <= 0).any():
             raise ScbinInputError("B01", f"bin edges must be finite numbers that increase; these are {self.edges}.")
+        if len(edges) > MOST_BINS:
+            raise ScbinInputError(
+                "B06", f"{len(edges):,} bins are more than the {MOST_BINS:,} that scbin can tell apart."
+            )
         if self.per != "cell" and edges[0] <= 0:
             raise ScbinInputError(
                 "B02",

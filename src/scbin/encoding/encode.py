@@ -39,6 +39,7 @@ class Encoder:
         self.reading = reading
         self.columns, self._sum = unique_columns(columns, len(vocabulary.genes), reading)
         self._all_used = bool((self.columns > -2).all())
+        self._all_known = bool((self.columns >= 0).all())
         known = self.columns[self.columns >= 0]
         self._in_order = bool((np.diff(known) > 0).all())
         bins = vocabulary.bins
@@ -80,7 +81,8 @@ class Encoder:
         room = np.full(n_rows, len(vocabulary.genes)) if keep else np.diff(indptr)
         max_genes = vocabulary.max_length - prefix.shape[1] - (end_id > 0)
         if vocabulary.encoding == "rank":  # the length of a row is known beforehand: no gaps to close
-            over_rows(count_known, *rows, room)
+            if not self._all_known or not np.all(data):
+                over_rows(count_known, *rows, room)
             room = np.minimum(room, max_genes)
         frame = prefix.shape[1] + (end_id > 0)
         offsets = np.concatenate([[0], np.cumsum(np.where(room > 0, room + frame, 0))])

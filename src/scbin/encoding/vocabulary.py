@@ -187,6 +187,11 @@ class Vocabulary:
         for phenotype in self.phenotypes:
             if len(set(phenotype.values)) != len(phenotype.values):
                 raise ScbinInputError("V05", f"the values of phenotype {phenotype.name!r} are not unique.")
+        shortest = self.first_gene_position + min(1, len(self.genes)) + (END in self.specials)
+        if self.max_length < shortest:
+            raise ScbinInputError(
+                "V12", f"max_length is {self.max_length}, but one gene and the special tokens need {shortest}."
+            )
         used = [*self.specials.values(), *(p.missing_id for p in self.phenotypes)]
         spans = [(i, i + 1) for i in used] + [(p.first_id, p.stop_id) for p in self.phenotypes if p.values]
         spans = sorted([*spans, (self.first_gene_id, self.first_gene_id + self.n_gene_ids)])

@@ -103,7 +103,7 @@ def _chosen_genes(source: Source, match: GeneMatch, moments: GeneMoments, fit: F
 def _bins(source: Source, reading: Reading, match: GeneMatch, kept: np.ndarray, moments: GeneMoments, fit: Fit) -> Bins:
     if fit.encoding == "binary":
         return Bins.binary(fit.threshold, zeros=fit.zeros)
-    rule: Any = fit.bins or ("log2" if fit.encoding == "gene_bins" else "linear")
+    rule: Any = ("log2" if fit.encoding == "gene_bins" else "linear") if fit.bins is None else fit.bins
     made = make_bins(rule, fit.n_bins, fit.zeros)
     if made == "log2":
         largest = float(moments.largest[kept].max(initial=1.0))

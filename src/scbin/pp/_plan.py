@@ -260,10 +260,9 @@ def _match(adata: AnnData, source: Source, given: Vocabulary | None, options: Op
 def _check_bins(reading: Reading, given: Vocabulary | None, fit: Fit) -> None:
     """Bins of counts need whole counts."""
     bins = given.bins if given is not None else fit.bins
-    reads = getattr(bins, "reads", None)
-    on_counts = reads == "counts" or (
-        given is None and (bins == "log2" or (bins is None and fit.encoding == "gene_bins")) and fit.encoding != "rank"
-    )
+    default = given is None and fit.encoding == "gene_bins" and bins is None
+    on_counts = default or getattr(bins, "reads", None) == "counts" or (isinstance(bins, str) and bins == "log2")
+    on_counts = on_counts and (given is not None or fit.encoding in ("bins", "gene_bins"))
     if on_counts and (reading.kind == "log1p" or reading.fractional):
         raise ScbinInputError(
             "I07" if reading.fractional else "I01",
