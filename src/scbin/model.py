@@ -190,10 +190,10 @@ class Model:
         facts["trained"] = (
             ", ".join(f"{key.replace('n_', '')} {value:,}" for key, value in trained.items()) or "not at all"
         )
-        if "validation_loss" in self.history:
-            losses = self.history["validation_loss"].dropna()
-            if len(losses):
-                facts["validation loss"] = f"{losses.iloc[0]:.3f} at first, {losses.iloc[-1]:.3f} at last"
+        for column in self.history.columns[self.history.columns.str.startswith("validation_")]:
+            losses = self.history[column].dropna()
+            task = column.removeprefix("validation_").replace("_", " ")
+            facts[f"held-out loss, {task}"] = f"{losses.iloc[0]:.3f} at first, {losses.iloc[-1]:.3f} at last"
         return facts
 
     def __repr__(self) -> str:

@@ -30,6 +30,7 @@ def pool(hidden: Tensor, cu_seqlens: np.ndarray | Tensor | Layout, weights: Tens
     Examples
     --------
     >>> import numpy as np
+    >>> import numpy as np
     >>> pool(torch.tensor([[1.0], [3.0], [5.0]]), np.array([0, 2, 3]), torch.tensor([1.0, 1.0, 2.0]))
     tensor([[2.],
             [5.]])

@@ -50,8 +50,8 @@ _V2 = {"hidden_act": "relu", "max_length": 4096, "learning_rate": 2e-4, "warmup"
 _V2 |= {"cells_per_step": 234, "epochs": 3}
 
 PRESETS: dict[str, Preset] = {
-    "tiny": Preset(2, 64, 128, 4, hidden_dropout_prob=0.0, epochs=1, fewest_steps=400),
-    "small": Preset(3, 128, 256, 4, hidden_dropout_prob=0.0, learning_rate=5e-4, epochs=2, fewest_steps=1000),
+    "tiny": Preset(2, 64, 128, 4, hidden_dropout_prob=0.0, epochs=1, fewest_steps=200),
+    "small": Preset(3, 128, 256, 4, hidden_dropout_prob=0.0, learning_rate=5e-4, epochs=2, fewest_steps=400),
     "base": Preset(
         6, 256, 1024, 8, hidden_dropout_prob=0.0, learning_rate=3e-4, cells_per_step=128, epochs=5, fewest_steps=5000
     ),
@@ -72,6 +72,21 @@ PRESETS: dict[str, Preset] = {
         *_BASE, learning_rate=2e-4, warmup=2000, weight_decay=0.01, cells_per_step=2, precision="float32", clip=None
     ),
 }
+
+
+# the largest number of cells for which a size is chosen: beyond it the next one has enough to learn from
+_AUTO = (("tiny", 20_000), ("small", 200_000), ("base", math.inf))
+
+
+def preset_for(n_cells: int) -> str:
+    """Return the name of the preset that fits a number of cells.
+
+    Examples
+    --------
+    >>> preset_for(3_000), preset_for(50_000)
+    ('tiny', 'small')
+    """
+    return next(name for name, most in _AUTO if n_cells <= most)
 
 
 def preset(name: str | Preset) -> Preset:

@@ -16,6 +16,7 @@ from scbin.data.masking import MaskingScheme
 from scbin.model import Model, Readout
 from scbin.nn.embedding import embed_tokens, hide_phenotypes, pooling_weights
 from scbin.nn.presets import preset as preset_named
+from scbin.nn.presets import preset_for
 from scbin.tl._model import remember
 from scbin.train.distributed import is_first_process
 from scbin.train.objective import MaskedLoss
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 def pretrain(
     adata: AnnData,
     *,
-    preset: str | Preset = "small",
+    preset: str | Preset = "auto",
     hidden_size: int | None = None,
     num_hidden_layers: int | None = None,
     num_attention_heads: int | None = None,
@@ -56,7 +57,7 @@ def pretrain(
     contrastive_weight: float = 0.1,
     pooling: Pooling = "weighted",
     validation_share: float = 0.05,
-    token_budget: int = 16_384,
+    token_budget: int = 32_768,
     device: str = "auto",
     precision: Precision = "auto",
     gradient_checkpointing: bool = False,
@@ -81,8 +82,9 @@ def pretrain(
     adata
         Tokenized cells (:func:`scbin.pp.tokenize`).
     preset
-        Size and optimiser settings by name: `"tiny"` for a first look, `"small"`, `"base"` for a GPU, or those of published
-        systems such as `"geneformer-v1-6l"`; see `scbin.nn.presets.PRESETS`. A `Preset` of your own is taken too.
+        Size and optimiser settings by name: `"tiny"` (a minute or two on a laptop), `"small"`, `"base"` (for a GPU), or those
+        of published systems such as `"geneformer-v1-6l"`; see `scbin.nn.presets.PRESETS`. `"auto"` takes tiny up to 20,000
+        cells, small up to 200,000, and base beyond. A `Preset` of your own is taken too.
     hidden_size, num_hidden_layers, num_attention_heads, intermediate_size
         Parts of the network's shape, over the preset's.
     epochs
@@ -176,6 +178,7 @@ def pretrain(
         raise ScbinInputError("I47", f"training needs at least 2 cells with tokens; here are {n_cells}.")
     shape: dict[str, Any] = {"hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
     shape |= {"num_attention_heads": num_attention_heads, "intermediate_size": intermediate_size}
+    preset = preset_for(n_cells) if preset == "auto" else preset
     chosen = replace(preset_named(preset), **{name: value for name, value in shape.items() if value is not None})
     recipe = Recipe(
         gene_table=gene_table,

@@ -66,7 +66,7 @@ class TrainSettings:
     epochs: int = 10
     max_steps: int | None = None
     cells_per_step: int = 64
-    token_budget: int = 16_384
+    token_budget: int = 32_768
     learning_rate: float = 5e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.05
