@@ -47,8 +47,9 @@ class Loadings:
         return self.directions * np.sqrt(self.spreads / self.spreads[0])
 
     def weights(self) -> np.ndarray:
-        """Return how much each gene says about a cell (genes,), with mean 1: the mean of rows of `table` so weighted and
-        normed is what the truncated SVD would say.
+        """Return how much each gene says about a cell (genes,), with mean 1.
+
+        The mean of the rows of `table`, normed and so weighted, is what the truncated SVD would say.
         """
         weights = np.linalg.norm(self.table(), axis=1) * self.scale
         typical = np.median(weights[weights > 0]) if (weights > 0).any() else 1.0

@@ -114,11 +114,12 @@ def _draw_curve(ax: Axes, step: np.ndarray, values: np.ndarray, colour: str, col
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over `window` steps at either side; over fewer, but still as many at both, near the ends."""
+    """Mean over `window` steps at either side; at the steep start as few ahead as behind, at the flat end what there is."""
     total = np.concatenate([[0.0], np.cumsum(values)])
     here = np.arange(len(values))
-    reach = np.minimum(window, np.minimum(here, len(values) - 1 - here))
-    return (total[here + reach + 1] - total[here - reach]) / (2 * reach + 1)
+    behind = np.minimum(window, here)
+    ahead = np.minimum(behind, len(values) - 1 - here)
+    return (total[here + ahead + 1] - total[here - behind]) / (behind + ahead + 1)
 
 
 def _new_axes() -> Axes:

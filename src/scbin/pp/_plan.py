@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -232,9 +233,15 @@ def vocabulary_of(like: Any, fit: Fit | None = None) -> Vocabulary | None:
     """Return the vocabulary of a model, or the one given; refuse what asks for another encoding than it has."""
     if like is None:
         return None
+    if isinstance(like, str | PathLike):
+        from scbin.model import Model  # brings torch, which tokenizing itself does not need
+
+        like = Model.load(like)
     vocabulary = getattr(like, "vocabulary", like)
     if not isinstance(vocabulary, Vocabulary):
-        raise ScbinTypeError("E01", f"like is a {type(like).__name__}; pass a scbin model or a vocabulary.")
+        raise ScbinTypeError(
+            "E01", f"like is a {type(like).__name__}; pass a scbin model, the directory of one, or a vocabulary."
+        )
     if fit is not None and fit.encoding not in ("bins", vocabulary.encoding):
         raise ScbinInputError(
             "E02",

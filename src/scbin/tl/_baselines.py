@@ -14,15 +14,18 @@ if TYPE_CHECKING:
 
 N_NEIGHBORS = 15
 N_FOLDS = 5
+_MOST_GENES_FOR_COVARIANCE = 2_000
 
 
 def pca(log1p: np.ndarray | csr_matrix, n_components: int = 50, *, seed: int = 0) -> np.ndarray:
     """Return the first principal components of the centred matrix (cells, components), as float32."""
     from sklearn.decomposition import PCA
 
-    n_components = min(n_components, *log1p.shape)
     dense = log1p.toarray() if hasattr(log1p, "toarray") else np.asarray(log1p)
-    return PCA(n_components, svd_solver="covariance_eigh", random_state=seed).fit_transform(dense).astype(np.float32)
+    few_genes = dense.shape[1] <= _MOST_GENES_FOR_COVARIANCE  # exact and fast there, cubic in the genes beyond
+    n_components = min(n_components, min(dense.shape) - (0 if few_genes else 1))
+    solver = "covariance_eigh" if few_genes else "arpack"
+    return PCA(n_components, svd_solver=solver, random_state=seed).fit_transform(dense).astype(np.float32)
 
 
 def knn_macro_f1(embedding: np.ndarray, labels: np.ndarray, *, n_neighbors: int = N_NEIGHBORS, seed: int = 0) -> float:
