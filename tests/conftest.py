@@ -11,6 +11,8 @@ import pandas as pd
 import pytest
 from scipy.sparse import csr_matrix
 
+import scbin
+
 mpl.use("Agg")
 
 
@@ -23,8 +25,7 @@ def shared() -> Path:
     return folder.resolve()
 
 
-@pytest.fixture
-def toy() -> ad.AnnData:
+def toy_cells() -> ad.AnnData:
     """60 cells of three types with 40 genes: raw counts, each type with ten genes of its own."""
     rng = np.random.default_rng(0)
     kind = np.arange(60) % 3
@@ -40,6 +41,25 @@ def toy() -> ad.AnnData:
     )
     var = pd.DataFrame(index=[f"GENE{i}" for i in range(40)])
     return ad.AnnData(csr_matrix(rng.poisson(rate).astype(np.float32)), obs=obs, var=var)
+
+
+@pytest.fixture
+def toy() -> ad.AnnData:
+    """60 cells of three types with 40 genes: raw counts, each type with ten genes of its own."""
+    return toy_cells()
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[ad.AnnData, scbin.Model]:
+    """The toy cells, one of them empty, and a model of three steps on them; not to be changed."""
+    adata = toy_cells()
+    adata.X.data[adata.X.indptr[7] : adata.X.indptr[8]] = 0
+    with pytest.warns(scbin._errors.ScbinInputWarning, match="I19"):
+        scbin.pp.tokenize(adata, phenotypes=["cell_type", "sex"])
+    model = scbin.tl.pretrain(
+        adata, preset="tiny", hidden_size=32, max_steps=3, cells_per_step=16, device="cpu", progress=False
+    )
+    return adata, model
 
 
 @pytest.fixture

@@ -9,11 +9,13 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from scbin._errors import ScbinInputError, ScbinModelError
 from scbin.encoding.vocabulary import Vocabulary
 from scbin.nn.checkpoint import own_tensors, read_model_directory, write_model_directory
+from scbin.nn.embedding import pooling_weights
 
 if TYPE_CHECKING:
     import os
@@ -81,6 +83,10 @@ class Model:
     readout: Readout = field(default_factory=Readout)
     training: Mapping[str, Any] = field(default_factory=dict)
     history: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+    def __post_init__(self) -> None:
+        # what JSON can hold, before anyone relies on it: the same values before saving and after loading
+        self.training = json.loads(json.dumps(dict(self.training), default=_plain))
 
     @property
     def config(self) -> BertConfig:
@@ -159,20 +165,22 @@ class Model:
             )
         try:
             vocabulary = Vocabulary.from_json(json.dumps(about["vocabulary"]))
-            readout = _read_readout(about["readout"], vocabulary)
-            history = pd.DataFrame(about["history"]["data"], columns=about["history"]["columns"])
-        except (ScbinInputError, TypeError, KeyError, ValueError) as error:
+            shape = (bert.config.vocab_size, bert.config.max_position_embeddings)
+            if shape[0] != vocabulary.n_tokens or shape[1] < vocabulary.n_positions:
+                raise ScbinModelError(
+                    "M18",
+                    f"the network in {path} has {shape[0]} tokens and {shape[1]} positions, its vocabulary "
+                    f"{vocabulary.n_tokens} and {vocabulary.n_positions}. They do not belong together.",
+                )
+            readout = _read_readout(about["readout"], vocabulary, bert.config.num_hidden_layers)
+            history = _read_history(about["history"])
+            return cls(bert, vocabulary, readout, about["training"], history)
+        except (ScbinInputError, TypeError, AttributeError, LookupError, ValueError, OverflowError) as error:
+            if isinstance(error, ScbinModelError):
+                raise
             raise ScbinModelError(
                 "M17", f"scbin.json in {path} does not describe a model ({str(error)[:80]})."
             ) from error
-        shape = (bert.config.vocab_size, bert.config.max_position_embeddings)
-        if shape[0] != vocabulary.n_tokens or shape[1] < vocabulary.n_positions:
-            raise ScbinModelError(
-                "M18",
-                f"the network in {path} has {shape[0]} tokens and {shape[1]} positions, its vocabulary "
-                f"{vocabulary.n_tokens} and {vocabulary.n_positions}. They do not belong together.",
-            )
-        return cls(bert, vocabulary, readout, about["training"], history)
 
     # ---- what a user asks first ---------------------------------------------------------------------------------------
 
@@ -186,12 +194,14 @@ class Model:
             f"{config.num_attention_heads} heads, {self.n_parameters:,} parameters",
             "embedding": f"{config.hidden_size} numbers per cell, {self.readout.pooling} pooling, layer {self.readout.layer}",
         }
-        trained = {key: self.training[key] for key in ("n_cells", "steps", "epochs") if key in self.training}
+        trained = [(key.removeprefix("n_"), self.training.get(key)) for key in ("n_cells", "steps", "epochs")]
         facts["trained"] = (
-            ", ".join(f"{key.replace('n_', '')} {value:,}" for key, value in trained.items()) or "not at all"
+            ", ".join(f"{name} {value:,}" for name, value in trained if isinstance(value, int | float)) or "not at all"
         )
-        for column in self.history.columns[self.history.columns.str.startswith("validation_")]:
+        for column in (name for name in self.history.columns if str(name).startswith("validation_")):
             losses = self.history[column].dropna()
+            if losses.empty:
+                continue
             task = column.removeprefix("validation_").replace("_", " ")
             facts[f"held-out loss, {task}"] = f"{losses.iloc[0]:.3f} at first, {losses.iloc[-1]:.3f} at last"
         return facts
@@ -218,11 +228,32 @@ class Model:
         )
 
 
-def _read_readout(fields: Mapping[str, Any], vocabulary: Vocabulary) -> Readout:
+def _plain(value: Any) -> Any:
+    """Return an array, a number of numpy or a path as what JSON knows."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise ScbinInputError("M19", f"a {type(value).__name__} cannot be kept with a model; use numbers and text.")
+
+
+def _read_history(fields: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the table again, numbers only; what was not measured is NaN."""
+    columns = fields["columns"]
+    if not all(type(name) is str for name in columns) or len(set(columns)) != len(columns):
+        raise ValueError("the columns of the history need names of their own")
+    frame = pd.DataFrame(fields["data"], columns=columns)
+    return frame.astype({name: "float64" for name in columns if frame[name].dtype.kind not in "if"})
+
+
+def _read_readout(fields: Mapping[str, Any], vocabulary: Vocabulary, n_layers: int) -> Readout:
     readout = Readout(**fields)
-    if readout.gene_weights is None:
-        return readout
-    weights = tuple(float(weight) for weight in readout.gene_weights)
-    if len(weights) != len(vocabulary.genes) or min(weights, default=0.0) < 0:
-        raise ValueError(f"{len(weights)} gene weights for {len(vocabulary.genes)} genes")
+    if type(readout.layer) is not int or not -n_layers - 1 <= readout.layer <= n_layers:
+        raise ValueError(f"layer {readout.layer!r} of a network with {n_layers}")
+    weights = readout.gene_weights
+    if weights is not None:
+        weights = tuple(float(weight) for weight in weights)
+        if len(weights) != len(vocabulary.genes) or min(weights, default=0.0) < 0:
+            raise ValueError(f"{len(weights)} gene weights for {len(vocabulary.genes)} genes")
+    pooling_weights(vocabulary, readout.pooling, None if weights is None else np.array(weights, dtype=np.float32))
     return replace(readout, gene_weights=weights)

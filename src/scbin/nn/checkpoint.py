@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM
 
-from scbin._errors import ScbinModelError
+from scbin._errors import ScbinModelError, ScbinTrainingError
 from scbin.nn.attention import PACKED
-from scbin.nn.files import MANIFEST, check_finite, verify_directory, write_directory
+from scbin.nn.files import MANIFEST, check_finite, sync_directory, verify_directory, write_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -60,8 +60,10 @@ CONFIG_KEYS: dict[str, Callable[[Any], bool]] = {
     "pad_token_id": _whole(0, 2**20),
     "tie_word_embeddings": _one_of(True, False),
 }
-_REQUIRED = ("vocab_size", "max_position_embeddings", "num_hidden_layers", "hidden_size", "num_attention_heads")
-_REQUIRED += ("intermediate_size",)
+_REQUIRED = (
+    *("vocab_size", "max_position_embeddings", "num_hidden_layers", "hidden_size", "num_attention_heads"),
+    "intermediate_size",
+)
 
 
 def write_model_directory(
@@ -71,8 +73,8 @@ def write_model_directory(
 
     Plain `transformers.BertForMaskedLM.from_pretrained` opens it too.
     """
-    if path.exists() and not overwrite:
-        raise ScbinModelError("M01", f"{path} exists already. Choose another place, or pass overwrite=True.")
+    path = path.resolve()
+    replaces = _replaces(path, overwrite)
     tensors = own_tensors(bert)
     check_finite(tensors, "the model")
     config = {key: getattr(bert.config, key) for key in CONFIG_KEYS}
@@ -83,19 +85,55 @@ def write_model_directory(
         SCBIN: _json_bytes(about),
         CARD: card.encode(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritten(path, error) from error
+    if replaces:
+        _replace(path, files)
+    else:
         write_directory(path, files)
-        return
-    if not (path / SCBIN).is_file():
+
+
+def _replaces(path: Path, overwrite: bool) -> bool:
+    """Return whether a model has to make room; refuse to put one in the place of anything else."""
+    if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
+        return False
+    if not overwrite:
+        raise ScbinModelError("M01", f"{path} exists already. Choose another place, or pass overwrite=True.")
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    if SCBIN not in names or names - ALLOWED:
+        foreign = f" (it holds {min(names - ALLOWED)!r})" if names - ALLOWED else ""
         raise ScbinModelError(
-            "M02", f"{path} is not a model that scbin wrote; it is not overwritten. Remove it yourself."
+            "M02", f"{path} is not a model that scbin wrote{foreign}; it is not overwritten. Remove it yourself."
         )
+    return True
+
+
+def _replace(path: Path, files: Mapping[str, Any]) -> None:
+    """Put a new model in the place of an old one, which stays or comes back where that fails."""
     fresh, old = (path.with_name(f".tmp-{word}-{path.name}-{os.getpid()}") for word in ("new", "old"))
-    write_directory(fresh, files)
-    os.rename(path, old)
-    os.rename(fresh, path)
-    shutil.rmtree(old)
+    try:
+        write_directory(fresh, files)
+        os.rename(path, old)
+        try:
+            os.rename(fresh, path)
+        except OSError:
+            os.rename(old, path)
+            raise
+        sync_directory(path.parent)
+    except OSError as error:
+        raise _unwritten(path, error) from error
+    finally:
+        if path.exists():
+            for left in (fresh, old):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _unwritten(path: Path, error: OSError) -> ScbinTrainingError:
+    return ScbinTrainingError(
+        "T52", f"{path} could not be written ({error.strerror or error}). What was written before is untouched."
+    )
 
 
 def read_model_directory(path: Path) -> tuple[BertForMaskedLM, dict[str, Any]]:
@@ -105,6 +143,7 @@ def read_model_directory(path: Path) -> tuple[BertForMaskedLM, dict[str, Any]]:
     declared shapes have been compared with the weights that are there.
     """
     check_files(path)
+    _check_manifest(path / MANIFEST)
     fault = verify_directory(path)
     if fault:
         raise ScbinModelError("M09", f"the model in {path} is damaged: {fault}. Fetch or save it again.")
@@ -132,17 +171,36 @@ def check_files(path: Path) -> None:
             raise ScbinModelError("M05", f"{name} in {path} is a link or no regular file; models are plain files.")
         if name != WEIGHTS and status.st_size > MAX_JSON:
             raise ScbinModelError("M06", f"{name} has {status.st_size:,} bytes; at most {MAX_JSON:,} are read.")
+        if status.st_size < 1024 and (path / name).read_bytes().startswith(_LFS):
+            raise ScbinModelError(
+                "M07", f"{name} is a Git LFS pointer, not the file itself. Fetch it with `git lfs pull`."
+            )
+
+
+def _check_manifest(path: Path) -> None:
+    """Refuse a manifest that leaves a file out or names one elsewhere, before the files it names are opened."""
+    try:
+        files = _parse(read_json(path)["manifest"].encode())["files"]
+        sound = {CONFIG, WEIGHTS, SCBIN} <= set(files) <= ALLOWED - {MANIFEST} and all(
+            type(entry["size"]) is int and type(entry["sha256"]) is str for entry in files.values()
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if isinstance(error, ScbinModelError):
+            raise
+        sound = False
+    if not sound:
+        raise ScbinModelError("M09", f"{path.name} does not list the files of a model. Fetch or save it again.")
+
+
+def _parse(text: bytes) -> Any:
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object; duplicate keys, NaN, infinity and deep nesting are refused."""
     text = path.read_bytes()
-    if text.startswith(_LFS):
-        raise ScbinModelError(
-            "M07", f"{path.name} is a Git LFS pointer, not the file itself. Fetch it with `git lfs pull`."
-        )
     try:
-        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        content = _parse(text)
     except (ValueError, RecursionError) as error:
         raise ScbinModelError("M08", f"{path.name} is not valid JSON for a model ({str(error)[:80]}).") from error
     if not isinstance(content, dict):
@@ -198,7 +256,7 @@ def read_config(path: Path) -> BertConfig:
         raise ScbinModelError("M11", f"{path.name}: intermediate_size is more than 8 times hidden_size.")
     if picked.setdefault("pad_token_id", 0) >= picked["vocab_size"]:
         raise ScbinModelError("M11", f"{path.name}: pad_token_id is not a token of the vocabulary.")
-    return BertConfig(**picked, attn_implementation=PACKED)
+    return BertConfig(**picked, attn_implementation=PACKED)  # type: ignore[call-arg]
 
 
 def load_bert(config: BertConfig, path: Path) -> BertForMaskedLM:
@@ -220,8 +278,9 @@ def load_bert(config: BertConfig, path: Path) -> BertForMaskedLM:
     bert.load_state_dict({**tensors, **aliases}, strict=True, assign=True)
     bert.tie_weights()
     embeddings = bert.bert.embeddings
-    embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]
-    embeddings.token_type_ids = torch.zeros(1, config.max_position_embeddings, dtype=torch.int64)
+    positions = torch.arange(config.max_position_embeddings)[None]
+    embeddings.register_buffer("position_ids", positions, persistent=False)
+    embeddings.register_buffer("token_type_ids", torch.zeros_like(positions), persistent=False)
     return bert.eval()
 
 
@@ -244,17 +303,12 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)
-        if (start + file.read(32)).startswith(_LFS):
-            raise ScbinModelError(
-                "M07", f"{path.name} is a Git LFS pointer, not the weights. Fetch them with `git lfs pull`."
-            )
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(MAX_HEADER, size - 8):
             raise ScbinModelError("M13", f"{path.name} is not a safetensors file: its header does not fit into it.")
-        file.seek(8)
         text = file.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        header = _parse(text)
         header.pop("__metadata__", None)
         shapes = {}
         for name, entry in header.items():
