@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+if TYPE_CHECKING:
+    import anndata as ad
+
+QUICK = {"preset": "tiny", "hidden_size": 32, "max_steps": 2, "cells_per_step": 16, "device": "cpu", "progress": False}
+
+
+@pytest.fixture(scope="session")
+def quick():
+    """Arguments of a training that takes no time."""
+    return QUICK
+
+
+@pytest.fixture
+def cells(toy):
+    """The toy cells with something in every slot, so that one can see whether it stays."""
+    rng = np.random.default_rng(3)
+    toy.layers["counts"] = toy.X.copy()
+    toy.layers["dense"] = toy.X.toarray()
+    toy.obs["n_counts"] = np.asarray(toy.X.sum(axis=1)).ravel()
+    toy.var["gc"] = rng.random(toy.n_vars)
+    toy.obsm["X_pca"] = rng.normal(size=(toy.n_obs, 3))
+    toy.varm["PCs"] = rng.normal(size=(toy.n_vars, 3))
+    toy.obsp["distances"] = sparse.random(toy.n_obs, toy.n_obs, 0.1, format="csr", random_state=0)
+    toy.uns["palette"] = {"a": np.arange(3), "b": "text"}
+    toy.raw = toy.copy()
+    return toy
+
+
+def same(left, right):
+    """Whether two values of AnnData slots are equal in type and content, to the last bit."""
+    if sparse.issparse(left):
+        return (
+            type(left) is type(right)
+            and left.dtype == right.dtype
+            and all(np.array_equal(getattr(left, a), getattr(right, a)) for a in ("data", "indices", "indptr"))
+        )
+    if isinstance(left, np.ndarray):
+        return left.dtype == right.dtype and np.array_equal(left, right, equal_nan=left.dtype.kind == "f")
+    if isinstance(left, pd.DataFrame):
+        pd.testing.assert_frame_equal(left, right)
+        return True
+    if isinstance(left, dict):
+        return set(left) == set(right) and all(same(left[key], right[key]) for key in left)
+    return left == right
+
+
+class Untouched:
+    """Compare an AnnData with itself as it was: only the slots named may be new or other."""
+
+    def __init__(self, adata: ad.AnnData):
+        self.adata, self.before = adata, adata.to_memory() if adata.isbacked else adata.copy()
+
+    def check(self, *, obsm=(), uns=()):
+        a, b = self.adata, self.before
+        assert same(b.X, a.X) and (b.raw is None or same(b.raw.X, a.raw.X))
+        for slot in ("obs", "var"):
+            pd.testing.assert_frame_equal(getattr(a, slot), getattr(b, slot))
+        for slot in ("layers", "obsm", "varm", "obsp", "varp"):
+            now, then = dict(getattr(a, slot)), dict(getattr(b, slot))
+            new = set(obsm) if slot == "obsm" else set()
+            assert set(now) == set(then) | new, slot
+            assert all(same(then[key], now[key]) for key in set(then) - new), slot
+        now, then = dict(a.uns), dict(b.uns)
+        scbin_now, scbin_then = now.pop("scbin", {}), then.pop("scbin", {})
+        assert same(then, now)
+        assert set(scbin_now) == set(scbin_then) | set(uns)
+        assert all(same(scbin_then[key], scbin_now[key]) for key in set(scbin_then) - set(uns))
+
+
+@pytest.fixture
+def untouched():
+    return Untouched

@@ -1,0 +1,251 @@
+"""`tl.pretrain` on an AnnData: what it writes, what it leaves alone, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import anndata as ad
+import numpy as np
+import pytest
+import torch
+from scipy.sparse import csr_matrix
+
+import scbin
+from scbin._errors import ScbinInputError
+from scbin.encoding.vocabulary import Vocabulary
+
+WRITTEN = ("pretrain", "pretrain_history", "model_id", "model_path")
+
+
+@pytest.fixture
+def tokenized(cells):
+    scbin.pp.tokenize(cells, phenotypes=["cell_type"])
+    return cells
+
+
+@pytest.mark.parametrize("key", [None, "X_mine", "X_scbin_2"])
+def test_its_slots_are_written_and_no_others(tokenized, untouched, quick, key):
+    check = untouched(tokenized)
+    model = scbin.tl.pretrain(tokenized, **quick, key_added=key)
+    key = key or "X_scbin"
+    check.check(obsm=[key], uns=[*WRITTEN, "written"] if key == "X_mine" else WRITTEN)
+    embedding = tokenized.obsm[key]
+    assert embedding.shape == (60, 32) and embedding.dtype == np.float32 and np.isfinite(embedding).all()
+    record = tokenized.uns["scbin"]
+    assert json.loads(record["pretrain"]) == model.training
+    assert record["pretrain_history"].equals(model.history) and len(model.history) == 2
+    assert record["model_id"] == model.fingerprint and record["model_path"] == ""
+    assert {"loss", "tokens_per_second", "validation_genes", "learning_rate"} <= set(model.history)
+    scbin.tl.pretrain(tokenized, **quick, key_added=key)  # its own slot may be written again
+
+
+def test_rows_stay_with_their_cells(trained):
+    adata, model = trained
+    adata = adata.copy()
+    empty = adata.obs["scbin_status"] == "empty"
+    assert empty.sum() == 1
+    assert np.array_equal(np.isnan(adata.obsm["X_scbin"]).all(axis=1), empty)
+    order = np.random.default_rng(0).permutation(60)
+    again = adata[order].copy()
+    scbin.tl.embed(again, model, device="cpu", progress=False)
+    np.testing.assert_allclose(again.obsm["X_scbin"], adata.obsm["X_scbin"][order], atol=1e-5)
+    assert np.array_equal(again.obsm["X_scbin"], again[adata.obs_names].obsm["X_scbin"][order], equal_nan=True)
+
+
+def test_the_same_seed_gives_the_same_model(tokenized, quick):
+    first = scbin.tl.pretrain(tokenized, **quick, seed=4)
+    embedding = tokenized.obsm["X_scbin"]
+    second = scbin.tl.pretrain(tokenized.copy(), **quick, seed=4)
+    assert first.fingerprint == second.fingerprint
+    scbin.tl.embed(tokenized, second, device="cpu", progress=False)
+    assert np.array_equal(tokenized.obsm["X_scbin"], embedding)
+    assert scbin.tl.pretrain(tokenized, **quick, seed=5).fingerprint != first.fingerprint
+
+
+def test_no_global_generator_moves(tokenized, quick):
+    random.seed(1)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    before = random.getstate(), torch.get_rng_state(), np.random.get_state()
+    scbin.tl.pretrain(tokenized, **quick)
+    scbin.tl.embed(tokenized, device="cpu", progress=False)
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+    state = np.random.get_state()
+    assert np.array_equal(state[1], before[2][1]) and state[2:] == before[2][2:]
+
+
+def test_neither_threads_nor_gradients_are_switched(tokenized, quick):
+    before = torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype()
+    scbin.tl.pretrain(tokenized, **quick)
+    assert before == (torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype())
+
+
+def test_a_view_becomes_an_object_of_its_own(tokenized, untouched, quick):
+    parent = untouched(tokenized)
+    view = tokenized[::2]
+    assert view.is_view
+    scbin.tl.pretrain(view, **quick)  # warnings are errors: none about the view
+    assert not view.is_view and view.obsm["X_scbin"].shape == (30, 32)
+    parent.check()
+
+
+def test_a_backed_file_is_trained_on(tokenized, quick, tmp_path):
+    tokenized.write_h5ad(tmp_path / "a.h5ad")
+    backed = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
+    model = scbin.tl.pretrain(backed, **quick)
+    assert backed.isbacked and backed.obsm["X_scbin"].shape == (60, 32)
+    backed.file.close()
+    assert model.fingerprint == scbin.tl.pretrain(tokenized, **quick).fingerprint
+
+
+def test_a_directory_holds_the_model_and_serves_the_next_session(tokenized, quick, tmp_path, monkeypatch):
+    model = scbin.tl.pretrain(tokenized, **quick, save_dir=tmp_path / "run")
+    assert scbin.Model.load(tmp_path / "run" / "model").fingerprint == model.fingerprint
+    assert tokenized.uns["scbin"]["model_path"] == str((tmp_path / "run" / "model").resolve())
+    embedding = tokenized.obsm.pop("X_scbin")
+    monkeypatch.setattr("scbin.tl._model._session", {})
+    tokenized.write_h5ad(tmp_path / "a.h5ad")
+    back = ad.read_h5ad(tmp_path / "a.h5ad")
+    scbin.tl.embed(back, device="cpu", progress=False)
+    assert np.array_equal(back.obsm["X_scbin"], embedding)
+    again = scbin.tl.pretrain(tokenized, **quick, save_dir=tmp_path / "run", resume=True)
+    assert again.fingerprint == model.fingerprint
+
+
+@pytest.mark.parametrize(
+    "denoising_weight",
+    [0.0, pytest.param(1.0, marks=pytest.mark.xfail(reason="the spread of the targets is taken over all cells"))],
+)
+def test_held_out_cells_do_not_influence_what_is_learned(tokenized, quick, denoising_weight):
+    from scbin.data.masking import split_cells
+
+    held_out = split_cells(60, 0.2, 0)
+    assert 3 < held_out.sum() < 30
+    model = scbin.tl.pretrain(tokenized, **quick, validation_share=0.2, denoising_weight=denoising_weight)
+    other = tokenized.copy()
+    tokens = other.obsm["X_tokens"].tolil()
+    tokens[np.flatnonzero(held_out)] = tokens[np.flatnonzero(held_out)[0]]
+    other.obsm["X_tokens"] = csr_matrix(tokens)
+    again = scbin.tl.pretrain(other, **quick, validation_share=0.2, denoising_weight=denoising_weight)
+    assert again.fingerprint == model.fingerprint
+    assert again.history["validation_genes"].iloc[-1] != model.history["validation_genes"].iloc[-1]
+
+
+# ---- what it refuses -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments"),
+    [
+        ("T18", {"contrastive_weight": -1}),
+        ("T18", {"denoising_weight": float("nan")}),
+        ("T18", {"masked_weight": 0, "denoising_weight": 0, "contrastive_weight": 0}),
+        ("T18", {"gene_table": "pca"}),
+        ("T18", {"gene_table_rank": 0}),
+        ("T10", {"preset": "huge"}),
+        ("T10", {"preset": None}),
+        ("T12", {"hidden_size": 30}),
+        ("T16", {"pooling": "max"}),
+        ("T20", {"device": "quantum"}),
+        ("T21", {"precision": "float8"}),
+        ("T30", {"max_steps": 0}),
+        ("T30", {"token_budget": 0}),
+        ("T30", {"learning_rate": -1.0}),
+        ("T30", {"learning_rate": float("nan")}),
+        ("T30", {"validation_share": 1.0}),
+        ("T30", {"epochs": -1}),
+        ("T31", {"resume": True}),
+        ("I54", {"key_added": "X_pca"}),
+        pytest.param("T30", {"epochs": 0}, marks=pytest.mark.xfail(reason="0 is taken for the preset's epochs")),
+        pytest.param("T30", {"cells_per_step": 0}, marks=pytest.mark.xfail(reason="0 is taken for the preset's")),
+        pytest.param("I54", {"key_added": "X_tokens"}, marks=pytest.mark.xfail(reason="the tokens are overwritten")),
+        pytest.param(
+            "T12",
+            {"num_attention_heads": 0},
+            marks=pytest.mark.xfail(reason="divides by zero", raises=ZeroDivisionError),
+        ),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named_and_nothing_is_written(tokenized, untouched, quick, code, arguments):
+    check = untouched(tokenized)
+    with pytest.raises(ScbinInputError) as caught:
+        scbin.tl.pretrain(tokenized, **{**quick, **arguments})
+    assert caught.value.code == code
+    check.check()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="cuda is here")
+def test_a_device_that_is_absent(tokenized, untouched, quick):
+    check = untouched(tokenized)
+    with pytest.raises(ScbinInputError, match=r"T20.*'cuda'.*Here: .*'cpu'"):
+        scbin.tl.pretrain(tokenized, **{**quick, "device": "cuda"})
+    check.check()
+
+
+def test_numbers_of_numpy_are_numbers(tokenized, quick):
+    arguments = {"max_steps": np.int64(2), "learning_rate": np.float32(1e-3), "epochs": np.int32(1)}
+    model = scbin.tl.pretrain(tokenized, **{**quick, **arguments})
+    assert json.loads(tokenized.uns["scbin"]["pretrain"])["settings"]["max_steps"] == 2
+    assert model.training["settings"]["learning_rate"] == pytest.approx(1e-3)
+
+
+def bare(adata):
+    del adata.obsm["X_tokens"], adata.uns["scbin"]
+    return adata
+
+
+def widened(adata):
+    adata.obsm["X_tokens"] = adata.obsm["X_tokens"][:, :-1]
+    return adata
+
+
+def foreign_ids(adata):
+    adata.obsm["X_tokens"].data[3] = 60_000
+    return adata
+
+
+def without_vocabulary(adata):
+    return ad.concat([adata[:30], adata[30:]])
+
+
+def other_vocabulary(adata):
+    other = Vocabulary.build("rank", ["A", "B"])
+    adata.uns["scbin"] = {"vocabulary": other.to_json()}
+    return adata
+
+
+@pytest.mark.parametrize(
+    ("code", "spoil"),
+    [
+        ("T01", bare),
+        ("T02", without_vocabulary),
+        ("T04", widened),
+        ("T04", other_vocabulary),
+        ("T05", foreign_ids),
+        ("I47", lambda adata: adata[:0].copy()),
+        ("I47", lambda adata: adata[:1].copy()),
+        ("I48", lambda adata: adata[:, :0].copy()),
+    ],
+    ids=["untokenized", "concat", "widened", "other vocabulary", "foreign ids", "no cells", "one cell", "no genes"],
+)
+def test_cells_that_cannot_be_trained_on(tokenized, untouched, quick, code, spoil):
+    spoiled = spoil(tokenized)
+    check = untouched(spoiled)
+    with pytest.raises(ScbinInputError) as caught:
+        scbin.tl.pretrain(spoiled, **quick)
+    assert caught.value.code == code
+    check.check()
+
+
+@pytest.mark.parametrize("thing", [None, "a.h5ad", [1], np.zeros((3, 3))], ids=["None", "path", "list", "array"])
+def test_what_is_no_anndata(quick, thing):
+    with pytest.raises(TypeError, match="I55"):
+        scbin.tl.pretrain(thing, **quick)
+
+
+def test_two_cells_are_enough(tokenized, quick):
+    few = tokenized[:2].copy()
+    scbin.tl.pretrain(few, **quick)
+    assert few.obsm["X_scbin"].shape == (2, 32) and np.isfinite(few.obsm["X_scbin"]).all()
