@@ -125,3 +125,10 @@ def test_few_cells(n_cells):
 
 def test_equal_cells():
     assert np.isfinite(compute_umap(np.ones((30, 4), dtype=np.float32))).all()
+
+
+@pytest.mark.slow
+def test_umap_of_many_cells_takes_the_approximate_neighbours():
+    """From 4,096 cells on scanpy takes another way, which not every version of its neighbour search can go."""
+    embedding = np.random.default_rng(0).normal(size=(4_200, 8)).astype(np.float32)
+    assert np.isfinite(compute_umap(embedding)).all()
