@@ -33,6 +33,9 @@ def bert_config(vocabulary: Vocabulary, name: str | Preset = "small", **override
         chosen = replace(chosen, **overrides)
     except TypeError as error:
         raise ScbinInputError("T11", f"{error}. A network is described by {', '.join(_SHAPE)}, max_length.") from error
+    for field in _SHAPE[:4]:
+        if getattr(chosen, field) < 1:
+            raise ScbinInputError("T12", f"{field} is {getattr(chosen, field)}; it needs to be at least 1.")
     if chosen.hidden_size % chosen.num_attention_heads:
         raise ScbinInputError(
             "T12",

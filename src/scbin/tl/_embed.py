@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from scbin import _keys
-from scbin._anndata import check_adata, check_writable, read_tokens, write_obsm, write_uns
+from scbin._anndata import check_adata, check_writable, copied, read_tokens, write_obsm, write_uns
 from scbin._errors import ScbinInputError
 from scbin.nn.embedding import embed_tokens, hide_phenotypes, pooling_weights
 from scbin.tl._model import resolve_model
@@ -99,11 +99,12 @@ def embed(
     check_adata(adata)
     if phenotypes not in ("hide", "show"):
         raise ScbinInputError("T17", f"phenotypes is {phenotypes!r}; choose 'hide' or 'show'.")
-    adata = adata.copy() if copy else adata
+    if token_budget < 1:
+        raise ScbinInputError("T30", f"token_budget is {token_budget}; it needs to be at least 1.")
+    adata = copied(adata) if copy else adata
     chosen = resolve_model(model, adata)
     tokens, vocabulary = read_tokens(adata, chosen.vocabulary)
-    key = key_added or _keys.EMBEDDING
-    check_writable(adata, "obsm", key)
+    key = embedding_key(adata, key_added)
     readout = chosen.readout
     pooling = pooling or readout.pooling
     layer = readout.layer if layer is None else layer
@@ -122,3 +123,12 @@ def embed(
     params = {"model": chosen.fingerprint, "pooling": pooling, "layer": layer, "phenotypes": phenotypes}
     write_uns(adata, _keys.EMBED, json.dumps({**params, "precision": precision}))
     return adata if copy else None
+
+
+def embedding_key(adata: AnnData, key_added: str | None) -> str:
+    """Return the slot for an embedding, if it may be written."""
+    key = _keys.EMBEDDING if key_added is None else key_added
+    if key in ("", _keys.TOKENS):
+        raise ScbinInputError("I54", f"key_added={key!r} cannot hold an embedding. Choose another name.")
+    check_writable(adata, "obsm", key)
+    return key

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from scbin import _keys
-from scbin._anndata import check_adata, check_writable, read_tokens, write_obsm, write_uns
+from scbin._anndata import check_adata, read_tokens, write_obsm, write_uns
 from scbin._errors import ScbinInputError
 from scbin.data.masking import MaskingScheme
 from scbin.model import Model, Readout
 from scbin.nn.embedding import embed_tokens, hide_phenotypes, pooling_weights
 from scbin.nn.presets import preset as preset_named
 from scbin.nn.presets import preset_for
+from scbin.tl._embed import embedding_key
 from scbin.tl._model import remember
 from scbin.train.distributed import is_first_process
 from scbin.train.objective import MaskedLoss
@@ -171,8 +172,7 @@ def pretrain(
     """
     check_adata(adata)
     tokens, vocabulary = read_tokens(adata)
-    key = key_added or _keys.EMBEDDING
-    check_writable(adata, "obsm", key)
+    key = embedding_key(adata, key_added)
     n_cells = int(np.count_nonzero(np.diff(tokens.indptr)))
     if n_cells < 2:
         raise ScbinInputError("I47", f"training needs at least 2 cells with tokens; here are {n_cells}.")
@@ -191,9 +191,9 @@ def pretrain(
         pooling=pooling,
     )
     settings = TrainSettings(
-        epochs=epochs or chosen.epochs_for(n_cells),
+        epochs=chosen.epochs_for(n_cells) if epochs is None else epochs,
         max_steps=max_steps,
-        cells_per_step=cells_per_step or chosen.cells_per_step,
+        cells_per_step=chosen.cells_per_step if cells_per_step is None else cells_per_step,
         token_budget=token_budget,
         learning_rate=chosen.learning_rate if learning_rate is None else learning_rate,
         schedule=chosen.schedule,

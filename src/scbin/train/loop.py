@@ -112,7 +112,7 @@ class _Run:
         self.dtype = resolve_precision(settings.precision, self.device, bert.config)
         self.training, self.held_out = split(tokens, cells, settings)
         self.pack_tokens = _PACK_TOKENS_CPU if self.device.type == "cpu" else None
-        self.zero_positions = seen_genes(tokens, objective)
+        self.zero_positions = seen_genes(tokens[self.training], objective)
         bert.to(self.device)  # type: ignore[arg-type]
         objective.to(self.device).train()
         world.broadcast([p.data for p in [*bert.parameters(), *objective.parameters()]])

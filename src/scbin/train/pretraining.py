@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from scbin._errors import ScbinInputError
 from scbin.data.loadings import gene_loadings
 from scbin.data.masking import MaskingScheme
@@ -18,7 +20,6 @@ from scbin.train.terms import Contrastive, Denoising
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     import pandas as pd
     from scipy.sparse import csr_matrix
     from torch import nn
@@ -109,7 +110,7 @@ def pretrain_tokens(
         recipe.masking,
         recipe.loss,
         masked_weight=recipe.masked_weight,
-        cell_terms=_cell_terms(bert, tokens, vocabulary, recipe, settings, weights),
+        cell_terms=_cell_terms(bert, hide_phenotypes(tokens, vocabulary), training, recipe, settings, weights),
         token_weights=weights.tokens,
         position_weights=weights.positions,
     )
@@ -120,20 +121,17 @@ def pretrain_tokens(
 def _cell_terms(
     bert: BertForMaskedLM,
     tokens: csr_matrix,
-    vocabulary: Vocabulary,
+    training: np.ndarray,
     recipe: Recipe,
     settings: TrainSettings,
     weights: Weights,
 ) -> list[nn.Module]:
+    """Return the terms on cell vectors; `tokens` hide the phenotypes, so that a label cannot say where its cell lies."""
     terms: list[nn.Module] = [Contrastive(recipe.contrastive_weight)]
     if recipe.denoising_weight:
-        # the phenotypes are hidden, so that a label cannot say where its cell lies
-        start = embed_tokens(
-            bert,
-            hide_phenotypes(tokens, vocabulary),
-            weights,
-            device=settings.device,
-            token_budget=settings.token_budget,
+        start = np.full((tokens.shape[0], bert.config.hidden_size), np.nan, dtype=np.float32)
+        start[training] = embed_tokens(
+            bert, tokens[training], weights, device=settings.device, token_budget=settings.token_budget
         )
         terms.append(Denoising(start, recipe.denoising_weight))
     return terms

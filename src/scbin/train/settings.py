@@ -95,6 +95,8 @@ class TrainSettings:
         for name in ("epochs", "cells_per_step", "token_budget", "keep"):
             if getattr(self, name) < 1:
                 raise ScbinInputError("T30", f"{name} is {getattr(self, name)}; it needs to be at least 1.")
+        if self.seed < 0:
+            raise ScbinInputError("T30", f"seed is {self.seed}; it needs to be 0 or more.")
         for name in ("max_steps", "checkpoint_every", "validate_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ScbinInputError("T30", f"{name} is {getattr(self, name)}; it needs to be at least 1, or None.")

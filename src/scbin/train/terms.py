@@ -31,7 +31,7 @@ class Denoising(nn.Module):
     Parameters
     ----------
     targets
-        One vector per row of the token matrix (cells, hidden); NaN for rows that have none.
+        One vector per row of the token matrix (cells, hidden); NaN for rows that are not trained on.
     weight
         Of the term.
     """
