@@ -9,13 +9,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from scbin import datasets, get, pl, pp, tl
+    from scbin._errors import ScbinError, ScbinInputWarning
     from scbin.encoding.vocabulary import Vocabulary
     from scbin.model import Model
 
-__all__ = ["Model", "Vocabulary", "datasets", "get", "pl", "pp", "tl"]
+__all__ = ["Model", "ScbinError", "ScbinInputWarning", "Vocabulary", "datasets", "get", "pl", "pp", "tl"]
 
 # loaded when first used: torch takes seconds, and `import scbin` shall not
 _CLASSES = {"Model": "scbin.model", "Vocabulary": "scbin.encoding.vocabulary"}
+_CLASSES |= {"ScbinError": "scbin._errors", "ScbinInputWarning": "scbin._errors"}
 
 
 def __getattr__(name: str) -> Any:

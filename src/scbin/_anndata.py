@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,13 @@ def check_adata(adata: object) -> ad.AnnData:
         )
     if adata.n_vars == 0:
         raise ScbinInputError("I48", f"adata has no genes (its shape is {adata.shape}).")
+    entry = adata.uns.get(_keys.UNS, {})
+    if not isinstance(entry, Mapping):
+        raise ScbinInputError(
+            "I54",
+            f"adata.uns[{_keys.UNS!r}] is a {type(entry).__name__} that scbin did not write, so it is not replaced. "
+            "Keep it under another name.",
+        )
     return adata
 
 

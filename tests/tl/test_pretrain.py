@@ -253,3 +253,20 @@ def test_two_cells_are_enough(tokenized, quick):
     few = tokenized[:2].copy()
     scbin.tl.pretrain(few, **quick)
     assert few.obsm["X_scbin"].shape == (2, 32) and np.isfinite(few.obsm["X_scbin"]).all()
+
+
+def test_a_place_for_the_model_that_is_taken_is_refused_before_training(toy, tmp_path):
+    scbin.pp.tokenize(toy)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    with pytest.raises(scbin.ScbinError, match="M02"):
+        scbin.tl.pretrain(toy, preset="tiny", max_steps=1, save_dir=tmp_path, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_an_entry_of_somebody_else_in_uns_is_refused_and_kept(toy):
+    toy.uns["scbin"] = "mine"
+    with pytest.raises(scbin.ScbinError, match="I54"):
+        scbin.pp.tokenize(toy)
+    assert toy.uns["scbin"] == "mine"
+    assert "X_tokens" not in toy.obsm

@@ -74,7 +74,7 @@ def write_model_directory(
     Plain `transformers.BertForMaskedLM.from_pretrained` opens it too.
     """
     path = path.resolve()
-    replaces = _replaces(path, overwrite)
+    replaces = replaces_model(path, overwrite)
     tensors = own_tensors(bert)
     check_finite(tensors, "the model")
     config = {key: getattr(bert.config, key) for key in CONFIG_KEYS}
@@ -95,7 +95,7 @@ def write_model_directory(
         write_directory(path, files)
 
 
-def _replaces(path: Path, overwrite: bool) -> bool:
+def replaces_model(path: Path, overwrite: bool) -> bool:
     """Return whether a model has to make room; refuse to put one in the place of anything else."""
     if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
         return False

@@ -40,7 +40,14 @@ def resolve_model(model: Model | str | os.PathLike[str] | None, adata: AnnData) 
     if identifier in _session:
         return _session[identifier]
     if directory and Path(directory).is_dir():
-        return Model.load(directory)
+        found = Model.load(directory)
+        if found.fingerprint == identifier:
+            return found
+        raise ScbinInputError(
+            "M22",
+            f"{directory} now holds another model than the one trained on these cells. Pass the one you mean: "
+            "model='my_model'.",
+        )
     raise ScbinInputError(
         "M21",
         "no model was given, and none is known for these cells in this session. Pass the one that scbin.tl.pretrain "

@@ -14,6 +14,7 @@ from scbin._anndata import check_adata, read_tokens, write_obsm, write_uns
 from scbin._errors import ScbinInputError
 from scbin.data.masking import MaskingScheme
 from scbin.model import Model, Readout
+from scbin.nn.checkpoint import replaces_model
 from scbin.nn.embedding import embed_tokens, hide_phenotypes, pooling_weights
 from scbin.nn.presets import preset as preset_named
 from scbin.nn.presets import preset_for
@@ -173,6 +174,8 @@ def pretrain(
     check_adata(adata)
     tokens, vocabulary = read_tokens(adata)
     key = embedding_key(adata, key_added)
+    if save_dir is not None:
+        replaces_model(Path(save_dir) / "model", overwrite=True)  # raises now rather than after hours of training
     n_cells = int(np.count_nonzero(np.diff(tokens.indptr)))
     if n_cells < 2:
         raise ScbinInputError("I47", f"training needs at least 2 cells with tokens; here are {n_cells}.")

@@ -43,7 +43,7 @@ class TrainSettings:
     seed
         Of the order, the masks, the validation cells and dropout.
     validation_share, validation_most, validate_every
-        Share of cells held out, most of them to use, and steps between validations (`None`: once per epoch).
+        Share of cells held out, about how many at most, and steps between validations (`None`: once per epoch).
     save_dir, checkpoint_every, keep, resume
         Where to keep checkpoints, steps between them (`None`: once per epoch), how many, and whether to go on from the newest.
     gradient_checkpointing

@@ -70,12 +70,13 @@ def split(tokens: csr_matrix, cells: np.ndarray | None, settings: TrainSettings)
     """Return the cells to train on and those held out."""
     filled = np.flatnonzero(np.diff(tokens.indptr))
     cells = filled if cells is None else np.intersect1d(np.asarray(cells), filled)
-    held_out = split_cells(tokens.shape[0], settings.validation_share, settings.seed)[cells]
+    share = min(settings.validation_share, settings.validation_most / max(len(cells), 1))
+    held_out = split_cells(tokens.shape[0], share, settings.seed)[cells]
     if held_out.all() and len(cells):
         held_out[0] = False
     if not len(cells):
         raise ScbinInputError("T33", "there is no cell to train on: every token row is empty. See obs['scbin_status'].")
-    return cells[~held_out], cells[held_out][: settings.validation_most]
+    return cells[~held_out], cells[held_out]
 
 
 def seen_genes(tokens: csr_matrix, objective: Objective) -> np.ndarray:
