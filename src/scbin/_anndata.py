@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 BLOCK = 4_000_000  # stored values per row block: tens of megabytes
-WRITTEN = "written"  # uns["scbin"]["written"], JSON list of slots scbin wrote under names that the user chose
 OWN = (_keys.TOKENS, _keys.EMBEDDING, "scbin_", "X_umap_", "X_scbin_")
 
 
@@ -330,11 +329,11 @@ def _write(adata: ad.AnnData, slot: str, key: str, value: Any) -> None:
     make_real(adata)
     getattr(adata, slot)[key] = value
     if not key.startswith(OWN):
-        write_uns(adata, WRITTEN, json.dumps(sorted({*_written(adata), f"{slot}/{key}"})))
+        write_uns(adata, _keys.WRITTEN, json.dumps(sorted({*_written(adata), f"{slot}/{key}"})))
 
 
 def _written(adata: ad.AnnData) -> list[str]:
-    return json.loads(str(adata.uns.get(_keys.UNS, {}).get(WRITTEN, "[]")))
+    return json.loads(str(adata.uns.get(_keys.UNS, {}).get(_keys.WRITTEN, "[]")))
 
 
 def warn(code: str, message: str) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from transformers import BertConfig, BertForMaskedLM
 
-    from scbin.nn.embedding import Pooling
+    from scbin.nn.embedding import Pooling, Weights
 
 FORMAT = 1
 
@@ -106,6 +106,12 @@ class Model:
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
+
+    def weights(self, pooling: Pooling | None = None) -> Weights:
+        """Return the weight of each token in its cell's vector, for the model's own pooling or another."""
+        genes = self.readout.gene_weights
+        as_array = None if genes is None else np.array(genes, dtype=np.float32)
+        return pooling_weights(self.vocabulary, pooling or self.readout.pooling, as_array)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the model into a directory: weights, configuration, vocabulary, history and a model card.

@@ -23,7 +23,7 @@ def cells(trained):
 
 
 def weights_of(model, pooling="weighted"):
-    return pooling_weights(model.vocabulary, pooling, np.array(model.readout.gene_weights, dtype=np.float32))
+    return model.weights(pooling)
 
 
 def padded_states(bert, tokens):

@@ -14,7 +14,6 @@ from scbin._errors import ScbinInputError
 if TYPE_CHECKING:
     from anndata import AnnData
 
-RECORD = "umap"  # uns["scbin"]["umap"][slot]: one 32-bit fingerprint per embedded cell
 FEWEST_FOR_UMAP = 10
 ROWS_AT_ONCE = 65_536
 
@@ -26,7 +25,7 @@ def umap_of(adata: AnnData, basis: str, *, n_neighbors: int = 15, seed: int = 0)
     """
     slot = _keys.UMAP if basis == _keys.EMBEDDING else f"X_umap_{basis.removeprefix('X_')}"
     embedding = read_embedding(adata, basis)
-    record = adata.uns.get(_keys.UNS, {}).get(RECORD, {})
+    record = adata.uns.get(_keys.UNS, {}).get(_keys.UMAP_RECORD, {})
     if slot in adata.obsm:
         kept = np.asarray(adata.obsm[slot])
         if slot in record and _belongs(kept, embedding, np.asarray(record[slot])):
@@ -39,7 +38,7 @@ def umap_of(adata: AnnData, basis: str, *, n_neighbors: int = 15, seed: int = 0)
             )
     coordinates = compute_umap(embedding, n_neighbors=n_neighbors, seed=seed)
     write_obsm(adata, slot, coordinates)
-    write_uns(adata, RECORD, {**record, slot: _fingerprints(coordinates, embedding)})
+    write_uns(adata, _keys.UMAP_RECORD, {**record, slot: _fingerprints(coordinates, embedding)})
     return coordinates
 
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECORD = "tokenize"
-
 
 def tokenize(
     adata: AnnData,
@@ -140,7 +138,7 @@ def tokenize(
     write_obsm(target, key, result.tokens)
     write_obs(target, _keys.STATUS, result.status)
     write_uns(target, _keys.VOCABULARY, plan.vocabulary.to_json())
-    write_uns(target, RECORD, json.dumps(result.record))
+    write_uns(target, _keys.TOKENIZE, json.dumps(result.record))
     for line in result.lines:
         logger.info(line)
     return target if copy else None

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from scbin import _keys
 from scbin._anndata import check_adata, check_writable, copied, read_tokens, write_obsm, write_uns
 from scbin._errors import ScbinInputError
-from scbin.nn.embedding import embed_tokens, hide_phenotypes, pooling_weights
+from scbin.nn.embedding import embed_tokens, hide_phenotypes
 from scbin.tl._model import resolve_model
 
 if TYPE_CHECKING:
@@ -108,11 +106,10 @@ def embed(
     readout = chosen.readout
     pooling = pooling or readout.pooling
     layer = readout.layer if layer is None else layer
-    gene_weights = None if readout.gene_weights is None else np.array(readout.gene_weights, dtype=np.float32)
     embedding = embed_tokens(
         chosen.bert,
         hide_phenotypes(tokens, vocabulary) if phenotypes == "hide" else tokens,
-        pooling_weights(vocabulary, pooling, gene_weights),
+        chosen.weights(pooling),
         layer=layer,
         device=device,
         precision=precision,

@@ -15,7 +15,7 @@ from scbin._errors import ScbinInputError
 from scbin.data.masking import MaskingScheme
 from scbin.model import Model, Readout
 from scbin.nn.checkpoint import replaces_model
-from scbin.nn.embedding import embed_tokens, hide_phenotypes, pooling_weights
+from scbin.nn.embedding import embed_tokens, hide_phenotypes
 from scbin.nn.presets import preset as preset_named
 from scbin.nn.presets import preset_for
 from scbin.tl._embed import embedding_key
@@ -227,9 +227,8 @@ def pretrain(
     )
     if save_dir is not None and is_first_process():
         model.save(Path(save_dir) / "model", overwrite=True)
-    weights = pooling_weights(vocabulary, pooling, result.gene_weights)
     hidden = hide_phenotypes(tokens, vocabulary)
-    embedding = embed_tokens(result.bert, hidden, weights, device=device, token_budget=token_budget)
+    embedding = embed_tokens(result.bert, hidden, model.weights(), device=device, token_budget=token_budget)
     _write(adata, key, embedding, model, save_dir)
     return model
 
