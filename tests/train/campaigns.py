@@ -9,11 +9,13 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from scbin.train.loop import train
 
@@ -48,20 +50,25 @@ def final_bytes(directory):
 
 
 def kill(n_kills, directory):
-    """SIGKILL a run at random instants, again and again until it is through; count how often it ends in the same bits."""
+    """SIGKILL a run at random instants, again and again until it is through; count how often it ends in the same bits.
+
+    Instants are drawn from a span that follows the runs' own progress: a busy machine, on which nothing was saved yet when the
+    signal came, gets more time, and a quiet one less.
+    """
+    # tqdm's own lock is shared by all forks: a child killed while it holds it would stop all later ones for ever
+    tqdm.set_lock(threading.RLock())
     small, rng = toy(), random.Random(0)
     train(small.bert(), small.objective(), small.tokens, small.settings(max_steps=1))  # compile before the clock runs
     start = time.perf_counter()
     os.waitpid(fork(small, f"{directory}/undisturbed"), 0)
-    longest = time.perf_counter() - start
+    shortest = span = (time.perf_counter() - start) / 2  # half a run, so that most are killed more than once
     expected = final_bytes(f"{directory}/undisturbed")
-    kills = inside = runs = same = 0
+    kills = inside = idle = runs = same = 0
     while kills < n_kills:
-        work, attempts = Path(f"{directory}/{runs}"), 0
+        work, steps = Path(f"{directory}/{runs}"), set()
         while True:
             child = fork(small, work)
-            attempts += 1  # more patience with every attempt: on a busy machine a run must still come through
-            time.sleep(rng.uniform(0.02, longest * (1 + attempts / 8)))
+            time.sleep(rng.uniform(0.02, span))
             done, _ = os.waitpid(child, os.WNOHANG)
             if done:
                 break
@@ -69,10 +76,18 @@ def kill(n_kills, directory):
             os.waitpid(child, 0)
             kills += 1
             inside += any(work.glob(".tmp-*"))
+            before, steps = steps, {path.name for path in work.glob("step-*")}
+            idle += steps == before
+            span = max(shortest, 0.95 * span) if steps != before else span * 1.1
+            if span > 100 * shortest:
+                raise RuntimeError(f"run {runs} saves nothing however long it may run: {sorted(steps)}")
         runs += 1
         same += final_bytes(work) == expected
         shutil.rmtree(work)
-    print(json.dumps({"kills": kills, "inside_a_save": inside, "runs": runs, "same_bits": same}))
+        if runs % 20 == 0:
+            print(f"{kills} kills, {runs} runs, {same} with the same bits", file=sys.stderr, flush=True)
+    counts = {"kills": kills, "inside_a_save": inside, "without_progress": idle, "runs": runs, "same_bits": same}
+    print(json.dumps(counts))
 
 
 def distributed(out, n_steps, cells_per_step, save_dir, stop_after="0"):
