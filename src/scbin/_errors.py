@@ -41,3 +41,14 @@ class ScbinTrainingWarning(UserWarning):
     def __init__(self, code: str, message: str):
         super().__init__(f"[{code}] {message}")
         self.code = code
+
+
+def count(n: int, one: str, many: str | None = None) -> str:
+    """Return a number with its noun, for messages.
+
+    Examples
+    --------
+    >>> count(1, "cell"), count(1204, "cell"), count(2, "label is", "labels are")
+    ('1 cell', '1,204 cells', '2 labels are')
+    """
+    return f"{n:,} {one if n == 1 else many or one + 's'}"

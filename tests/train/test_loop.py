@@ -122,7 +122,7 @@ def test_a_finished_run_is_not_run_again_and_another_one_is_refused(small, undis
     run(small, save_dir=tmp_path)
     bert, history = run(small, save_dir=tmp_path, resume=True)
     assert torch.equal(weights(bert), weights(undisturbed[0])) and len(history) == len(undisturbed[1])
-    with pytest.raises(ScbinInputError, match="T31"):
+    with pytest.raises(ScbinInputError, match="T34"):
         run(small, save_dir=tmp_path)
     with pytest.raises(ScbinModelError, match=r"settings.learning_rate was 0.003, is 0.1"):
         run(small, save_dir=tmp_path, resume=True, learning_rate=0.1)

@@ -92,14 +92,14 @@ class MaskingScheme:
         if self.nonzero_ratio is not None:
             _check_share("nonzero_ratio", self.nonzero_ratio)
         if len(self.replacement) != 3 or min(self.replacement) < 0 or abs(sum(self.replacement) - 1) > 1e-6:
-            raise ScbinInputError("T02", f"replacement is {self.replacement}; it needs three shares that sum to 1.")
+            raise ScbinInputError("T07", f"replacement is {self.replacement}; it needs three shares that sum to 1.")
         if self.zero_targets is not None and not 0 <= self.zero_targets <= 100:
-            raise ScbinInputError("T01", f"zero_targets is {self.zero_targets}; it needs a number from 0 to 100.")
+            raise ScbinInputError("T06", f"zero_targets is {self.zero_targets}; it needs a number from 0 to 100.")
 
 
 def _check_share(name: str, value: float) -> None:
     if not 0 <= value <= 1:
-        raise ScbinInputError("T01", f"{name} is {value}; a probability lies between 0 and 1.")
+        raise ScbinInputError("T06", f"{name} is {value}; a probability lies between 0 and 1.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,10 +177,10 @@ def mask_rows(
     n_extra = _zero_targets(scheme, vocabulary) if asks_zeros else 0.0
     if scheme.zero_swap and not asks_zeros:
         raise ScbinInputError(
-            "T03", "zero_swap needs an encoding by bins without zeros; here zeros are in the row already."
+            "T08", "zero_swap needs an encoding by bins without zeros; here zeros are in the row already."
         )
     if scheme.nonzero_ratio is not None and not zeros_kept:
-        raise ScbinInputError("T03", 'nonzero_ratio needs rows with zeros: tokenize with zeros="keep".')
+        raise ScbinInputError("T09", 'nonzero_ratio needs rows with zeros: tokenize with zeros="keep".')
     levels = max(vocabulary.n_levels, 1)
     probs = (
         scheme.gene_mask_prob, scheme.phenotype_mask_prob, scheme.replacement[0], scheme.replacement[1],

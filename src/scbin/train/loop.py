@@ -335,7 +335,7 @@ class _Run:
         if self.world.is_first:
             if checkpoints.steps() and not self.settings.resume:
                 raise ScbinInputError(
-                    "T31",
+                    "T34",
                     f"{checkpoints.directory} holds a run already: pass resume=True to go on with it, or another save_dir.",
                 )
             newest = checkpoints.newest()
