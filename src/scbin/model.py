@@ -14,8 +14,9 @@ import pandas as pd
 
 from scbin._errors import ScbinInputError, ScbinModelError
 from scbin.encoding.vocabulary import Vocabulary
-from scbin.nn.checkpoint import own_tensors, read_model_directory, write_model_directory
+from scbin.nn.checkpoint import HEAD, own_tensors, read_model_directory, read_tensors, write_model_directory
 from scbin.nn.embedding import pooling_weights
+from scbin.nn.heads import HeadPlan, head_from, head_shapes
 
 if TYPE_CHECKING:
     import os
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import BertConfig, BertForMaskedLM
 
     from scbin.nn.embedding import Pooling, Weights
+    from scbin.nn.heads import Head, Target
 
 FORMAT = 1
 
@@ -67,6 +69,8 @@ class Model:
         How it was trained: plain values by name.
     history
         What was measured during training, one row per step.
+    head
+        What it was fine-tuned to answer (:func:`scbin.tl.finetune`), and the weights for it. `None`: nothing.
 
     Examples
     --------
@@ -83,6 +87,7 @@ class Model:
     readout: Readout = field(default_factory=Readout)
     training: Mapping[str, Any] = field(default_factory=dict)
     history: pd.DataFrame = field(default_factory=pd.DataFrame)
+    head: Head | None = None
 
     def __post_init__(self) -> None:
         # what JSON can hold, before anyone relies on it: the same values before saving and after loading
@@ -100,9 +105,13 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        """Sha256 over vocabulary, readout and weights: equal models have equal fingerprints."""
+        """Sha256 over vocabulary, readout, head and weights: equal models have equal fingerprints."""
         digest = hashlib.sha256(f"{self.vocabulary.sha256} {self.readout}".encode())
-        for name, tensor in own_tensors(self.bert).items():
+        tensors = own_tensors(self.bert)
+        if self.head is not None:
+            digest.update(str(self.head.plan).encode())
+            tensors |= {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
+        for name, tensor in tensors.items():
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
@@ -144,7 +153,11 @@ class Model:
             "training": dict(self.training),
             "history": json.loads(self.history.to_json(orient="split", index=False, double_precision=15)),
         }
-        write_model_directory(Path(path), self.bert, about, self._card(), overwrite=overwrite)
+        tensors = None
+        if self.head is not None:
+            about["head"] = self.head.plan.to_dict()
+            tensors = {name: tensor.detach() for name, tensor in self.head.state_dict().items()}
+        write_model_directory(Path(path), self.bert, about, self._card(), tensors, overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Model:
@@ -165,7 +178,7 @@ class Model:
         """
         bert, about = read_model_directory(Path(path))
         known = {"format", "vocabulary", "readout", "training", "history"}
-        if about.get("format") != FORMAT or set(about) != known:
+        if about.get("format") != FORMAT or set(about) - {"head"} != known:
             raise ScbinModelError(
                 "M16", f"scbin.json in {path} is not of format {FORMAT}; it needs another scbin version."
             )
@@ -180,7 +193,8 @@ class Model:
                 )
             readout = _read_readout(about["readout"], vocabulary, bert.config.num_hidden_layers)
             history = _read_history(about["history"])
-            return cls(bert, vocabulary, readout, about["training"], history)
+            head = _read_head(Path(path) / HEAD, about.get("head"), bert.config.hidden_size, len(vocabulary.genes))
+            return cls(bert, vocabulary, readout, about["training"], history, head)
         except (ScbinInputError, TypeError, AttributeError, LookupError, ValueError, OverflowError) as error:
             if isinstance(error, ScbinModelError):
                 raise
@@ -200,6 +214,8 @@ class Model:
             f"{config.num_attention_heads} heads, {self.n_parameters:,} parameters",
             "embedding": f"{config.hidden_size} numbers per cell, {self.readout.pooling} pooling, layer {self.readout.layer}",
         }
+        if self.head is not None:
+            facts["answers"] = ", ".join(_answer(target) for target in self.head.targets)
         trained = [(key.removeprefix("n_"), self.training.get(key)) for key in ("n_cells", "steps", "epochs")]
         facts["trained"] = (
             ", ".join(f"{name} {value:,}" for name, value in trained if isinstance(value, int | float)) or "not at all"
@@ -250,6 +266,25 @@ def _read_history(fields: Mapping[str, Any]) -> pd.DataFrame:
         raise ValueError("the columns of the history need names of their own")
     frame = pd.DataFrame(fields["data"], columns=columns)
     return frame.astype({name: "float64" for name in columns if frame[name].dtype.kind not in "if"})
+
+
+def _answer(target: Target) -> str:
+    """Say in words what a head answers."""
+    if target.kind == "number":
+        return f"{target.name} (a number)"
+    return f"{target.name} ({len(target.classes)} classes{' of genes' if target.kind == 'gene' else ''})"
+
+
+def _read_head(path: Path, fields: Mapping[str, Any] | None, hidden_size: int, n_genes: int) -> Head | None:
+    """Return the head that is described; its file is there exactly when it is described."""
+    if path.exists() != (fields is not None):
+        raise ScbinModelError(
+            "M18", f"scbin.json and {path.name} do not belong together. Fetch or save the model again."
+        )
+    if fields is None:
+        return None
+    plan = HeadPlan.from_dict(fields)
+    return head_from(plan, read_tensors(path, head_shapes(plan, hidden_size, n_genes)), hidden_size, n_genes)
 
 
 def _read_readout(fields: Mapping[str, Any], vocabulary: Vocabulary, n_layers: int) -> Readout:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG, WEIGHTS, SCBIN = "config.json", "model.safetensors", "scbin.json"
-CARD = "README.md"
-ALLOWED = {CONFIG, WEIGHTS, SCBIN, CARD, MANIFEST}
+HEAD, CARD = "head.safetensors", "README.md"  # both may be absent
+ALLOWED = {CONFIG, WEIGHTS, SCBIN, HEAD, CARD, MANIFEST}
 MAX_JSON, MAX_HEADER, MAX_DEPTH = 64 * 2**20, 8 * 2**20, 16
 _LFS = b"version https://git-lfs"
 
@@ -67,9 +67,15 @@ _REQUIRED = (
 
 
 def write_model_directory(
-    path: Path, bert: BertForMaskedLM, about: Mapping[str, Any], card: str, *, overwrite: bool = False
+    path: Path,
+    bert: BertForMaskedLM,
+    about: Mapping[str, Any],
+    card: str,
+    head: Mapping[str, Tensor] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> None:
-    """Write network, description and model card so that the directory appears at once and whole.
+    """Write network, description, model card and head so that the directory appears at once and whole.
 
     Plain `transformers.BertForMaskedLM.from_pretrained` opens it too.
     """
@@ -85,6 +91,9 @@ def write_model_directory(
         SCBIN: _json_bytes(about),
         CARD: card.encode(),
     }
+    if head is not None:
+        check_finite(head, "the head")
+        files[HEAD] = dict(head)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -169,7 +178,7 @@ def check_files(path: Path) -> None:
         status = os.lstat(path / name)
         if not stat.S_ISREG(status.st_mode):
             raise ScbinModelError("M05", f"{name} in {path} is a link or no regular file; models are plain files.")
-        if name != WEIGHTS and status.st_size > MAX_JSON:
+        if name not in (WEIGHTS, HEAD) and status.st_size > MAX_JSON:
             raise ScbinModelError("M06", f"{name} has {status.st_size:,} bytes; at most {MAX_JSON:,} are read.")
         if status.st_size < 1024 and (path / name).read_bytes().startswith(_LFS):
             raise ScbinModelError(
@@ -184,6 +193,7 @@ def _check_manifest(path: Path) -> None:
         sound = {CONFIG, WEIGHTS, SCBIN} <= set(files) <= ALLOWED - {MANIFEST} and all(
             type(entry["size"]) is int and type(entry["sha256"]) is str for entry in files.values()
         )
+        sound &= (HEAD in files) == path.with_name(HEAD).exists()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, ScbinModelError):
             raise
@@ -263,17 +273,7 @@ def load_bert(config: BertConfig, path: Path) -> BertForMaskedLM:
     """Return the network of a configuration with the weights of a safetensors file, which must fit exactly."""
     with torch.device("meta"):
         bert = BertForMaskedLM(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in own_tensors(bert).items()}
-    found = read_header(path)
-    _compare(expected, found, path.name)
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, ValueError) as error:
-        raise ScbinModelError("M14", f"{path.name} cannot be read ({str(error)[:80]}).") from error
-    tensors = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ScbinModelError("M15", f"{name} in {path.name} holds NaN or infinity. The model cannot be used.")
+    tensors = read_tensors(path, {name: tuple(tensor.shape) for name, tensor in own_tensors(bert).items()})
     aliases = {name: tensors[own] for name, own in _tied(bert).items()}
     bert.load_state_dict({**tensors, **aliases}, strict=True, assign=True)
     bert.tie_weights()
@@ -282,6 +282,20 @@ def load_bert(config: BertConfig, path: Path) -> BertForMaskedLM:
     embeddings.register_buffer("position_ids", positions, persistent=False)
     embeddings.register_buffer("token_type_ids", torch.zeros_like(positions), persistent=False)
     return bert.eval()
+
+
+def read_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file in float32: exactly those expected, of their shapes, all numbers finite."""
+    _compare(expected, read_header(path), path.name)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise ScbinModelError("M14", f"{path.name} cannot be read ({str(error)[:80]}).") from error
+    tensors = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ScbinModelError("M15", f"{name} in {path.name} holds NaN or infinity. The model cannot be used.")
+    return tensors
 
 
 def own_tensors(bert: BertForMaskedLM) -> dict[str, Tensor]:
