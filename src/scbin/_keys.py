@@ -16,3 +16,11 @@ UMAP_RECORD = "umap"  # uns["scbin"]["umap"][slot]: one 32-bit fingerprint per e
 WRITTEN = "written"  # uns["scbin"]["written"], JSON list of slots scbin wrote under names that the user chose
 MODEL_ID = "model_id"  # uns["scbin"]["model_id"], fingerprint of the model trained on these cells
 MODEL_PATH = "model_path"  # uns["scbin"]["model_path"], where it was saved
+PREDICT = "predict"  # uns["scbin"]["predict"], what was predicted: classes and model by target, one JSON string
+SPLIT = "scbin_split"  # obs, categorical: "train", "validation", "test"
+EVALUATE = "evaluate"  # uns["scbin"]["evaluate"], scores by target and method, a table
+
+
+def of_tokens(entry: str, key: str) -> str:
+    """Return the name in `uns["scbin"]` of an entry about the tokens in `obsm[key]`; those in `X_tokens` have the plain one."""
+    return entry if key == TOKENS else f"{entry}_{key}"

@@ -1,0 +1,143 @@
+"""What `tl.predict` left in an AnnData, beside the truth: read once, for tables and pictures alike."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+
+from scbin import _keys
+from scbin._anndata import check_adata, read_obs
+from scbin._errors import ScbinInputError
+from scbin.encoding.phenotypes import labels_of
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+SHARES = ("train", "validation", "test")
+Cells = Literal["auto", "test", "all"]
+
+
+@dataclass(frozen=True, eq=False)
+class Predicted:
+    """Predictions of one target for the cells that have a truth, in the order of the rows.
+
+    For classes `truth` and `predicted` are places in `classes`, which first lists what the model knows (`n_known`), then labels
+    that only the cells have; `predicted` is -1 where the model gave no class. For numbers both are floats.
+    """
+
+    target: str
+    kind: Literal["class", "number"]
+    cells: np.ndarray  # (n,) rows of adata
+    truth: np.ndarray  # (n,)
+    predicted: np.ndarray  # (n,)
+    classes: tuple[str, ...] = ()
+    n_known: int = 0
+    probability: np.ndarray | None = None  # (n, classes) float64, NaN where the cell could not be read
+
+    @property
+    def used(self) -> np.ndarray:
+        """Places of the classes that some cell has or is given."""
+        return np.union1d(self.truth, self.predicted[self.predicted >= 0]).astype(np.int64)
+
+
+def read_predicted(
+    adata: AnnData, target: str, *, truth_key: str | None = None, cells: Cells = "auto"
+) -> Predicted:
+    """Return the predictions of `target` for the cells whose truth is known.
+
+    Parameters
+    ----------
+    adata
+        Cells with predictions.
+    target
+        What was predicted; the slots are `obs["scbin_<target>"]` and its companions.
+    truth_key
+        Column of `obs` with the truth. Default: `target`.
+    cells
+        `"test"`: those that `obs["scbin_split"]` calls test; `"all"`; `"auto"`: the test cells where there are any.
+    """
+    check_adata(adata)
+    column = f"scbin_{target}"
+    if column not in adata.obs.columns:
+        made = ", ".join(repr(name) for name in predicted_targets(adata)) or "none"
+        raise ScbinInputError(
+            "E11",
+            f"adata.obs has no {column!r}: {target!r} was not predicted here. Call scbin.tl.predict(adata, model, "
+            f"target={target!r}). Predicted so far: {made}.",
+        )
+    if truth_key is None and target not in adata.obs.columns:
+        raise ScbinInputError(
+            "E10",
+            f"{target!r} is not a column of adata.obs, so there is no truth to compare with. Pass truth_key= with the "
+            "column that holds it.",
+        )
+    given = adata.obs[column]
+    true = read_obs(adata, target if truth_key is None else truth_key)
+    chosen = _chosen(adata, cells)
+    if isinstance(given.dtype, pd.CategoricalDtype):
+        return _read_classes(adata, target, given, true, chosen)
+    known = np.flatnonzero(pd.to_numeric(true, errors="coerce").notna().to_numpy() & chosen)
+    _check_any(known, target)
+    truth = pd.to_numeric(true, errors="coerce").to_numpy(dtype=np.float64)[known]
+    return Predicted(target, "number", known, truth, given.to_numpy(dtype=np.float64)[known])
+
+
+def predicted_targets(adata: AnnData) -> list[str]:
+    """Return the names of what was predicted in `adata`."""
+    record = adata.uns.get(_keys.UNS, {}).get(_keys.PREDICT)
+    return [] if record is None else list(json.loads(str(record)))
+
+
+def test_cells(adata: AnnData) -> np.ndarray | None:
+    """Return which cells are for testing (cells,), or None where no split is known or none is."""
+    if _keys.SPLIT not in adata.obs.columns:
+        return None
+    test = (adata.obs[_keys.SPLIT].astype(object) == "test").to_numpy(dtype=bool)
+    return test if test.any() else None
+
+
+def _chosen(adata: AnnData, cells: Cells) -> np.ndarray:
+    if cells not in ("auto", "test", "all"):
+        raise ScbinInputError("E12", f"cells is {cells!r}; choose 'auto', 'test' or 'all'.")
+    test = None if cells == "all" else test_cells(adata)
+    if cells == "test" and test is None:
+        raise ScbinInputError(
+            "E12", "cells='test', but adata.obs['scbin_split'] names no test cells. scbin.tl.finetune writes it."
+        )
+    return np.ones(adata.n_obs, dtype=bool) if test is None else test
+
+
+def _read_classes(
+    adata: AnnData, target: str, given: pd.Series, true: pd.Series, chosen: np.ndarray
+) -> Predicted:
+    labels = labels_of(true, target)
+    rows = np.flatnonzero(np.array([label is not None for label in labels], dtype=bool) & chosen)
+    _check_any(rows, target)
+    known = tuple(str(name) for name in given.cat.categories)
+    only_true = tuple(sorted({str(label) for label in labels[rows]} - set(known)))
+    classes = known + only_true
+    place = {name: k for k, name in enumerate(classes)}
+    truth = np.array([place[str(label)] for label in labels[rows]], dtype=np.int64)
+    probability = None
+    slot = f"scbin_{target}_probability"
+    if slot in adata.obsm:
+        stored = np.asarray(adata.obsm[slot], dtype=np.float64)
+        if stored.shape[1] != len(known):
+            raise ScbinInputError(
+                "E13",
+                f"adata.obsm[{slot!r}] has {stored.shape[1]} columns, but obs['scbin_{target}'] has {len(known)} categories: "
+                "one of the two was changed. Predict again.",
+            )
+        padding = np.where(np.isfinite(stored[rows]).all(axis=1), 0.0, np.nan)[:, None]
+        probability = np.hstack([stored[rows], np.repeat(padding, len(only_true), axis=1)])
+    predicted = given.cat.codes.to_numpy().astype(np.int64)[rows]
+    return Predicted(target, "class", rows, truth, predicted, classes, len(known), probability)
+
+
+def _check_any(rows: np.ndarray, target: str) -> None:
+    if not len(rows):
+        raise ScbinInputError("E14", f"no cell to compare has a known {target!r}: all are missing there.")
