@@ -196,7 +196,7 @@ def _compare(replicates: Replicates, others: np.ndarray, *, signed: bool, level:
 
 
 def average(
-    values: np.ndarray, variances: np.ndarray, replicates: Replicates
+    values: np.ndarray, variances: np.ndarray, replicates: Replicates, weights: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean of each gene over its replicates, the error of this mean and its degrees of freedom (genes,).
 
@@ -209,7 +209,7 @@ def average(
     known = np.isfinite(values)
     n = known.sum(axis=0)
     filled = np.where(known, values, 0.0)
-    weights = np.where(known, random_effects_weights(filled, variances, known), 0.0)
+    weights = random_effects_weights(values, variances) if weights is None else weights
     total = np.maximum(weights.sum(axis=0), np.finfo(float).tiny)
     mean = np.where(n > 0, (weights * filled).sum(axis=0) / total, np.nan)
     freedom = np.where(n > 1, n - 1.0, np.nan)
@@ -217,8 +217,13 @@ def average(
     return mean, np.sqrt(square), freedom
 
 
-def random_effects_weights(values: np.ndarray, variances: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """1 / (variance of a donor's mean + variance between donors); all alike where cells tell nothing of the former."""
+def random_effects_weights(values: np.ndarray, variances: np.ndarray) -> np.ndarray:
+    """1 / (variance of a donor's mean + variance between donors), 0 for a donor without a value (donors, genes).
+
+    All donors alike where cells tell nothing of the variance of their means.
+    """
+    known = np.isfinite(values)
+    values = np.where(known, values, 0.0)
     usable = known & (variances > 0)
     whole = (usable | ~known).all(axis=0)
     fixed = np.where(usable, 1 / np.where(usable, variances, 1.0), 0.0)
@@ -227,7 +232,8 @@ def random_effects_weights(values: np.ndarray, variances: np.ndarray, known: np.
     excess = (fixed * (values - centre) ** 2).sum(axis=0) - (known.sum(axis=0) - 1)
     divisor = total - (fixed**2).sum(axis=0) / total
     between = np.where(divisor > 0, np.maximum(excess, 0.0) / np.where(divisor > 0, divisor, 1.0), 0.0)
-    return np.where(whole & usable, 1 / np.where(usable, variances + between, 1.0), np.where(whole, 0.0, 1.0))
+    weights = np.where(usable, 1 / np.where(usable, variances + between, 1.0), 0.0)
+    return np.where(whole, weights, known.astype(np.float64))
 
 
 def _null_scatter(
