@@ -14,9 +14,10 @@ import pandas as pd
 
 from scbin._errors import ScbinInputError, ScbinModelError
 from scbin.encoding.vocabulary import Vocabulary
-from scbin.nn.checkpoint import HEAD, own_tensors, read_model_directory, read_tensors, write_model_directory
+from scbin.nn.checkpoint import HEAD, own_tensors, read_model_directory, write_model_directory
 from scbin.nn.embedding import pooling_weights
 from scbin.nn.heads import HeadPlan, head_from, head_shapes
+from scbin.nn.untrusted import read_tensors
 
 if TYPE_CHECKING:
     import os

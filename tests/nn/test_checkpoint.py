@@ -142,7 +142,7 @@ def test_damaged_files(saved, tmp_path, name):
     (path / name).unlink()
     assert name in refuse(path, "M04")
     (path / name).symlink_to(saved / name)
-    assert name in refuse(path, "M05")
+    assert name in refuse(path, "M30")
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
@@ -158,19 +158,44 @@ def test_git_lfs_pointers_are_named_as_such(model_dir, name, sealed):
 
 
 @pytest.mark.parametrize(
-    "add",
+    ("code", "add"),
     [
-        lambda path: (path / "pytorch_model.bin").write_bytes(b"\x80\x04."),
-        lambda path: (path / "modeling_bert.py").write_text("raise SystemExit"),
-        lambda path: (path / "more").mkdir(),
-        lambda path: (path / "README.md").unlink() or os.mkfifo(path / "README.md"),
-        lambda path: (path / "README.md").unlink() or (path / "README.md").symlink_to("/dev/zero"),
+        ("M05", lambda path: (path / "pytorch_model.bin").write_bytes(b"\x80\x04.")),
+        ("M05", lambda path: (path / "modeling_bert.py").write_text("raise SystemExit")),
+        ("M05", lambda path: (path / "more").mkdir()),
+        ("M05", lambda path: (path / "README.md").unlink() or os.mkfifo(path / "README.md")),
+        ("M30", lambda path: (path / "README.md").unlink() or (path / "README.md").symlink_to("/dev/zero")),
+        ("M31", lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin")),
+        ("M35", lambda path: (path / "model.safetensors").rename(path / "model.safetensors.index.json")),
     ],
-    ids=["pickle", "code", "folder", "pipe", "device"],
+    ids=["pickle", "code", "folder", "pipe", "device", "only a pickle", "index"],
 )
-def test_foreign_files(model_dir, add):
+def test_foreign_files(model_dir, code, add):
     add(model_dir)
-    refuse(model_dir, "M05")
+    refuse(model_dir, code)
+
+
+def test_the_model_card_is_for_people_to_edit(model_dir, trained):
+    (model_dir / "README.md").write_text("# My model\n\nTrained on a rainy day.\n")
+    (model_dir / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
+    assert Model.load(model_dir).fingerprint == trained[1].fingerprint
+    (model_dir / "README.md").unlink()
+    assert Model.load(model_dir).fingerprint == trained[1].fingerprint
+
+
+def test_a_download_of_the_hub_may_be_links_into_its_own_store(saved, trained, tmp_path):
+    """`huggingface_hub` keeps files by hash, and folders of links to them; a link anywhere else is refused there too."""
+    folder = tmp_path / "models--me--mine"
+    blobs, snapshot = folder / "blobs", folder / "snapshots" / "abc"
+    shutil.copytree(saved, blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    (snapshot / "notes.txt").write_text("what others fetched of the same repository")
+    assert Model.load(snapshot).fingerprint == trained[1].fingerprint
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(saved / "config.json")
+    refuse(snapshot, "M30")
 
 
 def test_a_file_that_is_too_large_to_be_true(model_dir):
@@ -298,7 +323,7 @@ def test_numbers_left_out(model_dir, key):
 def test_a_small_file_that_asks_for_gigabytes_gets_none(model_dir, changes):
     edit_json(model_dir, "config.json", **changes)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refuse(model_dir, "M12")
+    refuse(model_dir, "M34")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # kilobytes
 
 
@@ -334,9 +359,9 @@ WORDS, QUERY = "bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.a
         ("M12", lambda t: t.update(extra=torch.zeros(3))),
         ("M12", lambda t: t.pop(QUERY)),
         ("M12", lambda t: t.clear()),
-        ("M12", lambda t: t.update({QUERY: t[QUERY][:-1]})),
-        ("M12", lambda t: t.update({WORDS: t[WORDS].T})),
-        ("M12", lambda t: t.update({QUERY: t[QUERY][None]})),
+        ("M33", lambda t: t.update({QUERY: t[QUERY][:-1]})),
+        ("M33", lambda t: t.update({WORDS: t[WORDS].T})),
+        ("M33", lambda t: t.update({QUERY: t[QUERY][None]})),
         ("M12", lambda t: t.update({"cls.predictions.decoder.weight": t[WORDS].clone()})),
         ("M13", lambda t: t.update({QUERY: t[QUERY].double()})),
         ("M13", lambda t: t.update({QUERY: t[QUERY].to(torch.int64)})),

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +27,7 @@ _NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.
 Content = bytes | Mapping[str, "Tensor"]
 
 
-def write_directory(target: Path, files: Mapping[str, Content]) -> None:
+def write_directory(target: Path, files: Mapping[str, Content], unlisted: Collection[str] = ()) -> None:
     """Write files into a new directory so that it appears at once and whole, or not at all.
 
     Tensors go into a safetensors file, bytes as they are; `manifest.json` holds size and sha256 of each. After a crash at any
@@ -39,6 +39,8 @@ def write_directory(target: Path, files: Mapping[str, Content]) -> None:
         The directory to be; it must not exist.
     files
         Content by file name.
+    unlisted
+        Names of files that the manifest leaves out, because they may change later.
     """
     parent = target.parent
     temporary = parent / f".tmp-{target.name}-{os.getpid()}"
@@ -52,7 +54,8 @@ def write_directory(target: Path, files: Mapping[str, Content]) -> None:
             )
         os.mkdir(temporary)
         entries = {name: _write_file(temporary / name, content) for name, content in files.items()}
-        _write_file(temporary / MANIFEST, manifest_bytes(entries))
+        listed = {name: entry for name, entry in entries.items() if name not in unlisted}
+        _write_file(temporary / MANIFEST, manifest_bytes(listed))
         sync_directory(temporary)
         os.rename(temporary, target)
         sync_directory(parent)
@@ -69,8 +72,11 @@ def manifest_bytes(entries: Mapping[str, Mapping[str, Any]]) -> bytes:
     return json.dumps({"manifest": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}, sort_keys=True).encode()
 
 
-def verify_directory(directory: Path) -> str | None:
-    """Return what is wrong with a directory that `write_directory` made, naming the file, or `None`."""
+def verify_directory(directory: Path, *, links: bool = False, ignored: Collection[str] = ()) -> str | None:
+    """Return what is wrong with a directory that `write_directory` made, naming the file, or `None`.
+
+    Links count as what they point to only where `links` says so; files in `ignored` may be changed or gone.
+    """
     try:
         raw = (directory / MANIFEST).read_bytes()
         entries = json.loads(json.loads(raw)["manifest"])["files"]
@@ -81,9 +87,11 @@ def verify_directory(directory: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
     for name, entry in entries.items():
+        if name in ignored:
+            continue
         path = directory / name
         try:
-            status = os.lstat(path)
+            status = os.stat(path) if links else os.lstat(path)
             if not stat.S_ISREG(status.st_mode):
                 return f"{name} is not a regular file"
             if status.st_size != entry["size"]:
