@@ -16,7 +16,8 @@ from anndata.abc import CSCDataset, CSRDataset
 from scipy import sparse
 
 from scbin import _keys
-from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinTypeError
+from scbin._arguments import texts
+from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinTypeError, count
 from scbin.encoding.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -68,14 +69,19 @@ def read_obs(adata: ad.AnnData, key: str) -> pd.Series:
     raise ScbinInputError("I35", f"{key!r} is not a column of adata.obs. The closest ones are: {found}.")
 
 
-def read_tokens(adata: ad.AnnData, vocabulary: Vocabulary | None = None) -> tuple[sparse.csr_matrix, Vocabulary]:
-    """Return the token matrix (cells, positions) and its vocabulary, checked against each other."""
+def read_tokens(
+    adata: ad.AnnData, vocabulary: Vocabulary | None = None, *, key: str | None = None
+) -> tuple[sparse.csr_matrix, Vocabulary]:
+    """Return the token matrix (cells, positions) in `obsm[key]` and its vocabulary, checked against each other."""
     check_adata(adata)
-    if _keys.TOKENS not in adata.obsm:
+    key = _keys.TOKENS if key is None else key
+    texts(tokens_key=key)
+    if key not in adata.obsm:
         raise ScbinInputError(
-            "T01", f"adata.obsm has no {_keys.TOKENS!r}: the cells are not tokenized. Call scbin.pp.tokenize(adata)."
+            "T01", f"adata.obsm has no {key!r}: the cells are not tokenized. Call {_tokenize_call(adata, key)}."
         )
-    stored = adata.uns.get(_keys.UNS, {}).get(_keys.VOCABULARY)
+    entry = _keys.of_tokens(_keys.VOCABULARY, key)
+    stored = adata.uns.get(_keys.UNS, {}).get(entry)
     own = None if stored is None else Vocabulary.from_json(str(stored))
     if own is not None and vocabulary is not None and own.sha256 != vocabulary.sha256:
         raise ScbinInputError(
@@ -87,21 +93,32 @@ def read_tokens(adata: ad.AnnData, vocabulary: Vocabulary | None = None) -> tupl
     if vocabulary is None:
         raise ScbinInputError(
             "T02",
-            f"adata.obsm[{_keys.TOKENS!r}] is there but adata.uns['scbin']['vocabulary'] is not: anndata.concat drops uns. "
+            f"adata.obsm[{key!r}] is there but adata.uns['scbin'][{entry!r}] is not: anndata.concat drops uns. "
             "Join with anndata.concat(adatas, uns_merge='same'), or tokenize again.",
         )
-    return _checked_tokens(adata, vocabulary), vocabulary
+    return _checked_tokens(adata.obsm[key], vocabulary, key), vocabulary
 
 
-def _checked_tokens(adata: ad.AnnData, vocabulary: Vocabulary) -> sparse.csr_matrix:
-    tokens = adata.obsm[_keys.TOKENS]
+def _tokenize_call(adata: ad.AnnData, key: str) -> str:
+    """Return the line that makes the tokens, and the slots where there are some already."""
+    entries = adata.uns.get(_keys.UNS, {})
+    others = [slot for slot in adata.obsm if slot != key and _keys.of_tokens(_keys.VOCABULARY, slot) in entries]
+    call = "scbin.pp.tokenize(adata)" if key == _keys.TOKENS else f"scbin.pp.tokenize(adata, key_added={key!r})"
+    return call + "".join(f", or pass tokens_key={slot!r}, which holds tokens" for slot in others[:1])
+
+
+def _checked_tokens(tokens: Any, vocabulary: Vocabulary, key: str) -> sparse.csr_matrix:
+    if len(tokens.shape) != 2:
+        raise ScbinInputError(
+            "I53", f"adata.obsm[{key!r}] has shape {tokens.shape}; tokens have one row per cell. Tokenize again."
+        )
     if not sparse.issparse(tokens):
         tokens = sparse.csr_matrix(np.asarray(tokens))
     if tokens.shape[1] != vocabulary.n_positions or tokens.dtype.kind != "u":
         raise ScbinInputError(
             "T04",
-            f"adata.obsm[{_keys.TOKENS!r}] has {tokens.shape[1]} columns of {tokens.dtype}, but its vocabulary needs "
-            f"{vocabulary.n_positions} of {vocabulary.dtype}: joining tables with different vocabularies cuts or widens it. "
+            f"adata.obsm[{key!r}] has {count(tokens.shape[1], 'column')} of {tokens.dtype}, but its vocabulary needs "
+            f"{vocabulary.n_positions:,} of {vocabulary.dtype}: joining tables with different vocabularies cuts or widens it. "
             "Tokenize the joined data again.",
         )
     tokens = sparse.csr_matrix(tokens)
@@ -222,7 +239,7 @@ def _dask_blocks(matrix: Any) -> Iterator[Block]:
     if len(matrix.chunks[1]) > 1:
         raise ScbinInputError(
             "I16",
-            f"the dask matrix is chunked along the genes ({len(matrix.chunks[1])} chunks), but cells are read whole. "
+            f"the dask matrix is chunked along the genes ({count(len(matrix.chunks[1]), 'chunk')}), but cells are read whole. "
             "Rechunk it: adata.X = adata.X.rechunk((1000, -1)).",
         )
     start = 0
@@ -279,7 +296,7 @@ def check_structure(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, s
         raise ScbinInputError(
             "I43",
             f"the sparse matrix is damaged: it has column indices from {stored.min()} to {stored.max()}, but "
-            f"{shape[1]} columns.",
+            f"{count(shape[1], 'column')}.",
         )
 
 
@@ -287,7 +304,10 @@ def check_structure(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, s
 
 
 def check_writable(adata: ad.AnnData, slot: str, key: str) -> None:
-    """Raise if `adata.<slot>[key]` exists and scbin did not write it."""
+    """Raise if `adata.<slot>[key]` exists and scbin did not write it, or if files cannot have a slot of this name."""
+    texts(key_added=key)
+    if not key or "/" in key:
+        raise ScbinInputError("A03", f"key_added is {key!r}; pass a name that is not empty and has no '/'.")
     own = key.startswith(OWN) or f"{slot}/{key}" in _written(adata)
     if key in getattr(adata, slot) and not own:
         raise ScbinInputError(

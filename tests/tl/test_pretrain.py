@@ -12,7 +12,7 @@ import torch
 from scipy.sparse import csr_matrix
 
 import scbin
-from scbin._errors import ScbinInputError
+from scbin._errors import ScbinInputError, ScbinInputWarning
 from scbin.encoding.vocabulary import Vocabulary
 
 WRITTEN = ("pretrain", "pretrain_history", "model_id", "model_path")
@@ -156,10 +156,36 @@ def test_held_out_cells_do_not_influence_what_is_learned(tokenized, quick, denoi
         ("T30", {"validation_share": 1.0}),
         ("T30", {"epochs": -1}),
         ("T31", {"resume": True}),
+        ("T35", {"checkpoint_every": 5}),
+        ("A01", {"epochs": 1.5}),
+        ("A01", {"epochs": "3"}),
+        ("A01", {"max_steps": 2.0}),
+        ("A01", {"cells_per_step": True}),
+        ("A01", {"token_budget": None}),
+        ("A01", {"seed": "x"}),
+        ("A01", {"learning_rate": "fast"}),
+        ("A01", {"validation_share": None}),
+        ("A01", {"masking": 3}),
+        ("A01", {"loss": "ordinal"}),
+        ("A01", {"denoising_weight": "1"}),
+        ("A01", {"gene_table_rank": 2.5}),
+        ("A01", {"hidden_size": "big"}),
+        ("A01", {"num_hidden_layers": 1.5}),
+        ("A01", {"device": 3}),
+        ("A01", {"save_dir": 3}),
+        ("A01", {"tensorboard": True}),
+        ("A01", {"wandb": 3}),
+        ("A01", {"resume": "yes"}),
+        ("A01", {"progress": 1}),
+        ("A01", {"key_added": 3}),
+        ("A01", {"tokens_key": 3}),
+        ("A03", {"key_added": ""}),
+        ("A03", {"key_added": "a/b"}),
+        ("T01", {"tokens_key": "X_pca2"}),
         ("I54", {"key_added": "X_pca"}),
         pytest.param("T30", {"epochs": 0}),
         pytest.param("T30", {"cells_per_step": 0}),
-        pytest.param("I54", {"key_added": "X_tokens"}),
+        ("A04", {"key_added": "X_tokens"}),
         pytest.param(
             "T12",
             {"num_attention_heads": 0},
@@ -270,3 +296,26 @@ def test_an_entry_of_somebody_else_in_uns_is_refused_and_kept(toy):
         scbin.pp.tokenize(toy)
     assert toy.uns["scbin"] == "mine"
     assert "X_tokens" not in toy.obsm
+
+
+def test_tokens_under_another_key(tokenized, quick):
+    expected = scbin.tl.pretrain(tokenized.copy(), **quick)
+    scbin.pp.tokenize(tokenized, phenotypes=["cell_type"], key_added="X_b")
+    scbin.pp.tokenize(tokenized, encoding="rank")  # has a vocabulary of its own
+    model = scbin.tl.pretrain(tokenized, **quick, tokens_key="X_b")
+    assert model.fingerprint == expected.fingerprint and model.vocabulary.encoding == "bins"
+    first = tokenized.obsm["X_scbin"].copy()
+    scbin.tl.embed(tokenized, model, tokens_key="X_b", device="cpu", progress=False)
+    np.testing.assert_array_equal(tokenized.obsm["X_scbin"], first)
+    with pytest.raises(ScbinInputError, match="T03"):
+        scbin.tl.embed(tokenized, model)
+    del tokenized.obsm["X_tokens"]
+    with pytest.raises(ScbinInputError, match="T01.*tokens_key='X_b'"):
+        scbin.tl.embed(tokenized, model)
+    with pytest.raises(ScbinInputError, match="A04"):
+        scbin.tl.embed(tokenized, model, tokens_key="X_b", key_added="X_b")
+
+
+def test_a_network_too_large_for_the_cells_is_named(tokenized, quick):
+    with pytest.warns(ScbinInputWarning, match="T19.*60 cells.*preset='tiny'"):
+        scbin.tl.pretrain(tokenized, **{**quick, "hidden_size": 256, "max_steps": 1})

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from scbin.nn.presets import Preset
 from scbin.train.loop import train
+from scbin.train.pretraining import Recipe, pretrain_tokens
 
 HERE = Path(__file__).parent
 
@@ -71,6 +73,7 @@ def kill(n_kills, directory):
             time.sleep(rng.uniform(0.02, span))
             done, _ = os.waitpid(child, os.WNOHANG)
             if done:
+                span = max(shortest, 0.8 * span)
                 break
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
@@ -88,6 +91,18 @@ def kill(n_kills, directory):
             print(f"{kills} kills, {runs} runs, {same} with the same bits", file=sys.stderr, flush=True)
     counts = {"kills": kills, "inside_a_save": inside, "without_progress": idle, "runs": runs, "same_bits": same}
     print(json.dumps(counts))
+
+
+def pretrained(out):
+    """Every piece of pretraining: what one process computes for all, and what each computes a share of."""
+    small = toy()
+    preset = Preset(1, 16, 32, 2, hidden_dropout_prob=0.0)
+    settings = small.settings(max_steps=6, validation_share=0.2)
+    result = pretrain_tokens(small.tokens, small.vocabulary, preset, Recipe(), settings)
+    if os.environ.get("RANK", "0") == "0":
+        weights = torch.cat([p.detach().reshape(-1) for p in result.bert.parameters()]).numpy()
+        losses = result.history.filter(regex="^(loss|validation)").to_numpy()
+        np.savez(out, weights=weights, losses=losses, gene_weights=result.gene_weights)
 
 
 def distributed(out, n_steps, cells_per_step, save_dir, stop_after="0"):
@@ -111,4 +126,4 @@ def distributed(out, n_steps, cells_per_step, save_dir, stop_after="0"):
 
 
 if __name__ == "__main__":
-    {"kill": lambda n, d: kill(int(n), d), "distributed": distributed}[sys.argv[1]](*sys.argv[2:])
+    {"kill": lambda n, d: kill(int(n), d), "distributed": distributed, "pretrained": pretrained}[sys.argv[1]](*sys.argv[2:])

@@ -77,3 +77,13 @@ def test_contrastive_is_info_nce_over_cosines(centred):
     term = Contrastive(0.3, temperature=0.2, centred=centred)
     assert float(term(z_a, z_b, np.arange(6))) == pytest.approx(truth / 2, rel=1e-5)
     assert (term.name, term.weight) == ("contrastive", 0.3)
+
+
+def test_denoising_of_cells_that_are_all_alike_is_finite_and_small():
+    targets = np.tile(np.random.default_rng(0).normal(size=8).astype(np.float32), (5, 1))
+    term = Denoising(targets)
+    near = torch.from_numpy(targets + 0.01).requires_grad_()
+    loss = term(near, near, np.arange(5))
+    assert 0 < loss.item() < 1
+    loss.backward()
+    assert near.grad.abs().max() < 1

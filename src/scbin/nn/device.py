@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from scbin._arguments import instances
 from scbin._errors import ScbinInputError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     >>> resolve_device("cpu")
     device(type='cpu')
     """
+    instances((str, torch.device), "a text, such as 'cuda'", device=device)
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if str(device) == "auto":
         name = next(name for name, here in present.items() if here)

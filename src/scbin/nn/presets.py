@@ -32,6 +32,11 @@ class Preset:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     clip: float | None = 1.0  # largest norm of the gradient; None: as it is
 
+    @property
+    def n_encoder_weights(self) -> int:
+        """Weights of the matrices in the layers, which the embedding tables come on top of."""
+        return self.num_hidden_layers * (4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size)
+
     def epochs_for(self, n_cells: int) -> int:
         """Return how often to see each of so many cells: `epochs` times, or as often as `fewest_steps` needs.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from scbin import _keys
 from scbin._anndata import check_adata, check_writable, copied, read_tokens, write_obsm, write_uns
+from scbin._arguments import flags, whole_numbers
 from scbin._errors import ScbinInputError
 from scbin.nn.embedding import embed_tokens, hide_phenotypes
 from scbin.tl._model import resolve_model
@@ -28,6 +29,7 @@ def embed(
     pooling: Pooling | None = None,
     layer: int | None = None,
     phenotypes: Literal["hide", "show"] = "hide",
+    tokens_key: str | None = None,
     device: str = "auto",
     precision: Precision = "float32",
     token_budget: int = 32_768,
@@ -55,6 +57,8 @@ def embed(
     phenotypes
         `"hide"` shows the model `[MASK]` instead of every phenotype token, so that labels cannot leak into the embedding.
         `"show"` shows them: then cells of one label lie together because you said so.
+    tokens_key
+        The slot of `obsm` with the tokens. Default: `"X_tokens"`.
     device
         `"auto"` takes cuda, then mps, then cpu.
     precision
@@ -95,13 +99,16 @@ def embed(
     (100, 64)
     """
     check_adata(adata)
+    whole_numbers(token_budget=token_budget)
+    whole_numbers(optional=True, layer=layer)
+    flags(progress=progress, copy=copy)
     if phenotypes not in ("hide", "show"):
         raise ScbinInputError("T17", f"phenotypes is {phenotypes!r}; choose 'hide' or 'show'.")
     if token_budget < 1:
         raise ScbinInputError("T30", f"token_budget is {token_budget}; it needs to be at least 1.")
     adata = copied(adata) if copy else adata
     chosen = resolve_model(model, adata)
-    tokens, vocabulary = read_tokens(adata, chosen.vocabulary)
+    tokens, vocabulary = read_tokens(adata, chosen.vocabulary, key=tokens_key)
     key = embedding_key(adata, key_added)
     readout = chosen.readout
     pooling = pooling or readout.pooling
@@ -125,7 +132,7 @@ def embed(
 def embedding_key(adata: AnnData, key_added: str | None) -> str:
     """Return the slot for an embedding, if it may be written."""
     key = _keys.EMBEDDING if key_added is None else key_added
-    if key in ("", _keys.TOKENS):
-        raise ScbinInputError("I54", f"key_added={key!r} cannot hold an embedding. Choose another name.")
     check_writable(adata, "obsm", key)
+    if key == _keys.TOKENS or _keys.of_tokens(_keys.VOCABULARY, key) in adata.uns.get(_keys.UNS, {}):
+        raise ScbinInputError("A04", f"key_added={key!r} is where tokens stand. Choose another name for the embedding.")
     return key

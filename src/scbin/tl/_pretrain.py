@@ -10,20 +10,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from scbin import _keys
-from scbin._anndata import check_adata, read_tokens, write_obsm, write_uns
-from scbin._errors import ScbinInputError
+from scbin._anndata import check_adata, read_tokens, warn, write_obsm, write_uns
+from scbin._arguments import paths, whole_numbers
+from scbin._errors import ScbinInputError, count
 from scbin.data.masking import MaskingScheme
 from scbin.model import Model, Readout
 from scbin.nn.checkpoint import replaces_model
-from scbin.nn.embedding import embed_tokens, hide_phenotypes
+from scbin.nn.embedding import hide_phenotypes
 from scbin.nn.presets import preset as preset_named
 from scbin.nn.presets import preset_for
 from scbin.tl._embed import embedding_key
 from scbin.tl._model import remember
-from scbin.train.distributed import is_first_process
+from scbin.train.distributed import is_first_process, joined_world
 from scbin.train.objective import MaskedLoss
 from scbin.train.pretraining import Recipe, pretrain_tokens
 from scbin.train.settings import TrainSettings
+from scbin.train.setup import embed_together
 
 if TYPE_CHECKING:
     import os
@@ -71,6 +73,7 @@ def pretrain(
     tensorboard: str | os.PathLike[str] | None = None,
     wandb: str | None = None,
     progress: bool = True,
+    tokens_key: str | None = None,
     key_added: str | None = None,
 ) -> Model:
     """Train a BERT on the cells and give each cell its vector.
@@ -137,6 +140,8 @@ def pretrain(
         Directory for TensorBoard, and name of a Weights & Biases project.
     progress
         Show a progress bar with loss, speed and time left.
+    tokens_key
+        The slot of `obsm` with the tokens. Default: `"X_tokens"`.
     key_added
         Name of the slot for the embedding. Default: `"X_scbin"`.
 
@@ -172,8 +177,9 @@ def pretrain(
     ((200, 64), 3)
     """
     check_adata(adata)
-    tokens, vocabulary = read_tokens(adata)
+    tokens, vocabulary = read_tokens(adata, key=tokens_key)
     key = embedding_key(adata, key_added)
+    paths(optional=True, save_dir=save_dir, tensorboard=tensorboard)
     if save_dir is not None:
         replaces_model(Path(save_dir) / "model", overwrite=True)  # raises now rather than after hours of training
     n_cells = int(np.count_nonzero(np.diff(tokens.indptr)))
@@ -181,7 +187,9 @@ def pretrain(
         raise ScbinInputError("I47", f"training needs at least 2 cells with tokens; here are {n_cells}.")
     shape: dict[str, Any] = {"hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
     shape |= {"num_attention_heads": num_attention_heads, "intermediate_size": intermediate_size}
-    preset = preset_for(n_cells) if preset == "auto" else preset
+    whole_numbers(optional=True, **shape)
+    fitting = preset_for(n_cells)
+    preset = fitting if preset == "auto" else preset
     chosen = replace(preset_named(preset), **{name: value for name, value in shape.items() if value is not None})
     recipe = Recipe(
         gene_table=gene_table,
@@ -216,6 +224,7 @@ def pretrain(
         tensorboard=None if tensorboard is None else Path(tensorboard),
         wandb=wandb,
     )
+    _warn_if_too_large(chosen, n_cells, fitting)
     result = pretrain_tokens(tokens, vocabulary, chosen, recipe, settings, cell_names=adata.obs_names)
     gene_weights = None if result.gene_weights is None else tuple(float(weight) for weight in result.gene_weights)
     model = Model(
@@ -228,9 +237,23 @@ def pretrain(
     if save_dir is not None and is_first_process():
         model.save(Path(save_dir) / "model", overwrite=True)
     hidden = hide_phenotypes(tokens, vocabulary)
-    embedding = embed_tokens(result.bert, hidden, model.weights(), device=device, token_budget=token_budget)
+    with joined_world() as world:
+        embedding = embed_together(
+            result.bert, hidden, model.weights(), world, device=device, token_budget=token_budget
+        )
     _write(adata, key, embedding, model, save_dir)
     return model
+
+
+def _warn_if_too_large(chosen: Preset, n_cells: int, fitting: str) -> None:
+    """Warn where even twice the cells would be too few for the network."""
+    enough = preset_named(preset_for(2 * n_cells))
+    if chosen.n_encoder_weights > enough.n_encoder_weights:
+        warn(
+            "T19",
+            f"{count(n_cells, 'cell')} with tokens are few for a network of {chosen.n_encoder_weights:,} weights in its "
+            f"layers; it may learn less than a smaller one. preset={fitting!r} fits them.",
+        )
 
 
 def _summary(

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor, nn
 
@@ -96,6 +96,16 @@ class World:
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
+
+    def from_first(self, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return the float64 matrix that `make()` gives in the first process; the others wait for it."""
+        if self.size == 1:
+            return make()
+        made = torch.from_numpy(np.ascontiguousarray(make(), dtype=np.float64)) if self.is_first else torch.zeros(0, 0)
+        rows, columns = self.sum_host(np.array(made.shape if self.is_first else (0, 0), dtype=np.float64))
+        matrix = made if self.is_first else torch.empty(int(rows), int(columns), dtype=torch.float64)
+        dist.broadcast(matrix, 0, group=self.host_group)
+        return matrix.numpy()
 
     def barrier(self) -> None:
         """Wait until every process is here."""

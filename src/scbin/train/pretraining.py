@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from scbin._arguments import instances, numbers, whole_numbers
 from scbin._errors import ScbinInputError
 from scbin.data.loadings import gene_loadings
 from scbin.data.masking import MaskingScheme
 from scbin.nn.bert import build_bert, init_gene_table
-from scbin.nn.embedding import embed_tokens, hide_phenotypes, pooling_weights
+from scbin.nn.embedding import hide_phenotypes, pooling_weights
+from scbin.train.distributed import joined_world
 from scbin.train.loop import train
 from scbin.train.objective import MaskedLoss, Objective
-from scbin.train.setup import split
+from scbin.train.setup import embed_together, split
 from scbin.train.terms import Contrastive, Denoising
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from scbin.encoding.vocabulary import Vocabulary
     from scbin.nn.embedding import Pooling, Weights
     from scbin.nn.presets import Preset
+    from scbin.train.distributed import World
     from scbin.train.settings import TrainSettings
 
 
@@ -61,11 +64,15 @@ class Recipe:
     pooling: Pooling = "weighted"
 
     def __post_init__(self) -> None:
+        weights = ("masked_weight", "denoising_weight", "contrastive_weight")
+        whole_numbers(gene_table_rank=self.gene_table_rank)
+        numbers(**{name: getattr(self, name) for name in weights})
+        instances(MaskingScheme, "a scbin.data.masking.MaskingScheme", masking=self.masking)
+        instances(MaskedLoss, "a scbin.train.objective.MaskedLoss", loss=self.loss)
         if self.gene_table not in ("svd", "random"):
             raise ScbinInputError("T18", f"gene_table is {self.gene_table!r}; choose 'svd' or 'random'.")
         if self.gene_table_rank < 1:
             raise ScbinInputError("T18", f"gene_table_rank is {self.gene_table_rank}; it needs to be at least 1.")
-        weights = ("masked_weight", "denoising_weight", "contrastive_weight")
         for name in weights:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ScbinInputError("T18", f"{name} is {getattr(self, name)}; it needs a finite number, not below 0.")
@@ -98,24 +105,45 @@ def pretrain_tokens(
     """
     training, _ = split(tokens, None, settings)
     bert = build_bert(vocabulary, preset, seed=settings.seed)
-    gene_weights = None
-    if recipe.gene_table == "svd":
+    with joined_world() as world:
+        gene_weights = None
+        if recipe.gene_table == "svd":
+            table, gene_weights = _gene_table(tokens, vocabulary, training, bert, recipe, settings, world)
+            init_gene_table(bert, vocabulary, table, seed=settings.seed)
+        weights = pooling_weights(vocabulary, recipe.pooling, gene_weights)
+        objective = Objective(
+            vocabulary,
+            recipe.masking,
+            recipe.loss,
+            masked_weight=recipe.masked_weight,
+            cell_terms=_cell_terms(
+                bert, hide_phenotypes(tokens, vocabulary), training, recipe, settings, weights, world
+            ),
+            token_weights=weights.tokens,
+            position_weights=weights.positions,
+        )
+        history = train(bert, objective, tokens, settings, cell_names=cell_names)
+    return Pretrained(bert.cpu().eval(), gene_weights, history, len(training))
+
+
+def _gene_table(
+    tokens: csr_matrix,
+    vocabulary: Vocabulary,
+    training: np.ndarray,
+    bert: BertForMaskedLM,
+    recipe: Recipe,
+    settings: TrainSettings,
+    world: World,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the start of the gene embeddings (genes, components) and the weights of the genes (genes,)."""
+
+    def on_the_first() -> np.ndarray:
         rank = min(recipe.gene_table_rank, bert.config.hidden_size)
         loadings = gene_loadings(tokens, vocabulary, rank, training, seed=settings.seed)
-        init_gene_table(bert, vocabulary, loadings.table(), seed=settings.seed)
-        gene_weights = loadings.weights()
-    weights = pooling_weights(vocabulary, recipe.pooling, gene_weights)
-    objective = Objective(
-        vocabulary,
-        recipe.masking,
-        recipe.loss,
-        masked_weight=recipe.masked_weight,
-        cell_terms=_cell_terms(bert, hide_phenotypes(tokens, vocabulary), training, recipe, settings, weights),
-        token_weights=weights.tokens,
-        position_weights=weights.positions,
-    )
-    history = train(bert, objective, tokens, settings, cell_names=cell_names)
-    return Pretrained(bert.cpu().eval(), gene_weights, history, len(training))
+        return np.column_stack([loadings.table(), loadings.weights()])
+
+    both = world.from_first(on_the_first)
+    return both[:, :-1], both[:, -1]
 
 
 def _cell_terms(
@@ -125,13 +153,14 @@ def _cell_terms(
     recipe: Recipe,
     settings: TrainSettings,
     weights: Weights,
+    world: World,
 ) -> list[nn.Module]:
     """Return the terms on cell vectors; `tokens` hide the phenotypes, so that a label cannot say where its cell lies."""
     terms: list[nn.Module] = [Contrastive(recipe.contrastive_weight)]
     if recipe.denoising_weight:
         start = np.full((tokens.shape[0], bert.config.hidden_size), np.nan, dtype=np.float32)
-        start[training] = embed_tokens(
-            bert, tokens[training], weights, device=settings.device, token_budget=settings.token_budget
+        start[training] = embed_together(
+            bert, tokens[training], weights, world, device=settings.device, token_budget=settings.token_budget
         )
         terms.append(Denoising(start, recipe.denoising_weight))
     return terms

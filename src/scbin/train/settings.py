@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from scbin._arguments import flags, numbers, paths, texts, whole_numbers
 from scbin._errors import ScbinInputError
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class TrainSettings:
     wandb: str | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name in ("epochs", "cells_per_step", "token_budget", "keep"):
             if getattr(self, name) < 1:
                 raise ScbinInputError("T30", f"{name} is {getattr(self, name)}; it needs to be at least 1.")
@@ -109,6 +111,24 @@ class TrainSettings:
             raise ScbinInputError("T30", f"schedule is {self.schedule!r}; choose 'cosine', 'linear' or 'constant'.")
         if self.resume and self.save_dir is None:
             raise ScbinInputError("T31", "resume=True needs save_dir, the directory with the checkpoints.")
+        if self.checkpoint_every is not None and self.save_dir is None:
+            raise ScbinInputError(
+                "T35",
+                f"checkpoint_every={self.checkpoint_every} needs save_dir, the directory to write checkpoints to.",
+            )
+
+    def _check_types(self) -> None:
+        whole = ("epochs", "cells_per_step", "token_budget", "seed", "validation_most", "keep")
+        whole_numbers(**{name: getattr(self, name) for name in whole})
+        maybe = ("max_steps", "validate_every", "checkpoint_every")
+        whole_numbers(optional=True, **{name: getattr(self, name) for name in maybe})
+        real = ("learning_rate", "warmup", "weight_decay", "epsilon", "validation_share")
+        numbers(**{name: getattr(self, name) for name in real})
+        numbers(optional=True, clip=self.clip)
+        switches = ("resume", "gradient_checkpointing", "compile", "progress")
+        flags(**{name: getattr(self, name) for name in switches})
+        paths(optional=True, save_dir=self.save_dir, tensorboard=self.tensorboard)
+        texts(optional=True, wandb=self.wandb)
 
     def learned(self) -> dict[str, Any]:
         """Return the settings that what is learned depends on; a resumed run must have the same ones."""

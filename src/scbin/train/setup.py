@@ -11,6 +11,7 @@ import torch
 from scbin._errors import ScbinInputError
 from scbin.data.masking import split_cells
 from scbin.nn.device import resolve_device
+from scbin.nn.embedding import embed_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
     from transformers import BertForMaskedLM
 
+    from scbin.nn.embedding import Weights
     from scbin.train.distributed import World
     from scbin.train.objective import Objective
     from scbin.train.settings import TrainSettings
@@ -64,6 +66,18 @@ def own_device(device: str, world: World) -> torch.device:
     if chosen.type == "cuda" and chosen.index is None:
         return torch.device("cuda", world.local_rank if world.size > 1 else torch.cuda.current_device())
     return chosen
+
+
+def embed_together(
+    bert: BertForMaskedLM, tokens: csr_matrix, weights: Weights, world: World, *, device: str, token_budget: int
+) -> np.ndarray:
+    """Return one vector per row (cells, hidden): each process computes a share on its own device, all get the whole."""
+    own = world.share(np.arange(tokens.shape[0]))
+    part = tokens if len(own) == tokens.shape[0] else tokens[own]
+    place = str(own_device(device, world))
+    vectors = torch.from_numpy(embed_tokens(bert, part, weights, device=place, token_budget=token_budget))
+    counts = [len(rows) for rows in np.array_split(np.arange(tokens.shape[0]), world.size)]
+    return world.gather_rows(vectors, counts).numpy()
 
 
 def split(tokens: csr_matrix, cells: np.ndarray | None, settings: TrainSettings) -> tuple[np.ndarray, np.ndarray]:

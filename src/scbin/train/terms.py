@@ -41,7 +41,9 @@ class Denoising(nn.Module):
         self.name, self.weight = "denoising", weight
         known = np.isfinite(targets).all(axis=1)
         spread = float(targets[known].var(axis=0, dtype=np.float64).sum()) if known.any() else 0.0
-        self.scale = 1 / max(spread, 1e-12)
+        length = float(np.square(targets[known], dtype=np.float64).sum(axis=1).mean()) if known.any() else 0.0
+        # cells that are all alike have no spread but what rounding gives them
+        self.scale = 1 / (spread if spread > 1e-9 * length else max(length, 1.0))
         self.targets = np.nan_to_num(targets).astype(np.float32)  # on the host: as large as the data
 
     def forward(self, z_a: Tensor, z_b: Tensor, cells: np.ndarray) -> Tensor:
