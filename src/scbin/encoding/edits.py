@@ -130,6 +130,8 @@ def edit_rows(rows: GeneRows, edit: Edit, cells: np.ndarray, genes: np.ndarray) 
 def shortened(rows: GeneRows, cells: np.ndarray, n_cut: np.ndarray) -> sparse.csr_matrix:
     """Return rows without their last `n_cut` genes: what an edited row that lost so many is compared with."""
     vocabulary = rows.vocabulary
+    if vocabulary.position_is_gene:  # every gene has a place of its own: nothing is ever pushed out
+        return rows.tokens[cells]
     ids, positions, pair, bounds = rows.take(cells)
     last = vocabulary.first_gene_position + rows.n_genes[cells] - n_cut  # first position that goes
     is_gene = vocabulary.is_gene_token(ids)
