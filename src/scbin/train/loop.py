@@ -13,6 +13,7 @@ from scbin._errors import ScbinInputError, ScbinTrainingError, ScbinTrainingWarn
 from scbin.data.masking import EVALUATION, epoch_order
 from scbin.nn.attention import to_device
 from scbin.nn.device import resolve_precision
+from scbin.train.best import Best
 from scbin.train.distributed import World, joined_world
 from scbin.train.history import Board, History, peak_flops, step_flops
 from scbin.train.memory import fit_budget, is_out_of_memory
@@ -34,9 +35,8 @@ if TYPE_CHECKING:
     from scbin.train.objective import Objective
     from scbin.train.settings import TrainSettings
 
-_PACK_TOKENS_CPU = (
-    4096  # activations stay in the caches and the allocator's hands: 1.05x (tiny) to 1.75x (base) measured
-)
+# activations stay in the caches and the allocator's hands: 1.05x (tiny) to 1.75x (base) measured
+_PACK_TOKENS_CPU = 4096
 _MOST_SKIPPED = 3  # non-finite steps in a row
 
 
@@ -47,6 +47,7 @@ def train(
     settings: TrainSettings,
     *,
     cells: np.ndarray | None = None,
+    held_out: np.ndarray | None = None,
     cell_names: Sequence[str] | None = None,
     on_step: Callable[[dict[str, float]], None] | None = None,
 ) -> pd.DataFrame:
@@ -67,6 +68,8 @@ def train(
         How to train.
     cells
         Rows to train on. Default: all that are not empty. A share of them is held out for validation.
+    held_out
+        Rows to validate on, instead of that share.
     cell_names
         Names of the rows, for messages.
     on_step
@@ -78,7 +81,17 @@ def train(
     cells and tokens per second, whether the step was skipped, and validation losses (`validation_genes` ...).
     """
     with joined_world() as world, ready(bert, settings):
-        run = _Run(bert, objective, tokens, settings, world, cells=cells, cell_names=cell_names, on_step=on_step)
+        run = _Run(
+            bert,
+            objective,
+            tokens,
+            settings,
+            world,
+            cells=cells,
+            held_out=held_out,
+            cell_names=cell_names,
+            on_step=on_step,
+        )
         checkpoints = None if settings.save_dir is None else Checkpoints(settings.save_dir, settings.keep)
         try:
             if checkpoints is not None and world.is_first:
@@ -103,6 +116,7 @@ class _Run:
         world: World,
         *,
         cells: np.ndarray | None,
+        held_out: np.ndarray | None,
         cell_names: Sequence[str] | None,
         on_step: Callable[[dict[str, float]], None] | None,
     ):
@@ -110,7 +124,7 @@ class _Run:
         self.objective, self.bert, self.cell_names, self.on_step = objective, bert, cell_names, on_step
         self.device = own_device(settings.device, world)
         self.dtype = resolve_precision(settings.precision, self.device, bert.config)
-        self.training, self.held_out = split(tokens, cells, settings)
+        self.training, self.held_out = split(tokens, cells, settings, held_out)
         self.pack_tokens = _PACK_TOKENS_CPU if self.device.type == "cpu" else None
         self.zero_positions = seen_genes(tokens[self.training], objective)
         bert.to(self.device)  # type: ignore[arg-type]
@@ -125,10 +139,11 @@ class _Run:
         self.n_steps = settings.epochs * self.steps_per_epoch
         if settings.max_steps is not None:
             self.n_steps = min(self.n_steps, settings.max_steps)
+        weights = dict(zip(objective.tasks, objective.task_weights, strict=True))
+        self.best = None if settings.patience is None else Best(self.modules, weights, settings.patience)
         self.step, self.budget, self.n_skipped = 0, settings.token_budget, 0
         self.history = History()
         self.streak: list[np.ndarray] = []  # cells of the non-finite steps in a row
-        self.clock = time.perf_counter()
         self._order: tuple[int, np.ndarray] = (-1, self.training)
         self._peak = peak_flops(self.device)
 
@@ -143,10 +158,12 @@ class _Run:
         board = Board(self.settings, self.n_steps, self.step, self.world.is_first)
         pending: Pending | None = None
         self.clock = time.perf_counter()
+        if self.best is not None and self.step == 0:
+            self.best.look(self.validate())
         try:
             with ThreadPoolExecutor(1) as ahead:
                 prepared: Future[Share] | None = None
-                while self.step < self.n_steps:
+                while self.step < self.n_steps and not (self.best is not None and self.best.exhausted):
                     share = self.prepare(self.step) if prepared is None else prepared.result()
                     on_gpu = self.device.type == "cuda"
                     last = self.step + 1 == self.n_steps
@@ -162,19 +179,25 @@ class _Run:
                     self.step += 1
                     at_rest = self.step % every == 0 or self.step == self.n_steps or self.validates()
                     if not on_gpu or at_rest:
-                        self.settle(pending, board, validation=self.validate() if self.validates() else None)
+                        validation = self.validate() if self.validates() else {}
+                        self.settle(pending, board, validation)
                         pending = None
+                        if self.best is not None and validation:
+                            self.best.look(validation)
                     if self.step % every == 0 or self.step == self.n_steps:
                         self.save(checkpoints, identity)
         finally:
             board.close()
+        if self.best is not None:
+            self.best.restore()
         return self.history.frame()
 
     def prepare(self, step: int) -> Share:
         """Mask and pack this process's share of a step; needs nothing but (seed, step)."""
         epoch, within = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self.training, self.settings.seed, epoch))
+            order = getattr(self.objective, "order", epoch_order)  # an objective may draw the cells in its own way
+            self._order = (epoch, order(self.training, self.settings.seed, epoch))
         n = self.settings.cells_per_step
         cells = self._order[1][within * n : (within + 1) * n]
         return self.share(cells, epoch)
@@ -232,9 +255,8 @@ class _Run:
         norm = torch.nn.utils.get_total_norm(gradients)
         finite = torch.isfinite(losses.total) & torch.isfinite(norm)
         clip = self.settings.clip
-        if (
-            self.device.type == "cuda"
-        ):  # nothing here waits for the GPU: the optimiser itself skips where found_inf is set
+        if self.device.type == "cuda":
+            # nothing here waits for the GPU: the optimiser itself skips where found_inf is set
             if clip is not None:
                 torch._foreach_mul_(gradients, (clip / (norm + 1e-6)).clamp(max=1.0))
             self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
@@ -303,6 +325,7 @@ class _Run:
     def validate(self) -> dict[str, float]:
         """Return the loss of each task on the held-out cells, whose masks never change."""
         self.bert.eval()
+        self.objective.eval()
         sums, counts = np.zeros((2, len(self.objective.tasks)))
         for first in range(0, len(self.held_out), 256):
             cells = self.world.share(self.held_out[first : first + 256])
@@ -313,6 +336,7 @@ class _Run:
             sums += self.stepper.evaluate(share).double().cpu().numpy()
             counts += share.counts
         self.bert.train()
+        self.objective.train()
         sums, counts = self.world.sum_host(np.stack([sums, counts]))
         return {f"validation_{name}": s / n for name, s, n in zip(self.objective.tasks, sums, counts, strict=True) if n}
 
@@ -360,7 +384,8 @@ class _Run:
     @property
     def modules(self) -> dict[str, torch.nn.Module]:
         """What is trained."""
-        return {"bert": self.bert, "objective": self.objective}
+        best = getattr(self, "best", None)  # there is none while it is being made
+        return {"bert": self.bert, "objective": self.objective, **({} if best is None else {"best": best})}
 
 
 _NETWORK = (

@@ -45,6 +45,9 @@ class TrainSettings:
         Of the order, the masks, the validation cells and dropout.
     validation_share, validation_most, validate_every
         Share of cells held out, about how many at most, and steps between validations (`None`: once per epoch).
+    patience
+        Validations in a row without a better loss after which training stops, and the best state counts, the start included.
+        `None`: neither.
     save_dir, checkpoint_every, keep, resume
         Where to keep checkpoints, steps between them (`None`: once per epoch), how many, and whether to go on from the newest.
     gradient_checkpointing
@@ -82,6 +85,7 @@ class TrainSettings:
     validation_share: float = 0.05
     validation_most: int = 2_000
     validate_every: int | None = None
+    patience: int | None = None
     save_dir: str | Path | None = None
     checkpoint_every: int | None = None
     keep: int = 2
@@ -99,7 +103,7 @@ class TrainSettings:
                 raise ScbinInputError("T30", f"{name} is {getattr(self, name)}; it needs to be at least 1.")
         if self.seed < 0:
             raise ScbinInputError("T30", f"seed is {self.seed}; it needs to be 0 or more.")
-        for name in ("max_steps", "checkpoint_every", "validate_every"):
+        for name in ("max_steps", "checkpoint_every", "validate_every", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ScbinInputError("T30", f"{name} is {getattr(self, name)}; it needs to be at least 1, or None.")
         for name in ("learning_rate", "warmup", "weight_decay", "epsilon"):
@@ -120,7 +124,7 @@ class TrainSettings:
     def _check_types(self) -> None:
         whole = ("epochs", "cells_per_step", "token_budget", "seed", "validation_most", "keep")
         whole_numbers(**{name: getattr(self, name) for name in whole})
-        maybe = ("max_steps", "validate_every", "checkpoint_every")
+        maybe = ("max_steps", "validate_every", "checkpoint_every", "patience")
         whole_numbers(optional=True, **{name: getattr(self, name) for name in maybe})
         real = ("learning_rate", "warmup", "weight_decay", "epsilon", "validation_share")
         numbers(**{name: getattr(self, name) for name in real})

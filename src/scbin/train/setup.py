@@ -80,10 +80,14 @@ def embed_together(
     return world.gather_rows(vectors, counts).numpy()
 
 
-def split(tokens: csr_matrix, cells: np.ndarray | None, settings: TrainSettings) -> tuple[np.ndarray, np.ndarray]:
-    """Return the cells to train on and those held out."""
+def split(
+    tokens: csr_matrix, cells: np.ndarray | None, settings: TrainSettings, held_out: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the cells to train on and those held out: the ones given, or a share."""
     filled = np.flatnonzero(np.diff(tokens.indptr))
     cells = filled if cells is None else np.intersect1d(np.asarray(cells), filled)
+    if held_out is not None and len(cells):
+        return np.setdiff1d(cells, held_out), np.intersect1d(held_out, filled)
     share = min(settings.validation_share, settings.validation_most / max(len(cells), 1))
     held_out = split_cells(tokens.shape[0], share, settings.seed)[cells]
     if held_out.all() and len(cells):
