@@ -18,6 +18,9 @@ MODEL_ID = "model_id"  # uns["scbin"]["model_id"], fingerprint of the model trai
 MODEL_PATH = "model_path"  # uns["scbin"]["model_path"], where it was saved
 PREDICT = "predict"  # uns["scbin"]["predict"], what was predicted: classes and model by target, one JSON string
 SPLIT = "scbin_split"  # obs, categorical: "train", "validation", "test"
+SHIFT = "scbin_shift"  # layers, CSR float32: shift of each cell by each gene; what is stored was perturbed, zeros too
+PERTURBED = "X_scbin_perturbed"  # obsm, float32 (cells, hidden): the embedding after a joint perturbation
+PERTURB = "scbin_perturb"  # uns, {"table": one row per gene or pair, "params": one JSON string}
 EVALUATE = "evaluate"  # uns["scbin"]["evaluate"], scores by target and method, a table
 
 
