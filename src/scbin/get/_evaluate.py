@@ -13,6 +13,10 @@ from scbin._errors import ScbinInputError
 if TYPE_CHECKING:
     from anndata import AnnData
 
+# the order of the columns, whichever target was scored first
+FIRST = ("target", "method", "n_cells", "n_genes", "accuracy", "exact", "within_one", "mae", "r2", "pearson")
+LAST = ("macro_precision", "macro_recall", "macro_f1", "roc_auc", "calibration_error", "brier", "log_loss", "scored_on")
+
 
 def evaluate_df(adata: AnnData, target: str | None = None) -> pd.DataFrame:
     """Return what :func:`scbin.tl.evaluate` found: one row per method, one column per score.
@@ -44,6 +48,8 @@ def evaluate_df(adata: AnnData, target: str | None = None) -> pd.DataFrame:
             "E15", "nothing was evaluated here. Call scbin.tl.evaluate(adata, model, target=...) first."
         )
     table = pd.DataFrame(stored).reset_index(drop=True)
+    between = [name for name in table.columns if name not in FIRST + LAST]
+    table = table[[name for name in (*FIRST, *between, *LAST) if name in table.columns]]
     targets = list(dict.fromkeys(table["target"]))
     if target is None:
         return table.set_index("method").dropna(axis=1, how="all")

@@ -44,9 +44,7 @@ class Predicted:
         return np.union1d(self.truth, self.predicted[self.predicted >= 0]).astype(np.int64)
 
 
-def read_predicted(
-    adata: AnnData, target: str, *, truth_key: str | None = None, cells: Cells = "auto"
-) -> Predicted:
+def read_predicted(adata: AnnData, target: str, *, truth_key: str | None = None, cells: Cells = "auto") -> Predicted:
     """Return the predictions of `target` for the cells whose truth is known.
 
     Parameters
@@ -111,9 +109,7 @@ def _chosen(adata: AnnData, cells: Cells) -> np.ndarray:
     return np.ones(adata.n_obs, dtype=bool) if test is None else test
 
 
-def _read_classes(
-    adata: AnnData, target: str, given: pd.Series, true: pd.Series, chosen: np.ndarray
-) -> Predicted:
+def _read_classes(adata: AnnData, target: str, given: pd.Series, true: pd.Series, chosen: np.ndarray) -> Predicted:
     labels = labels_of(true, target)
     rows = np.flatnonzero(np.array([label is not None for label in labels], dtype=bool) & chosen)
     _check_any(rows, target)

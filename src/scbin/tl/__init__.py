@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from scbin.tl._embed import embed
+from scbin.tl._evaluate import evaluate
 from scbin.tl._pretrain import pretrain
 
-__all__ = ["embed", "pretrain"]
+__all__ = ["embed", "evaluate", "pretrain"]

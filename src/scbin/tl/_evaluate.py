@@ -1,0 +1,265 @@
+"""`tl.evaluate`: how good predictions are, beside what simple methods reach on the same cells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import csr_matrix
+
+from scbin import _keys
+from scbin._anndata import check_adata, read_obs, warn, write_uns
+from scbin._errors import ScbinInputError
+from scbin.get._evaluate import evaluate_df
+from scbin.get._predicted import predicted_targets, read_predicted
+from scbin.tl._baselines import CLASS_BASELINES, NUMBER_BASELINES
+from scbin.tl._compare import baseline_scores, lessons, read_truth
+from scbin.tl._evaluate_genes import GENES, score_genes
+from scbin.tl._folds import Folds, plan_folds
+from scbin.tl._metrics import classification_scores, regression_scores
+from scbin.tl._model import resolve_model
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping, Sequence
+
+    from anndata import AnnData
+
+    from scbin.encoding.values import Values
+    from scbin.get._predicted import Predicted
+    from scbin.model import Model
+    from scbin.nn.device import Precision
+    from scbin.tl._metrics import F1
+
+
+def evaluate(
+    adata: AnnData,
+    model: Model | str | os.PathLike[str] | None = None,
+    *,
+    target: str | None = None,
+    truth_key: str | None = None,
+    split_key: str | None = None,
+    reference: AnnData | None = None,
+    baselines: Sequence[str] | Literal["all", "none"] = "all",
+    n_genes: int = 2000,
+    layer: str | None = None,
+    values: Values = "auto",
+    f1: F1 = "macro",
+    gene_mask_prob: float = 0.15,
+    high_bin: int = 8,
+    seed: int = 0,
+    device: str = "auto",
+    precision: Precision = "float32",
+    token_budget: int = 32_768,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Score a model's predictions, with the simplest methods beside it on the same cells.
+
+    A score by itself says little: cell types of blood are told apart at .9 by logistic regression alone. So each table has the
+    rows to beat: for classes the majority class, logistic regression on log-normalised variable genes, and nearest neighbours
+    among principal components; for numbers the mean, and ridge regressions on genes and on principal components; for hidden
+    genes each gene's most frequent and mean bin.
+
+    Parameters
+    ----------
+    adata
+        Tokenized cells with the truth in `obs`.
+    model
+        A :class:`scbin.Model`, or the directory of one. Default: the predictions that :func:`scbin.tl.predict` left in `adata`,
+        else the model trained on these cells.
+    target
+        What is predicted; `"genes"` for genes hidden from the model. Default: the model's only target.
+    truth_key
+        Column of `obs` with the truth. Default: `target`.
+    split_key
+        Column of `obs` that says which cells are `"train"`, `"validation"` and `"test"`; only the last are scored, the simple
+        methods learn from the others. Default: `"scbin_split"`, which :func:`scbin.tl.finetune` writes. A column of donors or
+        batches cross-validates the simple methods by them; with no split at all, they are cross-validated over cells.
+    reference
+        The cells that the model learned from, if it comes from another data set: the simple methods then learn from these,
+        on the genes that both name.
+    baselines
+        Which simple methods to run, by name.
+    n_genes
+        Variable genes that the simple methods use, chosen on training cells; fewer where there are fewer.
+    layer, values
+        Where and as what they read expression, as in :func:`scbin.pp.tokenize`.
+    f1
+        `"macro"`: mean over classes; `"seed"`: harmonic mean of macro precision and macro recall, as PerturbGene reports it.
+    gene_mask_prob
+        Share of the genes to hide, for `target="genes"`.
+    high_bin
+        Bins above it count as high expression, for `target="genes"`.
+    seed
+        Of folds and masks.
+    device, precision, token_budget, progress
+        As in :func:`scbin.tl.predict`.
+
+    Returns
+    -------
+    A table with one row per method, scbin first, and one column per score; :func:`scbin.get.evaluate_df` reads it again. Sets
+    the following fields, and those of :func:`scbin.tl.predict` if a model is given:
+
+    `adata.uns['scbin']['evaluate']`
+        The scores of this and earlier targets, as a `DataFrame`.
+
+    For classes, averages go over the classes that scored cells have: then balanced accuracy and macro recall are the same
+    number. A cell without a prediction counts as wrong. `calibration_error` compares the probability of the class given with how
+    often it is right, in 15 bins :cite:p:`guo2017`.
+
+    Raises
+    ------
+    ScbinInputError
+        If there is no truth, nothing to compare, or several targets and none is named.
+
+    Examples
+    --------
+    >>> import scbin
+    >>> adata = scbin.datasets.pbmc68k_reduced()[:200].copy()
+    >>> scbin.pp.tokenize(adata)
+    >>> model = scbin.tl.pretrain(adata, preset="tiny", max_steps=2, progress=False)
+    >>> table = scbin.tl.evaluate(adata, model, target="genes", progress=False)
+    >>> list(table.index)
+    ['scbin', 'most frequent bin', 'most frequent bin per gene', 'mean bin per gene']
+    """
+    check_adata(adata)
+    if f1 not in ("macro", "seed"):
+        raise ScbinInputError("E21", f"f1 is {f1!r}; choose 'macro' or 'seed'.")
+    network = {"device": device, "precision": precision, "token_budget": token_budget, "progress": progress}
+    if target == GENES:
+        chosen = resolve_model(model, adata)
+        scores, how = score_genes(
+            adata, chosen, split_key, gene_mask_prob=gene_mask_prob, high_bin=high_bin, seed=seed, **network
+        )
+        return _write(adata, GENES, scores, how)
+    asked = _what(adata, model, target)
+    truth = read_truth(_truth_column(adata, asked.target, truth_key), asked.target, asked.kind)
+    labels = truth.values if truth.kind == "class" else None
+    folds = plan_folds(adata, truth.rows, labels, split_key, seed=seed)
+    pair = None
+    if reference is None:
+        _warn_if_seen(adata, asked, folds)
+    else:
+        pair = (reference, read_truth(_truth_column(reference, asked.target, truth_key), asked.target, asked.kind))
+        folds = replace(folds, text=f"{len(folds.test):,} cells; reference: {len(pair[1].rows):,}")
+    scores = {}
+    if methods := _chosen_baselines(baselines, truth.kind):
+        taught = lessons(adata, truth, folds, reference=pair, n_genes=n_genes, layer=layer, values=values)
+        scores = baseline_scores(taught, methods, truth.kind, seed=seed, f1=f1)
+    if asked.model is not None:
+        from scbin.tl._predict import predict
+
+        predict(adata, asked.model, target=asked.target, **network)
+    found = read_predicted(adata, asked.target, truth_key=truth_key, cells="all")
+    return _write(adata, asked.target, {"scbin": _score(found, folds.test, f1), **scores}, folds.text)
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """Which target, of which model; `model` is None where predictions are there already."""
+
+    target: str
+    kind: Literal["class", "number"]
+    model: Model | None
+
+
+def _what(adata: AnnData, model: Model | str | os.PathLike[str] | None, target: str | None) -> _Asked:
+    made = predicted_targets(adata)
+    if model is None and (target in made or (target is None and len(made) == 1)):
+        name = made[0] if target is None else target
+        numbers = pd.api.types.is_float_dtype(adata.obs[f"scbin_{name}"].dtype)
+        return _Asked(name, "number" if numbers else "class", None)
+    chosen = resolve_model(model, adata)
+    kinds = model_targets(chosen)
+    if target is None and len(kinds) != 1:
+        known = ", ".join(map(repr, kinds)) or "none"
+        raise ScbinInputError("E22", f"name what to evaluate with target=; this model predicts: {known}; and 'genes'.")
+    name = next(iter(kinds)) if target is None else target
+    if name not in kinds:
+        known = ", ".join(map(repr, kinds)) or "none"
+        raise ScbinInputError(
+            "E22",
+            f"this model does not predict {name!r}. It predicts: {known}; and 'genes'. Fine-tune it: "
+            f"scbin.tl.finetune(adata, model, target={name!r}).",
+        )
+    return _Asked(name, "number" if kinds[name] == "number" else "class", chosen)
+
+
+def model_targets(model: Model) -> dict[str, str]:
+    """Return what a model predicts for cells, by its head or else its vocabulary, and whether it is a class or a number."""
+    head = getattr(model, "head", None)
+    if head is None:
+        return {phenotype.name: "class" for phenotype in model.vocabulary.phenotypes}
+    return {str(target.name): str(target.kind) for target in head.targets}
+
+
+def _truth_column(adata: AnnData, target: str, truth_key: str | None) -> pd.Series:
+    if truth_key is None and target not in adata.obs.columns:
+        raise ScbinInputError(
+            "E10",
+            f"{target!r} is not a column of adata.obs, so there is no truth to compare with. Pass truth_key= with the "
+            "column that holds it.",
+        )
+    return read_obs(adata, target if truth_key is None else truth_key)
+
+
+def _chosen_baselines(baselines: Sequence[str] | str, kind: str) -> tuple[str, ...]:
+    known = CLASS_BASELINES if kind == "class" else NUMBER_BASELINES
+    if isinstance(baselines, str):
+        if baselines in ("all", "none"):
+            return known if baselines == "all" else ()
+        baselines = [baselines]
+    for name in baselines:
+        if name not in known:
+            raise ScbinInputError("E19", f"{name!r} is not a baseline here. There are: {', '.join(known)}.")
+    return tuple(baselines)
+
+
+def _warn_if_seen(adata: AnnData, asked: _Asked, folds: Folds) -> None:
+    """Say so where the model may have learned the labels it is scored on."""
+    if folds.cut:
+        warn(
+            "E16",
+            f"no split of train and test cells is known, so all cells are scored: if the model learned {asked.target!r} from "
+            "them, its score says how well it remembers. Pass split_key=, or reference= with the cells it learned from.",
+        )
+    elif asked.model is not None and _shown_to_pretraining(adata, asked.model, asked.target, folds.test):
+        warn(
+            "E17",
+            f"the tokens of test cells carry their {asked.target!r}, and a model was pretrained on these cells: it may have "
+            "seen what it is tested on. Tokenize without that phenotype, or pretrain on training cells only.",
+        )
+
+
+def _shown_to_pretraining(adata: AnnData, model: Model, target: str, test: np.ndarray) -> bool:
+    places = [phenotype for phenotype in model.vocabulary.phenotypes if phenotype.name == target]
+    trained_here = _keys.PRETRAIN in adata.uns.get(_keys.UNS, {})
+    if not places or not trained_here or _keys.TOKENS not in adata.obsm:
+        return False
+    tokens = csr_matrix(adata.obsm[_keys.TOKENS])[test][:, [places[0].position]]
+    return bool(((tokens.data >= places[0].first_id) & (tokens.data < places[0].stop_id)).any())
+
+
+def _score(found: Predicted, test: np.ndarray, f1: F1) -> dict[str, float]:
+    """Score predictions on the test cells; those without a prediction count too."""
+    here = np.isin(found.cells, test)
+    if found.kind == "number":
+        return regression_scores(found.truth[here], found.predicted[here])
+    probability = None if found.probability is None else found.probability[here]
+    return classification_scores(found.truth[here], found.predicted[here], probability, f1=f1)
+
+
+def _write(adata: AnnData, target: str, scores: Mapping[str, Mapping[str, float]], how: str) -> pd.DataFrame:
+    """Put the scores beside those of other targets, and return the table."""
+    table = pd.DataFrame.from_dict(dict(scores), orient="index").rename_axis("method").reset_index()
+    table.insert(0, "target", target)
+    table["scored_on"] = how
+    before = adata.uns.get(_keys.UNS, {}).get(_keys.EVALUATE)
+    if before is not None:
+        kept = pd.DataFrame(before)
+        kept = kept[kept["target"] != target]
+        table = pd.concat([kept, table], ignore_index=True) if len(kept) else table
+    write_uns(adata, _keys.EVALUATE, table.reset_index(drop=True))
+    return evaluate_df(adata, target)

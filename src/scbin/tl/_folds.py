@@ -1,0 +1,100 @@
+"""Which cells the simple methods learn from and which they are asked about."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from scbin import _keys
+from scbin._anndata import read_obs
+from scbin._errors import ScbinInputError
+from scbin.get._predicted import SHARES, test_cells
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+N_FOLDS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Folds:
+    """Pairs of training and test rows; every test row stands in one pair."""
+
+    parts: tuple[tuple[np.ndarray, np.ndarray], ...]
+    text: str
+    cut: bool = False  # whether no split was known and the cells were cut into folds here
+
+    @property
+    def test(self) -> np.ndarray:
+        """All rows that are scored, in order."""
+        return np.sort(np.concatenate([test for _, test in self.parts]))
+
+
+def plan_folds(
+    adata: AnnData, usable: np.ndarray, labels: np.ndarray | None, split_key: str | None, *, seed: int = 0
+) -> Folds:
+    """Take the split that `obs` knows, else divide the cells into folds.
+
+    A column of "train", "validation" and "test" is taken as it is, and training cells are those of the first two: simple
+    methods have nothing to choose by validation. Any other column names donors or batches, none of which is on both sides.
+
+    Parameters
+    ----------
+    adata
+        The cells.
+    usable
+        Rows that have a truth.
+    labels
+        Class of each usable row, to have all classes in all folds; `None` for numbers.
+    split_key
+        Column of `obs`. Default: `"scbin_split"` where it is there and names test cells.
+    seed
+        Of the folds.
+    """
+    if split_key is None and test_cells(adata) is not None:
+        split_key = _keys.SPLIT
+    if split_key is None:
+        return _cut(usable, labels, None, seed)
+    column = read_obs(adata, split_key).astype(object).to_numpy()
+    names = {str(value) for value in column if not pd.isna(value)}
+    if not names <= set(SHARES):
+        return _cut(usable, labels, column[usable], seed, split_key)
+    share = np.array([str(value) for value in column])[usable]
+    train, test = usable[np.isin(share, SHARES[:2])], usable[share == "test"]
+    for part, what in ((train, "to train on"), (test, "to test on")):
+        if not len(part):
+            raise ScbinInputError(
+                "E20", f"adata.obs[{split_key!r}] leaves no cell {what}: no cell with a known truth is in that share."
+            )
+    return Folds(((train, test),), f"{len(test):,} test cells")
+
+
+def _cut(usable: np.ndarray, labels: np.ndarray | None, groups: np.ndarray | None, seed: int, name: str = "") -> Folds:
+    from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
+
+    if groups is not None:
+        missing = np.array([pd.isna(value) for value in groups])
+        usable, groups = usable[~missing], np.array([str(value) for value in groups[~missing]])
+        labels = None if labels is None else labels[~missing]
+    n_units = len(usable) if groups is None else len(np.unique(groups))
+    if n_units < 2:
+        what = "cell" if groups is None else f"value of {name!r}"
+        raise ScbinInputError(
+            "E20", f"there is one {what} only, so nothing is left to test on. Name another split_key."
+        )
+    n_folds = min(N_FOLDS, n_units)
+    shuffled = {"shuffle": True, "random_state": seed}
+    stratifies = labels is not None and np.unique(labels, return_counts=True)[1].max() >= n_folds
+    if groups is None:
+        cutter = StratifiedKFold(n_folds, **shuffled) if stratifies else KFold(n_folds, **shuffled)
+    else:
+        cutter = StratifiedGroupKFold(n_folds, **shuffled) if stratifies else GroupKFold(n_folds, **shuffled)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
+        parts = [(usable[a], usable[b]) for a, b in cutter.split(usable, labels, groups) if len(a) and len(b)]
+    by = f" by {name}" if name else ""
+    return Folds(tuple(parts), f"{len(usable):,} cells, {len(parts)} folds{by}", cut=True)
