@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from dataclasses import asdict, dataclass, field, replace
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +13,23 @@ import numpy as np
 import pandas as pd
 
 from scbin._errors import ScbinInputError, ScbinModelError
-from scbin.encoding.vocabulary import Vocabulary
+from scbin.encoding.vocabulary import CLS, Vocabulary
 from scbin.nn.checkpoint import HEAD, own_tensors, read_model_directory, write_model_directory
+from scbin.nn.description import as_html, describe, model_card, read_head, read_history
 from scbin.nn.embedding import pooling_weights
-from scbin.nn.heads import HeadPlan, head_from, head_shapes
-from scbin.nn.untrusted import read_tensors
+from scbin.nn.hub import local_directory
+from scbin.nn.published import read_geneformer
+from scbin.nn.published_bins import read_perturbgene, read_polygene
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from transformers import BertConfig, BertForMaskedLM
 
     from scbin.nn.embedding import Pooling, Weights
-    from scbin.nn.heads import Head, Target
+    from scbin.nn.heads import Head
+    from scbin.nn.published import Published
 
 FORMAT = 1
 
@@ -158,10 +161,10 @@ class Model:
         if self.head is not None:
             about["head"] = self.head.plan.to_dict()
             tensors = {name: tensor.detach() for name, tensor in self.head.state_dict().items()}
-        write_model_directory(Path(path), self.bert, about, self._card(), tensors, overwrite=overwrite)
+        write_model_directory(Path(path), self.bert, about, model_card(describe(self)), tensors, overwrite=overwrite)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Model:
+    def load(cls, path: str | os.PathLike[str], *, revision: str | None = None) -> Model:
         """Read a model from the directory that :meth:`save` wrote.
 
         The directory is treated as if a stranger had made it: no code in it is run, every number is checked, and a file that
@@ -170,14 +173,17 @@ class Model:
         Parameters
         ----------
         path
-            The directory.
+            The directory; together with `revision`, the `"owner/name"` of a model on the Hugging Face hub.
+        revision
+            Which state of a model on the hub: the hash of a commit, best, or a branch. Without it nothing is ever fetched.
 
         Raises
         ------
         ScbinModelError
-            If the directory is not a whole and sound model.
+            If the directory is not a whole and sound model, or the hub does not have it.
         """
-        bert, about = read_model_directory(Path(path))
+        path = local_directory(path, revision)
+        bert, about = read_model_directory(path)
         known = {"format", "vocabulary", "readout", "training", "history"}
         if about.get("format") != FORMAT or set(about) - {"head"} != known:
             raise ScbinModelError(
@@ -193,8 +199,8 @@ class Model:
                     f"{vocabulary.n_tokens} and {vocabulary.n_positions}. They do not belong together.",
                 )
             readout = _read_readout(about["readout"], vocabulary, bert.config.num_hidden_layers)
-            history = _read_history(about["history"])
-            head = _read_head(Path(path) / HEAD, about.get("head"), bert.config.hidden_size, len(vocabulary.genes))
+            history = read_history(about["history"])
+            head = read_head(path / HEAD, about.get("head"), bert.config.hidden_size, len(vocabulary.genes))
             return cls(bert, vocabulary, readout, about["training"], history, head)
         except (ScbinInputError, TypeError, AttributeError, LookupError, ValueError, OverflowError) as error:
             if isinstance(error, ScbinModelError):
@@ -203,52 +209,150 @@ class Model:
                 "M17", f"scbin.json in {path} does not describe a model ({str(error)[:80]})."
             ) from error
 
+    # ---- models that others published ------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_geneformer(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        dictionaries: str | os.PathLike[str] | None = None,
+        layer: int = -2,
+        pooling: Pooling | None = None,
+        target: str = "label",
+        class_names: Sequence[str] | None = None,
+    ) -> Model:
+        """Read a Geneformer model as it was published, V1 or V2, pretrained or fine-tuned to classify cells or genes.
+
+        After it, `scbin.pp.tokenize(adata, like=model)` ranks the genes as Geneformer does, by symbol or Ensembl id, and every
+        tool works. Its weights need to be `model.safetensors`; its dictionaries are read without unpickling.
+
+        Parameters
+        ----------
+        path
+            The folder of the model: `config.json` and `model.safetensors`. All else in it is left alone.
+        dictionaries
+            The folder of Geneformer's dictionaries (`token_dictionary_gc104M.pkl` and so on, also as JSON): `geneformer` in its
+            package. Default: the model's own folder, or `geneformer` beside it as in a copy of Geneformer's repository.
+        layer
+            Which hidden states make the embedding: -2, the last layer but one, is what Geneformer calls `emb_layer=-1`.
+        pooling
+            Default: `"cls"` for V2, `"mean"` for V1, which has no such token.
+        target
+            Name of what a classifier answers.
+        class_names
+            Its classes in the order of training, where the model only knows them as LABEL_0, LABEL_1 ...
+
+        Raises
+        ------
+        ScbinModelError
+            If the directory is damaged, has pickled weights only, or does not fit its configuration.
+        ScbinInputError
+            If the dictionaries are not found or belong to another version.
+        """
+        folder = None if dictionaries is None else Path(dictionaries)
+        published = read_geneformer(Path(path), folder, target, class_names)
+        has_cls = CLS in published.vocabulary.specials
+        return cls._published(published, Readout(pooling or ("cls" if has_cls else "mean"), layer))
+
+    @classmethod
+    def from_polygene(
+        cls,
+        path: str | os.PathLike[str],
+        genes: Sequence[str],
+        *,
+        phenotypes: Mapping[str, Sequence[str]] | None = None,
+        edges: Sequence[float] | None = None,
+        layer: int = -1,
+        pooling: Pooling = "mean",
+    ) -> Model:
+        """Read a Polygene model: bins of expression, a position for each of its genes, five phenotypes as tokens.
+
+        Parameters
+        ----------
+        path
+            The folder of the model: `config.json`, `model.safetensors` and, if it is there, `vocab.txt`.
+        genes
+            The genes in the order of the training; Polygene does not store their names.
+        phenotypes
+            Values of sex, tissue, cell_type, age and disease in the order of their tokens. Default: from `vocab.txt`, with spaces
+            for its underscores.
+        edges
+            Lower edges of the bins above zero, where they are not the published ones (even from 0.1 to 9).
+        layer, pooling
+            How the embedding is taken.
+
+        Raises
+        ------
+        ScbinModelError, ScbinInputError
+            If the directory is not sound, or the lists do not fit it.
+        """
+        return cls._published(read_polygene(Path(path), genes, phenotypes, edges), Readout(pooling, layer))
+
+    @classmethod
+    def from_perturbgene(
+        cls,
+        path: str | os.PathLike[str],
+        genes: Sequence[str],
+        *,
+        phenotypes: Mapping[str, Sequence[str]],
+        edges: Sequence[float] | None = None,
+        layer: int = -1,
+        pooling: Pooling = "mean",
+        target: str = "label",
+        class_names: Sequence[str] | None = None,
+    ) -> Model:
+        """Read a PerturbGene model: a DistilBERT whose token types are genes, pretrained or fine-tuned to classify cells.
+
+        Its tensors get BERT's names and its ids scbin's order; what it computes stays the same. A cell without a label has no
+        token in that place, as in PerturbGene.
+
+        Parameters
+        ----------
+        path
+            The folder of the model: `config.json` and `model.safetensors`. Its pickled tokenizer is never opened.
+        genes
+            The genes in the order of the training.
+        phenotypes
+            Values of cell_type, development_stage (or age), disease, sex and tissue in the order of their tokens.
+        edges
+            Edges of the bins, where they are not the published ones (0.1, or ten even ones from 0.1 to 9).
+        layer, pooling
+            How the embedding is taken.
+        target, class_names
+            Name of what a classifier answers, and of its classes in the order of training.
+
+        Raises
+        ------
+        ScbinModelError, ScbinInputError
+            If the directory is not sound, or the lists do not fit it.
+        """
+        published = read_perturbgene(Path(path), genes, phenotypes, edges, target, class_names)
+        return cls._published(published, Readout(pooling, layer))
+
+    @classmethod
+    def _published(cls, published: Published, readout: Readout) -> Model:
+        n_layers = published.bert.config.num_hidden_layers
+        if type(readout.layer) is not int or not -n_layers - 1 <= readout.layer <= n_layers:
+            raise ScbinInputError(
+                "T14", f"layer is {readout.layer}; this network has layers 0 (embeddings) to {n_layers}."
+            )
+        pooling_weights(published.vocabulary, readout.pooling)
+        for warning in published.remarks():
+            warnings.warn(warning, stacklevel=3)
+        return cls(
+            published.bert, published.vocabulary, readout, {"published_as": published.source}, head=published.head
+        )
+
     # ---- what a user asks first ---------------------------------------------------------------------------------------
 
-    def _facts(self) -> dict[str, str]:
-        config, vocabulary = self.config, self.vocabulary
-        bins = "" if vocabulary.bins is None else f", {vocabulary.bins.n_bins} bins"
-        facts = {
-            "encoding": f"{vocabulary.encoding}, {len(vocabulary.genes):,} genes{bins}",
-            "phenotypes": ", ".join(f"{p.name} ({len(p.values)} values)" for p in vocabulary.phenotypes) or "none",
-            "network": f"BERT, {config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
-            f"{config.num_attention_heads} heads, {self.n_parameters:,} parameters",
-            "embedding": f"{config.hidden_size} numbers per cell, {self.readout.pooling} pooling, layer {self.readout.layer}",
-        }
-        if self.head is not None:
-            facts["answers"] = ", ".join(_answer(target) for target in self.head.targets)
-        trained = [(key.removeprefix("n_"), self.training.get(key)) for key in ("n_cells", "steps", "epochs")]
-        facts["trained"] = (
-            ", ".join(f"{name} {value:,}" for name, value in trained if isinstance(value, int | float)) or "not at all"
-        )
-        for column in (name for name in self.history.columns if str(name).startswith("validation_")):
-            losses = self.history[column].dropna()
-            if losses.empty:
-                continue
-            task = column.removeprefix("validation_").replace("_", " ")
-            facts[f"held-out loss, {task}"] = f"{losses.iloc[0]:.3f} at first, {losses.iloc[-1]:.3f} at last"
-        return facts
-
     def __repr__(self) -> str:
-        facts = self._facts()
+        facts = describe(self)
         width = max(len(name) for name in facts)
         return "\n".join(["scbin Model", *(f"  {name:<{width}}  {text}" for name, text in facts.items())])
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(text)}</td></tr>"
-            for name, text in self._facts().items()
-        )
-        return f"<b>scbin Model</b><table>{rows}</table>"
-
-    def _card(self) -> str:
-        facts = "\n".join(f"| {name} | {text.replace('|', '/')} |" for name, text in self._facts().items())
-        return (
-            "---\nlibrary_name: scbin\ntags:\n- single-cell\n- transcriptomics\n- bert\n---\n\n# A scbin model\n\n"
-            f"|  |  |\n|---|---|\n{facts}\n\n"
-            '```python\nimport scbin\n\nmodel = scbin.Model.load("this_directory")\n'
-            "scbin.pp.tokenize(adata, like=model)\nscbin.tl.embed(adata, model)\n```\n"
-        )
+        return as_html(describe(self))
 
 
 def _plain(value: Any) -> Any:
@@ -258,34 +362,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     raise ScbinInputError("M19", f"a {type(value).__name__} cannot be kept with a model; use numbers and text.")
-
-
-def _read_history(fields: Mapping[str, Any]) -> pd.DataFrame:
-    """Return the table again, numbers only; what was not measured is NaN."""
-    columns = fields["columns"]
-    if not all(type(name) is str for name in columns) or len(set(columns)) != len(columns):
-        raise ValueError("the columns of the history need names of their own")
-    frame = pd.DataFrame(fields["data"], columns=columns)
-    return frame.astype({name: "float64" for name in columns if frame[name].dtype.kind not in "if"})
-
-
-def _answer(target: Target) -> str:
-    """Say in words what a head answers."""
-    if target.kind == "number":
-        return f"{target.name} (a number)"
-    return f"{target.name} ({len(target.classes)} classes{' of genes' if target.kind == 'gene' else ''})"
-
-
-def _read_head(path: Path, fields: Mapping[str, Any] | None, hidden_size: int, n_genes: int) -> Head | None:
-    """Return the head that is described; its file is there exactly when it is described."""
-    if path.exists() != (fields is not None):
-        raise ScbinModelError(
-            "M18", f"scbin.json and {path.name} do not belong together. Fetch or save the model again."
-        )
-    if fields is None:
-        return None
-    plan = HeadPlan.from_dict(fields)
-    return head_from(plan, read_tensors(path, head_shapes(plan, hidden_size, n_genes)), hidden_size, n_genes)
 
 
 def _read_readout(fields: Mapping[str, Any], vocabulary: Vocabulary, n_layers: int) -> Readout:

@@ -25,10 +25,10 @@ def vocabulary_from_geneformer(
     *name_maps: Mapping[str, str] | str | Path | None,
 ) -> Vocabulary:
     """Build the `"rank"` vocabulary of a Geneformer version from its dictionaries; ids stay as they are."""
-    tokens = {str(name): number for name, number in read_dictionary(token_dictionary).items()}
-    medians = read_dictionary(gene_medians)
-    if not all(isinstance(number, int | np.integer) for number in tokens.values()):
-        raise ScbinInputError("G15", "the token dictionary needs a whole number for every name.")
+    tokens, medians = read_dictionary(token_dictionary), read_dictionary(gene_medians)
+    _check_kind(tokens, "token dictionary", int | np.integer, "a whole number")
+    _check_kind(medians, "dictionary of medians", int | float | np.integer | np.floating, "a number")
+    tokens = {str(name): int(number) for name, number in tokens.items()}
     specials = {SPECIALS[name]: number for name, number in tokens.items() if name in SPECIALS}
     genes = sorted((name for name in tokens if name not in SPECIALS), key=tokens.__getitem__)
     first = len(specials)
@@ -50,8 +50,10 @@ def vocabulary_from_geneformer(
     names: dict[str, str] = {}
     for name_map in name_maps:
         if name_map is not None:
-            pairs = read_dictionary(name_map).items()
-            names |= {str(k).upper(): str(v) for k, v in pairs if v in known and str(k).upper() not in known}
+            found = read_dictionary(name_map)
+            _check_kind(found, "dictionary of names", str, "the id of a gene")
+            more = {str(k).upper(): v for k, v in found.items() if v in known and str(k).upper() not in known}
+            names = more | names  # what an earlier dictionary says holds
     return Vocabulary(
         encoding="rank",
         genes=tuple(genes),
@@ -63,6 +65,14 @@ def vocabulary_from_geneformer(
         medians=tuple(chosen.tolist()),
         name_map=tuple(sorted(names.items())) or None,
     )
+
+
+def _check_kind(dictionary: Mapping[str, Any], what: str, kind: Any, needs: str) -> None:
+    wrong = next((name for name, value in dictionary.items() if not isinstance(value, kind)), None)
+    if wrong is not None:
+        raise ScbinInputError(
+            "G15", f"the {what} says {str(dictionary[wrong])[:40]!r} for {str(wrong)[:80]!r}, where {needs} belongs."
+        )
 
 
 def read_dictionary(source: Mapping[str, Any] | str | Path) -> Mapping[str, Any]:

@@ -175,9 +175,19 @@ def _check_manifest(path: Path) -> None:
 
 def load_bert(config: BertConfig, path: Path) -> BertForMaskedLM:
     """Return the network of a configuration with the weights of a safetensors file, which must fit exactly."""
+    return assemble(config, read_tensors(path, expected_shapes(config)))
+
+
+def expected_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor that a network of this configuration stores, without making one."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in own_tensors(BertForMaskedLM(config)).items()}
+
+
+def assemble(config: BertConfig, tensors: Mapping[str, Tensor]) -> BertForMaskedLM:
+    """Return the network with exactly these weights: not one of them is missing, spare or drawn at random."""
     with torch.device("meta"):
         bert = BertForMaskedLM(config)
-    tensors = read_tensors(path, {name: tuple(tensor.shape) for name, tensor in own_tensors(bert).items()})
     aliases = {name: tensors[own] for name, own in _tied(bert).items()}
     bert.load_state_dict({**tensors, **aliases}, strict=True, assign=True)
     bert.tie_weights()
@@ -195,11 +205,13 @@ def own_tensors(bert: BertForMaskedLM) -> dict[str, Tensor]:
 
 
 def _tied(bert: BertForMaskedLM) -> dict[str, str]:
-    """Names of tied tensors, with the name under which each is stored."""
-    tied = {"cls.predictions.decoder.bias": "cls.predictions.bias"}
-    if bert.config.tie_word_embeddings:
-        tied["cls.predictions.decoder.weight"] = "bert.embeddings.word_embeddings.weight"
-    return tied
+    """Names of tied tensors, with the name under which each is stored; an untied output layer has both of its own."""
+    if not bert.config.tie_word_embeddings:
+        return {}
+    return {
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    }
 
 
 def _json_bytes(content: Mapping[str, Any]) -> bytes:
