@@ -38,6 +38,8 @@ class Answers:
     values: tuple[np.ndarray, ...]  # (cells,) or (genes,), one array per target
     weights: tuple[float, ...]  # of each target in the loss
     class_weights: tuple[np.ndarray | None, ...]  # (classes,), one array per target
+    # what outputs are short of while they are learned (classes,): the frequencies of the classes, which answers leave out
+    shifts: tuple[np.ndarray | None, ...] = ()
 
     @property
     def known(self) -> np.ndarray:
@@ -108,11 +110,15 @@ class AnswerObjective(nn.Module):
         for number, values in enumerate(answers.class_weights):
             tensor = None if values is None else torch.tensor(values, dtype=torch.float32)
             self.register_buffer(f"class_weights_{number}", tensor, persistent=False)
+        for number, values in enumerate(answers.shifts or (None,) * len(self.tasks)):
+            tensor = None if values is None else torch.tensor(values, dtype=torch.float32)
+            self.register_buffer(f"shift_{number}", tensor, persistent=False)
 
     def describe(self) -> dict[str, Any]:
         """Return what distinguishes this objective from others, as plain values for JSON."""
         held_out = () if self.held_out_genes is None else (self.held_out_genes.astype(np.float64),)
-        arrays = [*self.answers.values, *(w for w in self.answers.class_weights if w is not None), *held_out]
+        given = (*self.answers.class_weights, *self.answers.shifts)
+        arrays = [*self.answers.values, *(array for array in given if array is not None), *held_out]
         digest = hashlib.sha256(b"".join(np.ascontiguousarray(array, dtype=np.float64).tobytes() for array in arrays))
         return {
             "head": self.head.plan.to_dict(),
@@ -232,4 +238,6 @@ class AnswerObjective(nn.Module):
         if self.head.targets[number].kind == "number":
             return (outputs[:, 0] - true).square()
         smoothing = self.label_smoothing if self.training else 0.0
+        shift = getattr(self, f"shift_{number}")
+        outputs = outputs if shift is None else outputs + shift
         return cross_entropy(outputs, true, smoothing, getattr(self, f"class_weights_{number}"))
