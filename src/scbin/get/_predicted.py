@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -86,8 +86,19 @@ def read_predicted(adata: AnnData, target: str, *, truth_key: str | None = None,
 
 def predicted_targets(adata: AnnData) -> list[str]:
     """Return the names of what was predicted in `adata`."""
+    return list(_record(adata))
+
+
+def _record(adata: AnnData) -> dict[str, Any]:
     record = adata.uns.get(_keys.UNS, {}).get(_keys.PREDICT)
-    return [] if record is None else list(json.loads(str(record)))
+    return {} if record is None else dict(json.loads(str(record)))
+
+
+def _known_classes(adata: AnnData, target: str, given: pd.Series) -> tuple[str, ...]:
+    """Return the classes of the model; a subset of the cells has lost the categories that none of them has."""
+    here = [str(name) for name in given.cat.categories]
+    recorded = [str(name) for name in _record(adata).get(target, {}).get("classes", [])]
+    return tuple(recorded if set(here) <= set(recorded) else here)
 
 
 def test_cells(adata: AnnData) -> np.ndarray | None:
@@ -113,7 +124,7 @@ def _read_classes(adata: AnnData, target: str, given: pd.Series, true: pd.Series
     labels = labels_of(true, target)
     rows = np.flatnonzero(np.array([label is not None for label in labels], dtype=bool) & chosen)
     _check_any(rows, target)
-    known = tuple(str(name) for name in given.cat.categories)
+    known = _known_classes(adata, target, given)
     only_true = tuple(sorted({str(label) for label in labels[rows]} - set(known)))
     classes = known + only_true
     place = {name: k for k, name in enumerate(classes)}
@@ -125,12 +136,13 @@ def _read_classes(adata: AnnData, target: str, given: pd.Series, true: pd.Series
         if stored.shape[1] != len(known):
             raise ScbinInputError(
                 "E13",
-                f"adata.obsm[{slot!r}] has {stored.shape[1]} columns, but obs['scbin_{target}'] has {len(known)} categories: "
-                "one of the two was changed. Predict again.",
+                f"adata.obsm[{slot!r}] has {stored.shape[1]} columns for {len(known)} classes: one of the two was changed. "
+                "Predict again.",
             )
         padding = np.where(np.isfinite(stored[rows]).all(axis=1), 0.0, np.nan)[:, None]
         probability = np.hstack([stored[rows], np.repeat(padding, len(only_true), axis=1)])
-    predicted = given.cat.codes.to_numpy().astype(np.int64)[rows]
+    code = {name: place[str(name)] for name in given.cat.categories}
+    predicted = given.iloc[rows].astype(object).map(code).fillna(-1).to_numpy(dtype=np.int64)
     return Predicted(target, "class", rows, truth, predicted, classes, len(known), probability)
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+
+from scbin.get._reliability import N_BINS, reliability
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 F1 = Literal["macro", "seed"]
-N_BINS = 15
 HIGH_BIN = 8
 _LEAST = float(
     np.finfo(np.float32).eps
@@ -90,32 +90,6 @@ def roc_auc(truth: np.ndarray, probability: np.ndarray) -> float:
     if len(classes) < 2:
         return float("nan")
     return float(np.mean([roc_auc_score(truth == k, probability[:, k]) for k in classes]))
-
-
-@dataclass(frozen=True, eq=False)
-class Reliability:
-    """How often predictions made with a probability were right, in bins of that probability; empty bins are left out."""
-
-    confidence: np.ndarray  # (bins,) mean probability
-    accuracy: np.ndarray  # (bins,) share that was right
-    count: np.ndarray  # (bins,)
-    left: np.ndarray  # (bins,) lower edge
-
-    @property
-    def error(self) -> float:
-        """Mean distance of the two, weighted by the cells: the expected calibration error."""
-        return float(np.average(np.abs(self.accuracy - self.confidence), weights=self.count))
-
-
-def reliability(confidence: np.ndarray, right: np.ndarray, *, n_bins: int = N_BINS) -> Reliability:
-    """Compare what was promised with what came true, in `n_bins` bins of equal width."""
-    confidence = np.asarray(confidence, dtype=np.float64)
-    number = np.clip((confidence * n_bins).astype(np.int64), 0, n_bins - 1)
-    count = np.bincount(number, minlength=n_bins)
-    filled = np.flatnonzero(count)
-    promised = np.bincount(number, weights=confidence, minlength=n_bins)[filled] / count[filled]
-    true = np.bincount(number, weights=np.asarray(right, dtype=np.float64), minlength=n_bins)[filled] / count[filled]
-    return Reliability(promised, true, count[filled], filled / n_bins)
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray, *, n_bins: int = N_BINS) -> float:
