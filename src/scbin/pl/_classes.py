@@ -33,11 +33,13 @@ def of_classes(found: Predicted, *, probabilities: bool = False) -> Predicted:
     return found
 
 
-def grid_axes(n_rows: int, n_columns: int, square: float = 0.36) -> Axes:
-    """Return new axes for a grid of classes, large enough for their names and not larger than a screen."""
+def grid_axes(n_rows: int, n_columns: int, names: Sequence[str], square: float = 0.36) -> Axes:
+    """Return new axes for a grid of classes, with room for their names, and not larger than a screen."""
     import matplotlib.pyplot as plt
 
-    width, height = (float(np.clip(2.6 + square * n, 4.0, 13.0)) for n in (n_columns, n_rows))
+    longest = max((len(_style.shorten(name)) for name in names), default=0)
+    width = float(np.clip(square * n_columns, 3.2, 9.5)) + 0.07 * longest + 1.2
+    height = float(np.clip(square * n_rows, 2.4, 9.5)) + 0.05 * min(longest, 24) + 0.9
     return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 

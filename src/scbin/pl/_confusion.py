@@ -76,11 +76,11 @@ def confusion(
     columns = np.append(used, n_classes) if counts[:, n_classes].any() else used
     totals = counts[rows].sum(axis=1)
     shares = (counts[rows] / totals[:, None])[:, columns]
-    ax = _classes.grid_axes(len(rows), len(columns)) if ax is None else ax
+    names = [*found.classes, _classes.NONE_GIVEN]
+    ax = _classes.grid_axes(len(rows), len(columns), [names[place] for place in columns]) if ax is None else ax
     ax.imshow(shares, cmap=cmap, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     if write != "nothing" and len(columns) <= MOST_WRITTEN:
         _write(ax, shares, counts[rows][:, columns], write)
-    names = [*found.classes, _classes.NONE_GIVEN]
     _classes.name_rows(ax, np.arange(len(rows)), [names[place] for place in rows], totals.tolist())
     _classes.name_columns(ax, np.arange(len(columns)), [names[place] for place in columns])
     _classes.bare(ax)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from scbin.get._predicted import Cells, Predicted
 
+COPIES = 24
+
 
 def prediction(
     adata: AnnData,
@@ -22,7 +24,7 @@ def prediction(
     *,
     truth_key: str | None = None,
     cells: Cells = "auto",
-    cmap: str = "magma_r",
+    cmap: str = "Blues",
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
@@ -72,11 +74,15 @@ def prediction(
     order = order_cells(found)
     columns = _columns(found, probability)
     n_groups = len(np.unique(found.truth))
-    ax = _classes.grid_axes(max(n_groups, 10), len(columns)) if ax is None else ax
-    image = ax.imshow(np.ma.masked_invalid(probability[order][:, columns]), cmap=cmap, vmin=0, vmax=1, aspect="auto")
+    names = [found.classes[place] for place in columns]
+    ax = _classes.grid_axes(max(n_groups, 10), len(columns), names) if ax is None else ax
+    # each column several times: thousands of rows are averaged where they share a pixel, columns stay sharp
+    values = np.repeat(np.ma.masked_invalid(probability[order][:, columns]), COPIES, axis=1)
+    extent = (-0.5, len(columns) - 0.5, len(order) - 0.5, -0.5)
+    image = ax.imshow(values, cmap=cmap, vmin=0, vmax=1, aspect="auto", extent=extent)
     ax.set_facecolor(_style.MISSING_COLOUR)  # shows where a cell has no probabilities
     _mark_groups(ax, found, found.truth[order])
-    _classes.name_columns(ax, np.arange(len(columns)), [found.classes[place] for place in columns])
+    _classes.name_columns(ax, np.arange(len(columns)), names)
     _classes.bare(ax)
     _classes.axis_label(ax, x="class", y="cells, by true class" if has_truth else "cells, by the class given")
     _style.colour_bar(ax, image, extend="neither")
@@ -105,7 +111,7 @@ def _mark_groups(ax: Axes, found: Predicted, truth: np.ndarray) -> None:
     for bound in bounds:
         ax.axhline(bound - 0.5, color="white", linewidth=0.9)
         ax.axhline(bound - 0.5, color=_style.QUIET_COLOUR, linewidth=0.4)
-    places = _spread(0.5 * (starts + stops) - 0.5, 0.028 * len(truth), len(truth))
+    places = _spread(0.5 * (starts + stops) - 0.5, 0.036 * len(truth), len(truth))
     names = [found.classes[truth[start]] for start in starts]
     _classes.name_rows(ax, places, names, (stops - starts).tolist())
 

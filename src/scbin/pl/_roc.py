@@ -76,15 +76,17 @@ def roc(
             f"the cells compared have one {target!r} only: a ROC curve needs cells of a class and cells of others.",
         )
     chosen = present if classes is None else _places(found.classes, present, classes)
-    ax = _classes.plain_axes(6.4 + 1.8 * ((len(chosen) - 1) // _style.LEGEND_ROWS), 4.0) if ax is None else ax
+    ax = _classes.plain_axes(7.2 + 2.8 * ((len(chosen) - 1) // _style.LEGEND_ROWS), 4.2) if ax is None else ax
     ax.plot([0, 1], [0, 1], color=_style.QUIET_COLOUR, linewidth=0.8, linestyle=(0, (3, 3)))
     areas, lines, labels = [], [], []
     for place, colour in zip(chosen, _style.palette(len(chosen)), strict=True):
         area, line = _curve(ax, truth == place, probability[:, place], colour)
         areas.append(area)
         lines.append(line)
-        labels.append(f"{area:.3f}  {_style.shorten(found.classes[place], 26)}  ({int((truth == place).sum()):,})")
-    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+        count = f"({int((truth == place).sum()):,})"
+        name = _style.shorten(found.classes[place], _style.LONGEST_LABEL - len(count) - 7)
+        labels.append(f"{area:.3f} {name} {count}")
+    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), box_aspect=1)
     _style.frame(ax)
     _classes.axis_label(ax, x="share of other cells called it", y="share of its cells called it")
     _style.legend_beside(ax, lines, labels)
