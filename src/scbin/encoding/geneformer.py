@@ -97,19 +97,20 @@ def read_dictionary(source: Mapping[str, Any] | str | Path) -> Mapping[str, Any]
     return _from_json(content, path.name) if path.suffix == ".json" else read_pickled_dictionary(content, path.name)
 
 
-def _from_json(content: bytes, name: str) -> dict[str, Any]:
+def _from_json(content: bytes, file: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:
-            found[checked_key(key, found)] = checked_value(key, value)
+            name = checked_key(key, found)
+            found[name] = checked_value(name, value)
         return found
 
     try:
         found = json.loads(content, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise ScbinInputError("G08", f"{name} is not a dictionary as JSON ({str(error)[:120]}).") from error
+        raise ScbinInputError("G08", f"{file} is not a dictionary as JSON ({str(error)[:120]}).") from error
     if not isinstance(found, dict):
-        raise ScbinInputError("G07", f"{name} holds a {type(found).__name__}, not a dictionary.")
+        raise ScbinInputError("G07", f"{file} holds a {type(found).__name__}, not a dictionary.")
     return found
 
 

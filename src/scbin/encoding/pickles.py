@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import pickletools
 import struct
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from scbin._errors import ScbinInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 MOST_STEPS = 8_000_000  # opcodes; the largest published dictionary, 173,697 entries, has 0.7 million
 MOST_ENTRIES = 2_000_000
@@ -108,7 +109,8 @@ class _Machine:
         if target is not self.result or target is None or len(pairs) % 2:
             raise Refused("sets items of something that is no dictionary")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            target[checked_key(key, target)] = checked_value(key, value)
+            name = checked_key(key, target)
+            target[name] = checked_value(name, value)
         if len(target) > MOST_ENTRIES:
             raise Refused(f"has more than {MOST_ENTRIES:,} entries")
 
@@ -205,6 +207,27 @@ def _opcodes() -> dict[str, Callable[[_Machine, Any], None]]:
 
 
 _OPCODES = _opcodes()
+_READERS = {op.code.encode("latin-1"): op for op in pickletools.opcodes if op.name in _OPCODES}
+_NAMES_OF_ALL = {op.code.encode("latin-1"): op.name for op in pickletools.opcodes}
+
+
+def _steps(content: bytes) -> Iterator[tuple[str, Any]]:
+    """Yield name and argument of each opcode, as `pickletools.genops` does, but look at no argument of a forbidden one."""
+    file = io.BytesIO(content)
+    while code := file.read(1):
+        opcode = _READERS.get(code)
+        if opcode is None:
+            raise Refused(f"uses the opcode {_NAMES_OF_ALL.get(code, code)}")
+        if opcode.name == "GLOBAL":  # as pickle reads it; pickletools would decode escapes
+            lines = [file.readline(100).decode("ascii").removesuffix("\n") for _ in range(2)]
+            yield opcode.name, " ".join(lines)
+            continue
+        yield opcode.name, None if opcode.arg is None else opcode.arg.reader(file)
+        if opcode.name == "STOP":
+            if file.read(1):
+                raise Refused("goes on after its end")
+            return
+    raise Refused("ends before its end")
 
 
 def checked_key(key: Any, others: Mapping[str, Any]) -> str:
@@ -251,21 +274,19 @@ def read_pickled_dictionary(content: bytes, name: str) -> dict[str, str | int | 
     >>> read_pickled_dictionary(pickle.dumps({"<pad>": 0, "ENSG00000000003": 2}), "tokens.pkl")
     {'<pad>': 0, 'ENSG00000000003': 2}
     """
-    machine, steps, end = _Machine(), 0, -1
+    machine = _Machine()
     try:
-        for opcode, argument, position in pickletools.genops(content):
-            steps += 1
-            if steps > MOST_STEPS or len(machine.stack) > TALLEST or len(machine.marks) > TALLEST:
+        for n, (opcode, argument) in enumerate(_steps(content)):
+            if n > MOST_STEPS or len(machine.stack) > TALLEST or len(machine.marks) > TALLEST:
                 raise Refused("is longer than any gene dictionary")
-            act = _OPCODES.get(opcode.name)
-            if act is None:
-                raise Refused(f"uses the opcode {opcode.name}")
-            act(machine, argument)
-            end = -1 if position is None else position
-        if len(machine.stack) != 1 or machine.marks or machine.stack[0] is not machine.result:
+            _OPCODES[opcode](machine, argument)
+        if (
+            len(machine.stack) != 1
+            or machine.marks
+            or type(machine.result) is not dict
+            or machine.stack[0] is not machine.result
+        ):
             raise Refused("does not end in one dictionary")
-        if end + 1 != len(content):
-            raise Refused("goes on after its end")
     except Refused as error:
         _refuse(name, str(error), error)
     except (ValueError, struct.error, OverflowError) as error:
