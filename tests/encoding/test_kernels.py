@@ -52,6 +52,33 @@ def test_rank_is_a_stable_float64_sort(kind: str, shuffled: bool, equal_medians:
         np.testing.assert_array_equal(tokens[k].indices, np.arange(len(order)))
 
 
+@pytest.mark.parametrize("max_length", [700, 9000])
+@pytest.mark.parametrize("missing", [False, True])
+def test_rank_of_rows_longer_than_a_short_sort_holds(max_length: int, missing: bool):
+    """Rows of more than 4,096 genes, some columns no genes of the vocabulary, some values zero; what is cut is counted."""
+    rng = np.random.default_rng(2)
+    n = 9000
+    x = rng.poisson(1.2, size=(4, n)).astype(np.float32)
+    x[1, : n // 2] = 1  # long runs of one value
+    x[2] = 1
+    columns = rng.permutation(n).astype(np.int32)
+    columns[: 50 if missing else 0] = -1
+    medians = np.round(rng.lognormal(0.5, 0.3, n), 1)
+    matrix = sparse.csr_matrix(np.ones_like(x))
+    matrix.data[:] = x.ravel()
+    genes = [f"G{k}" for k in range(n)]
+    vocabulary = Vocabulary.build("rank", genes, medians=medians, layout="geneformer_v1", max_length=max_length)
+    none = np.zeros((4, 0), dtype=np.int64)
+    encoded = Encoder(vocabulary, columns, COUNTS).encode(matrix.data, matrix.indices, matrix.indptr, none)
+    for k in range(4):
+        here = np.flatnonzero((x[k] > 0) & (columns >= 0))
+        gene = columns[here]
+        order = np.lexsort((gene, -(x[k, here].astype(np.float64) / medians[gene])))
+        np.testing.assert_array_equal(encoded.tokens[k].data - 2, gene[order[:max_length]])
+        assert encoded.cut[k] == x[k, here[order[max_length:]]].sum()
+        assert encoded.matched[k] == x[k, here].sum() and encoded.totals[k] == x[k].sum()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_do_not_matter(threads: int, monkeypatch: pytest.MonkeyPatch):
     matrix = cells(40, "counts")

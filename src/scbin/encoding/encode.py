@@ -45,7 +45,8 @@ class Encoder:
         bins = vocabulary.bins
         if bins is None:
             medians = np.ones(len(vocabulary.genes)) if vocabulary.medians is None else np.asarray(vocabulary.medians)
-            self._medians = frozen(medians.astype(np.float64))
+            by_column = np.append(medians.astype(np.float64), 0.0)[np.maximum(self.columns, -1)]
+            self._medians = frozen(by_column)
             return
         as_counts = bins.reads == "counts"
         self._target = bins.target_sum if reading.kind == "counts" and not as_counts else 0.0
@@ -80,8 +81,9 @@ class Encoder:
         rows = (frozen(indptr), frozen(data), frozen(indices), frozen(self.columns))
         room = np.full(n_rows, len(vocabulary.genes)) if keep else np.diff(indptr)
         max_genes = vocabulary.max_length - prefix.shape[1] - (end_id > 0)
+        all_known = self._all_known and (not len(data) or bool(data.min() > 0))
         if vocabulary.encoding == "rank":  # the length of a row is known beforehand: no gaps to close
-            if not self._all_known or not np.all(data):
+            if not all_known:
                 over_rows(count_known, *rows, room)
             room = np.minimum(room, max_genes)
         frame = prefix.shape[1] + (end_id > 0)
@@ -102,6 +104,7 @@ class Encoder:
                 *out,
                 cut,
                 self._all_used,
+                all_known,
             )
         else:
             tables = (self._target, self._factor, self._edges, self._table, self._bases, keep)

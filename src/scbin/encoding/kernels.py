@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SMALL = 100_000  # stored values below which threads cost more than they bring
 RADIX = 10
 BUCKETS = 1 << RADIX
+LONGEST_SHORT = 1 << (32 - 2 * RADIX)  # keys of a row whose places fit beside 20 bits of the key into 32 bits
 
 
 @cache
@@ -130,93 +131,147 @@ def bin_rows(  # type: ignore[no-untyped-def]
 @njit(nogil=True, cache=True)
 def rank_rows(  # type: ignore[no-untyped-def]
     first, last, indptr, data, indices, columns, log_factor, medians, first_id, max_genes, prefix, end_id, offsets,
-    ids, positions, lengths, totals, matched, cut, all_used,
+    ids, positions, lengths, totals, matched, cut, all_used, all_known,
 ):  # fmt: skip
     """Write the genes of each row by value / median, descending, equal values by token id; `cut` is what did not fit.
 
-    Keys are float64 and compared exactly. Two radix passes over the 22 upper bits of the range that a cell's keys span bring
-    them nearly into order, an insertion sort within equal 22 bits finishes. `log_factor > 0`: values are logs, undone first.
+    Keys are float64 and compared exactly. Two radix passes over the upper 20 bits of the range that a cell's keys span bring
+    them nearly into order; runs of equal 20 bits are sorted by the keys themselves. `medians` are by column, 0 for a column
+    without a gene; `log_factor > 0`: values are logs, undone first; `all_known`: all columns have genes, all values are positive.
     """
     n_prefix = prefix.shape[1]
     width = 1
     for row in range(first, last):
         width = max(width, indptr[row + 1] - indptr[row])
-    keys, middle = np.empty(width, dtype=np.float64), np.empty(width, dtype=np.float64)
-    bits = keys.view(np.int64)
-    genes = np.empty(width, dtype=np.int32)
-    order, spare = np.empty(width, dtype=np.int64), np.empty(width, dtype=np.int64)
-    low_count, high_count = np.empty(BUCKETS, dtype=np.int64), np.empty(BUCKETS, dtype=np.int64)
+    keys, where = np.empty(width, dtype=np.float64), np.arange(width, dtype=np.int32)
+    short, spare_short = np.empty(width, dtype=np.uint32), np.empty(width, dtype=np.uint32)
+    wide = width if width > LONGEST_SHORT else 1
+    long, spare_long = np.empty(wide, dtype=np.uint64), np.empty(wide, dtype=np.uint64)
+    low_count, high_count = np.empty(BUCKETS, dtype=np.int32), np.empty(BUCKETS, dtype=np.int32)
     for row in range(first, last):
-        n = 0
         values, places = data[indptr[row] : indptr[row + 1]], indices[indptr[row] : indptr[row + 1]]
-        for k in range(len(values)):  # without a branch: what does not count is overwritten
-            gene = columns[np.uint32(places[k])]
-            keys[n] = values[k]
-            middle[n] = medians[max(gene, 0)]
-            genes[n] = gene
-            n += (gene >= 0) & (values[k] > 0)
-        known = row_sum(keys[:n])
-        totals[row] = (
-            row_sum(data[indptr[row] : indptr[row + 1]])
-            if all_used
-            else _sum_used(data, indices, columns, indptr[row], indptr[row + 1])
-        )
-        matched[row] = known
-        if log_factor > 0.0:
+        n = len(values)
+        known = 0.0
+        if not all_known:
+            n = 0
+            for k in range(len(values)):  # without a branch: what does not count is overwritten
+                where[n] = k
+                n += (columns[np.uint32(places[k])] >= 0) & (values[k] > 0)
             for i in range(n):
-                keys[i] = np.expm1(keys[i] * log_factor)
-        for i in range(n):
-            keys[i] = keys[i] / middle[i]
-        smallest, largest = _range(bits, n)
-        shift = 0
-        while n > 0 and (largest - smallest) >> shift >= BUCKETS * BUCKETS:
-            shift += 1
-        low_count[:] = 0
-        high_count[:] = 0
-        for i in range(n):
-            q = (largest - bits[i]) >> shift
-            spare[i] = (q << 32) | i
-            low_count[q & (BUCKETS - 1)] += 1
-            high_count[q >> RADIX] += 1
-        low_sum = 0
-        high_sum = 0
-        for b in range(BUCKETS):
-            low, high = low_count[b], high_count[b]
-            low_count[b] = low_sum
-            high_count[b] = high_sum
-            low_sum += low
-            high_sum += high
-        for i in range(n):
-            b = (spare[i] >> 32) & (BUCKETS - 1)
-            order[low_count[b]] = spare[i]
-            low_count[b] += 1
-        for i in range(n):
-            b = order[i] >> (32 + RADIX)
-            spare[high_count[b]] = order[i]
-            high_count[b] += 1
-        i = 0
-        while i < n:
-            stop = i + 1
-            while stop < n and spare[stop] >> 32 == spare[i] >> 32:
-                stop += 1
-            if stop - i > 1 and not _is_ordered(spare, i, stop, bits, genes):
-                _order_run(spare, i, stop, bits, genes)
-            i = stop
-        start = offsets[row] + n_prefix
+                known += values[where[i]]
+        total = row_sum(values) if all_used else _sum_used(data, indices, columns, indptr[row], indptr[row + 1])
+        known = total if all_known else known
+        totals[row], matched[row] = total, known
+        _set_keys(keys, values, places, where, n, medians, log_factor, all_known)
         kept = min(n, max_genes)
+        start = offsets[row] + n_prefix
+        if n <= LONGEST_SHORT:
+            _sort(keys, n, kept, short, spare_short, low_count, high_count, where, places, columns)
+            lost = _write_ranks(short, n, kept, values, places, where, columns, first_id, start, ids)
+        else:
+            _sort(keys, n, kept, long, spare_long, low_count, high_count, where, places, columns)
+            lost = _write_ranks(long, n, kept, values, places, where, columns, first_id, start, ids)
         for i in range(kept):
-            ids[start + i] = first_id + genes[spare[i] & 0xFFFFFFFF]
             positions[start + i] = n_prefix + i
-        lost = 0.0
-        if kept < n:
-            for k in range(indptr[row], indptr[row + 1]):
-                if columns[indices[k]] >= 0 and data[k] > 0:
-                    lost += data[k]
-            for i in range(kept):
-                value = keys[spare[i] & 0xFFFFFFFF] * medians[genes[spare[i] & 0xFFFFFFFF]]
-                lost -= np.log1p(value) / log_factor if log_factor > 0.0 else value
         cut[row] = lost
         lengths[row] = _frame(row, start, start + kept, known, prefix, end_id, n_prefix + kept, offsets, ids, positions)
+
+
+@njit(nogil=True, cache=True)
+def _set_keys(keys, values, places, where, n, medians, log_factor, all_known):  # type: ignore[no-untyped-def]
+    if log_factor > 0.0:
+        for i in range(n):
+            keys[i] = np.expm1(values[where[i]] * log_factor) / medians[np.uint32(places[where[i]])]
+    elif all_known:
+        for i in range(n):
+            keys[i] = values[i] / medians[np.uint32(places[i])]
+    else:
+        for i in range(n):
+            keys[i] = values[where[i]] / medians[np.uint32(places[where[i]])]
+
+
+@njit(nogil=True, cache=True)
+def _sort(keys, n, kept, items, spare, low_count, high_count, where, places, columns):  # type: ignore[no-untyped-def]
+    """Bring `items`, (20 bits of the key, place in `keys`), into the order of the ranks, as far as they are `kept`."""
+    low_digit = np.uint32(12 if items.itemsize == 4 else 32)  # where the place in `keys` ends
+    high_digit = low_digit + np.uint32(RADIX)
+    digit = np.uint32(BUCKETS - 1)
+    bits = keys.view(np.int64)
+    smallest, largest = _range(bits, n)
+    shift = 0
+    while n > 0 and (largest - smallest) >> shift >= BUCKETS * BUCKETS:
+        shift += 1
+    low_count[:] = 0
+    high_count[:] = 0
+    for i in range(n):
+        items[i] = (((largest - bits[i]) >> shift) << low_digit) | i
+    for i in range(n):
+        low_count[(items[i] >> low_digit) & digit] += 1
+        high_count[items[i] >> high_digit] += 1
+    low_sum = 0
+    high_sum = 0
+    for b in range(BUCKETS):
+        low, high = low_count[b], high_count[b]
+        low_count[b] = low_sum
+        high_count[b] = high_sum
+        low_sum += low
+        high_sum += high
+    for i in range(n):
+        b = (items[i] >> low_digit) & digit
+        place = low_count[b]
+        low_count[b] = place + 1
+        spare[place] = items[i]
+    for i in range(n):
+        b = spare[i] >> high_digit
+        place = high_count[b]
+        high_count[b] = place + 1
+        items[place] = spare[i]
+    i = 0
+    while i < min(n - 1, kept):
+        if items[i] >> low_digit != items[i + 1] >> low_digit:
+            i += 1
+            continue
+        stop = i + 2
+        while stop < n and items[stop] >> low_digit == items[i] >> low_digit:
+            stop += 1
+        _order_run(items, i, stop, keys, where, places, columns)
+        i = stop
+
+
+@njit(nogil=True, cache=True)
+def _order_run(items, first, last, keys, where, places, columns):  # type: ignore[no-untyped-def]
+    """Sort a run by key descending, then by gene: Shell's sort, so that long runs of equal values stay cheap."""
+    mask = np.int64((1 << 12) - 1 if items.itemsize == 4 else (1 << 32) - 1)
+    gap = 1
+    while gap < (last - first) // 9:
+        gap = 3 * gap + 1
+    while gap > 0:
+        for i in range(first + gap, last):
+            item = items[i]
+            here = np.int64(item) & mask
+            j = i
+            while j >= first + gap:
+                other = np.int64(items[j - gap]) & mask
+                if keys[other] > keys[here]:
+                    break
+                if keys[other] == keys[here] and columns[places[where[other]]] < columns[places[where[here]]]:
+                    break
+                items[j] = items[j - gap]
+                j -= gap
+            items[j] = item
+        gap //= 3
+
+
+@njit(nogil=True, cache=True)
+def _write_ranks(items, n, kept, values, places, where, columns, first_id, start, ids):  # type: ignore[no-untyped-def]
+    """Write the token ids of the first `kept` items; return the sum of the values of the others."""
+    mask = np.uint32((1 << 12) - 1 if items.itemsize == 4 else (1 << 32) - 1)
+    for i in range(kept):
+        ids[start + i] = first_id + columns[np.uint32(places[where[np.uint32(items[i] & mask)]])]
+    lost = 0.0
+    for i in range(kept, n):
+        lost += values[where[np.uint32(items[i] & mask)]]
+    return lost
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc"})
@@ -255,36 +310,6 @@ def count_known(first, last, indptr, data, indices, columns, out):  # type: igno
         for k in range(len(values)):
             n += (columns[np.uint32(places[k])] >= 0) & (values[k] > 0)
         out[row] = n
-
-
-@njit(nogil=True, cache=True)
-def _is_ordered(order, first, last, bits, genes):  # type: ignore[no-untyped-def]
-    for i in range(first + 1, last):
-        before, here = order[i - 1] & 0xFFFFFFFF, order[i] & 0xFFFFFFFF
-        if bits[before] < bits[here] or (bits[before] == bits[here] and genes[before] > genes[here]):
-            return False
-    return True
-
-
-@njit(nogil=True, cache=True)
-def _order_run(order, first, last, bits, genes):  # type: ignore[no-untyped-def]
-    """Sort a run by key descending, then by gene: Shell's sort, so that long runs of equal values stay cheap."""
-    gap = 1
-    while gap < (last - first) // 9:
-        gap = 3 * gap + 1
-    while gap > 0:
-        for i in range(first + gap, last):
-            item = order[i]
-            key, gene = bits[item & 0xFFFFFFFF], genes[item & 0xFFFFFFFF]
-            j = i
-            while j >= first + gap:
-                other = order[j - gap] & 0xFFFFFFFF
-                if bits[other] > key or (bits[other] == key and genes[other] < gene):
-                    break
-                order[j] = order[j - gap]
-                j -= gap
-            order[j] = item
-        gap //= 3
 
 
 @njit(nogil=True, cache=True)
