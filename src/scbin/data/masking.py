@@ -206,7 +206,7 @@ def mask_rows(
     most = int(n_most * (views + np.ceil(n_extra))) + len(cells) * len(scheme.chosen) * views + 1
     out = _buffers(most, len(cells) * views)
     n_out, n_targets = mask_kernel(
-        tokens.indptr, tokens.indices, tokens.data, cells, keys, _key(seed, epoch), layout, ids, probs, flags,
+        tokens.indptr, tokens.indices, tokens.data, cells, keys, random_key(seed, epoch), layout, ids, probs, flags,
         candidates, np.asarray(scheme.chosen, dtype=np.int64), out,
     )  # fmt: skip
     ids_out, positions, cu_seqlens, n_keys, *targets = out
@@ -243,7 +243,7 @@ def split_pack(pack: Pack, targets: Targets, token_budget: int) -> list[tuple[Pa
 
 def split_cells(n_cells: int, share: float, seed: int) -> np.ndarray:
     """Return whether each cell is held out for validation, a function of (seed, cell) alone."""
-    return hash_uniform(_key(seed, EVALUATION), np.arange(n_cells), 15) < share
+    return hash_uniform(random_key(seed, EVALUATION), np.arange(n_cells), 15) < share
 
 
 def epoch_order(cells: np.ndarray, seed: int, epoch: int) -> np.ndarray:
@@ -278,7 +278,7 @@ def _buffers(n_tokens: int, n_rows: int) -> tuple[np.ndarray, ...]:
     return (ids, positions, np.empty(n_rows + 1, dtype=np.int32), np.empty(n_rows, dtype=np.int32), *targets)
 
 
-def _key(seed: int, epoch: int) -> np.uint64:
+def random_key(seed: int, epoch: int) -> np.uint64:
     """Return one word that stands for (seed, epoch); splitmix64 keeps neighbours far apart."""
     x = (seed % 2**64) * 0x9E3779B97F4A7C15 + (epoch % 2**64) * 0xD1B54A32D192ED03 + 0x2545F4914F6CDD1D
     x %= 2**64

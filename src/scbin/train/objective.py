@@ -191,6 +191,12 @@ class Objective(nn.Module):
             zero_positions=zero_positions,
         )  # fmt: skip
 
+    def factors(self, counts: np.ndarray) -> np.ndarray:
+        """Return by what the summed loss of each task counts (tasks,), given the targets of each in the whole step."""
+        weighted = self.task_weights * counts
+        factors = self.masked_weight * self.task_weights / max(weighted.sum(), 1e-12)
+        return factors.astype(np.float32)
+
     def counts(self, targets: Targets) -> np.ndarray:
         """Return by how much the summed loss of each task is to be divided: its targets, or their class weights."""
         counts = np.bincount(targets.task, minlength=len(self.tasks)).astype(np.float64)

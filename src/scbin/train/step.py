@@ -125,7 +125,7 @@ class Stepper:
         objective = self.objective
         for parameter in self.parameters:
             parameter.grad = None
-        factors = to_device(self._factors(total_counts), self.device)
+        factors = to_device(objective.factors(total_counts), self.device)
         batches = [objective.batch(*pack, self.device) for pack in share.packs]
         cell_values = torch.zeros(len(objective.cell_terms), device=self.device)
         sums = torch.zeros(len(objective.tasks), device=self.device)
@@ -155,11 +155,6 @@ class Stepper:
                 hidden = self._encode(batch)
                 sums += self.objective.masked_sums(self.bert, hidden, batch)
         return sums
-
-    def _factors(self, total_counts: np.ndarray) -> np.ndarray:
-        weighted = self.objective.task_weights * total_counts
-        factors = self.objective.masked_weight * self.objective.task_weights / max(weighted.sum(), 1e-12)
-        return factors.astype(np.float32)
 
     def _weigh(self, cell_values: Tensor) -> Tensor:
         return sum(
