@@ -5,9 +5,25 @@ from __future__ import annotations
 from scbin.pl._calibration import calibration
 from scbin.pl._confusion import confusion
 from scbin.pl._embedding import embedding
+from scbin.pl._perturbation import perturbation
+from scbin.pl._perturbation_map import perturbation_map
+from scbin.pl._perturbation_matrix import perturbation_matrix
+from scbin.pl._perturbation_volcano import perturbation_volcano
 from scbin.pl._prediction import prediction
 from scbin.pl._roc import roc
 from scbin.pl._tokens import tokens
 from scbin.pl._training import training
 
-__all__ = ["calibration", "confusion", "embedding", "prediction", "roc", "tokens", "training"]
+__all__ = [
+    "calibration",
+    "confusion",
+    "embedding",
+    "perturbation",
+    "perturbation_map",
+    "perturbation_matrix",
+    "perturbation_volcano",
+    "prediction",
+    "roc",
+    "tokens",
+    "training",
+]
