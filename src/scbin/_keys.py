@@ -21,6 +21,8 @@ SPLIT = "scbin_split"  # obs, categorical: "train", "validation", "test"
 SHIFT = "scbin_shift"  # layers, CSR float32: shift of each cell by each gene; what is stored was perturbed, zeros too
 PERTURBED = "X_scbin_perturbed"  # obsm, float32 (cells, hidden): the embedding after a joint perturbation
 PERTURB = "scbin_perturb"  # uns, {"table": one row per gene or pair, "params": one JSON string}
+FINETUNE = "finetune"  # uns["scbin"]["finetune"], how the model was fine-tuned, one JSON string
+FINETUNE_HISTORY = "finetune_history"  # uns["scbin"]["finetune_history"], a table
 EVALUATE = "evaluate"  # uns["scbin"]["evaluate"], scores by target and method, a table
 
 
