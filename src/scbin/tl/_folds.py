@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import pandas as pd
 from scbin import _keys
 from scbin._anndata import read_obs
 from scbin._errors import ScbinInputError
+from scbin.data.splitting import folds_of
 from scbin.get._predicted import SHARES, test_cells
 
 if TYPE_CHECKING:
@@ -74,27 +74,20 @@ def plan_folds(
 
 
 def _cut(usable: np.ndarray, labels: np.ndarray | None, groups: np.ndarray | None, seed: int, name: str = "") -> Folds:
-    from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
-
+    """Cut the cells into folds, with the classes in like shares, and no group on two sides."""
     if groups is not None:
-        missing = np.array([pd.isna(value) for value in groups])
-        usable, groups = usable[~missing], np.array([str(value) for value in groups[~missing]])
-        labels = None if labels is None else labels[~missing]
+        known = np.array([not pd.isna(value) for value in groups], dtype=bool)
+        usable, groups = usable[known], groups[known].astype(str)
+        labels = None if labels is None else labels[known]
     n_units = len(usable) if groups is None else len(np.unique(groups))
     if n_units < 2:
         what = "cell" if groups is None else f"value of {name!r}"
         raise ScbinInputError(
             "E20", f"there is one {what} only, so nothing is left to test on. Name another split_key."
         )
-    n_folds = min(N_FOLDS, n_units)
-    shuffled = {"shuffle": True, "random_state": seed}
-    stratifies = labels is not None and np.unique(labels, return_counts=True)[1].max() >= n_folds
-    if groups is None:
-        cutter = StratifiedKFold(n_folds, **shuffled) if stratifies else KFold(n_folds, **shuffled)
-    else:
-        cutter = StratifiedGroupKFold(n_folds, **shuffled) if stratifies else GroupKFold(n_folds, **shuffled)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
-        parts = [(usable[a], usable[b]) for a, b in cutter.split(usable, labels, groups) if len(a) and len(b)]
+    classes = np.zeros(len(usable), dtype=np.int64) if labels is None else np.unique(labels, return_inverse=True)[1]
+    fold = folds_of(classes, min(N_FOLDS, n_units), groups=groups, seed=seed)
+    numbers = np.unique(fold)
+    parts = tuple((usable[fold != number], usable[fold == number]) for number in numbers)
     by = f" by {name}" if name else ""
-    return Folds(tuple(parts), f"{len(usable):,} cells, {len(parts)} folds{by}", cut=True)
+    return Folds(parts, f"{len(usable):,} cells, {len(numbers)} folds{by}", cut=True)
