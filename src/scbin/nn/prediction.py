@@ -109,7 +109,7 @@ def answer_cells(
             result[rows] = out.cpu().numpy()
     finally:
         head.to(home)
-    result[~_has_genes(tokens, vocabulary)] = np.nan
+    result[~has_genes(tokens, vocabulary)] = np.nan
     return result
 
 
@@ -177,7 +177,7 @@ def answer_phenotypes(
             with torch.inference_mode():
                 logits = logits_at(bert, picked.float(), phenotype.first_id, phenotype.stop_id)
             result[phenotype.name][rows[owner[where]]] = logits.float().cpu().numpy()
-    missing = ~_has_genes(tokens, vocabulary)
+    missing = ~has_genes(tokens, vocabulary)
     for outputs in result.values():
         outputs[missing] = np.nan
     return result
@@ -202,7 +202,7 @@ def entropy(probabilities: np.ndarray) -> np.ndarray:
     return -(probabilities * logs).sum(1) / max(np.log(probabilities.shape[1]), 1e-12)
 
 
-def _has_genes(tokens: csr_matrix, vocabulary: Vocabulary) -> np.ndarray:
+def has_genes(tokens: csr_matrix, vocabulary: Vocabulary) -> np.ndarray:
     """Whether each row has a gene (cells,): without one there is nothing to answer from."""
     owner = np.repeat(np.arange(tokens.shape[0]), np.diff(tokens.indptr))
     return np.bincount(owner[vocabulary.is_gene_token(tokens.data)], minlength=tokens.shape[0]) > 0

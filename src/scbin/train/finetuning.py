@@ -50,6 +50,8 @@ class Tuning:
         Share of the log frequencies of the classes that is taken off the answers; `None` chooses it.
     layer
         Whose hidden states the head reads.
+    train
+        Whether anything is trained beyond the convex start.
     """
 
     gene_drop: float = 0.3
@@ -59,6 +61,7 @@ class Tuning:
     sampling: Literal["balanced"] | None = None
     rebalance: float | None = None
     layer: int = -1
+    train: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +89,10 @@ def finetune_tokens(
     cells say clearly (by more than a standard error) that it is better; else the fit is made again on all cells.
     """
     if plan.design not in ("wide", "linear"):
+        if not tuning.train:
+            raise ScbinInputError(
+                "F07", f"a head of design {plan.design!r} starts at random: it needs max_steps above 0."
+            )
         head = build_head(plan, bert.config.hidden_size, len(lesson.vocabulary.genes), seed=settings.seed)
         history = _train(bert, head, lesson, tuning, settings, cell_names)
         return Finetuned(bert, _calibrated(bert, head, lesson, tuning, settings), history)
@@ -94,7 +101,7 @@ def finetune_tokens(
         token_budget=settings.token_budget, seed=settings.seed,
     )  # fmt: skip
     everyone = start.cells
-    if settings.max_steps == 0 or tuning.freeze == "all":
+    if not tuning.train or tuning.freeze == "all":
         return Finetuned(bert, start.head(everyone), pd.DataFrame(), {"start": start.report, "start_kept": True})
     shifted = replace(lesson, answers=replace(lesson.answers, shifts=start.shifts))
     first = start.head(lesson.training)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from scbin._errors import ScbinInputError, ScbinTrainingError, ScbinTrainingWarning
-from scbin.data.masking import EVALUATION, epoch_order
+from scbin.data.masking import EVALUATION
 from scbin.nn.attention import to_device
 from scbin.nn.device import resolve_precision
 from scbin.train.best import Best
@@ -196,8 +196,7 @@ class _Run:
         """Mask and pack this process's share of a step; needs nothing but (seed, step)."""
         epoch, within = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
-            order = getattr(self.objective, "order", epoch_order)  # an objective may draw the cells in its own way
-            self._order = (epoch, order(self.training, self.settings.seed, epoch))
+            self._order = (epoch, self.objective.order(self.training, self.settings.seed, epoch))
         n = self.settings.cells_per_step
         cells = self._order[1][within * n : (within + 1) * n]
         return self.share(cells, epoch)

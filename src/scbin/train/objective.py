@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scbin._errors import ScbinInputError
-from scbin.data.masking import MaskingScheme, Targets, mask_rows, task_names
+from scbin.data.masking import MaskingScheme, Targets, epoch_order, mask_rows, task_names
 from scbin.nn.attention import Layout, pack_layout, to_device
 from scbin.nn.bert import logits_at
 from scbin.nn.losses import binary_cross_entropy, cross_entropy, gaussian_ordinal
@@ -124,6 +124,8 @@ class Objective(nn.Module):
     ('genes', 'specials', 'contrastive')
     """
 
+    layer = -1  # whose hidden states are read
+
     def __init__(
         self,
         vocabulary: Vocabulary,
@@ -172,6 +174,10 @@ class Objective(nn.Module):
             "cell_terms": terms,
             "pooling_weights": [hashlib.sha256(w).hexdigest() for w in weights],
         }
+
+    def order(self, cells: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """Return the cells of an epoch in order, a function of (seed, epoch, set of cells)."""
+        return epoch_order(cells, seed, epoch)
 
     # ---- on the host ------------------------------------------------------------------------------------------------
 

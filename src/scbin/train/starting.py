@@ -87,9 +87,8 @@ class ConvexStart:
         self.plan, self.lesson, self.rebalance, self.seed = plan, lesson, rebalance, seed
         self.cells = np.sort(np.concatenate([lesson.training, lesson.held_out]))
         tokens = lesson.tokens[self.cells]
-        self.z = embed_tokens(
-            bert, tokens, lesson.weights, layer=layer, device=device, token_budget=token_budget
-        ).astype(np.float64)
+        z = embed_tokens(bert, tokens, lesson.weights, layer=layer, device=device, token_budget=token_budget)
+        self.z = np.nan_to_num(z).astype(np.float64)  # where no token has a weight, the head too will see zeros
         self.x = expression(tokens, lesson.vocabulary) if plan.design == "wide" else None
         self.places = np.full(lesson.tokens.shape[0], -1)
         self.places[self.cells] = np.arange(len(self.cells))

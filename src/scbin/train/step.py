@@ -111,7 +111,14 @@ class Stepper:
         self.parameters: list[nn.Parameter] = [*bert.parameters(), *objective.parameters()]
 
     def _encode(self, batch: Batch) -> Tensor:
-        return encode_pack(self.bert, batch.input_ids, batch.position_ids, batch.layout, checkpoint=self.checkpoint)
+        return encode_pack(
+            self.bert,
+            batch.input_ids,
+            batch.position_ids,
+            batch.layout,
+            self.objective.layer,
+            checkpoint=self.checkpoint,
+        )
 
     @torch.enable_grad()
     def gradients(self, share: Share, total_counts: np.ndarray, step: int) -> StepLosses:
