@@ -86,13 +86,20 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     layout: Layout | None = None,
+    key_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each row of a pack: query, key and value are (1, heads, T, d), the result is (1, T, heads, d).
 
-    Without a `layout` this is the ordinary attention over padded batches with their mask.
+    Without a `layout` this is the ordinary attention over padded batches with their mask. A `key_bias` (T,) is added to the scores
+    of each key: the logarithm of a gate.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if key_bias is not None:
+        out, _ = packed_attention(
+            module, *_biased(query, key, value, key_bias, scale), attention_mask, scaling=scale, layout=layout
+        )
+        return out[..., : value.shape[-1]], None
     if layout is None:
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scale
@@ -102,6 +109,15 @@ def packed_attention(
     else:
         out = _row_by_row(query, key, value, layout, scale, dropout)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _biased(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Carry a bias of the keys in one more dimension, which every kernel takes and has a gradient for."""
+    width = query.shape[-1]
+    more = -(-(width + 1) // 8) * 8 - width  # a multiple of 8, as kernels like it
+    query = F.pad(F.pad(query, (0, 1), value=1 / scale), (0, more - 1))
+    bias = bias.to(key.dtype).expand(key.shape[:-1])[..., None]
+    return query, F.pad(torch.cat([key, bias], dim=-1), (0, more - 1)), F.pad(value, (0, more))
 
 
 def _row_by_row(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, dropout: float) -> Tensor:

@@ -1,0 +1,146 @@
+"""What is read off a cell's vector before and after an edit: how far it moved, or how much closer it came to a state."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from scbin.nn.perturbation import cosine_shift, edited_vectors, state_shift
+from scbin.nn.screen import screen_vectors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from scbin.encoding.edits import Edit, GeneRows
+    from scbin.nn.perturbation import Moved, RowEncoder
+    from scbin.tl._perturb_plan import Plan, States
+
+N_SAMPLE = 128  # edits made exactly to find the directions in which attention moves cells
+MOST_DIRECTIONS = 16
+ENOUGH = 0.995  # share of their squared length that the directions have to hold
+
+
+class Clock:
+    """How many tokens a second go through the network, to say beforehand how long the rest takes."""
+
+    def __init__(self) -> None:
+        self.tokens, self.seconds = 0, 0.0
+
+    def timed(self, n_tokens: int, run: Callable[[], np.ndarray]) -> np.ndarray:
+        """Run something that reads so many tokens."""
+        start = time.monotonic()
+        result = run()
+        self.tokens, self.seconds = self.tokens + n_tokens, self.seconds + time.monotonic() - start
+        return result
+
+    def until(self, n_tokens: float) -> float:
+        """Seconds that so many tokens will take."""
+        return n_tokens * self.seconds / max(self.tokens, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """Vectors of the cells as they are, and of the states, with the numbers that compare an edited vector with them."""
+
+    names: tuple[str, ...]  # of the numbers: "shift", or with states "shift", "shift_to_start" and one per alternative
+    originals: np.ndarray  # (rows, H) float32, NaN where not needed
+    states: np.ndarray | None  # (states, H) means of the cells of goal, start, alternatives
+    centre: np.ndarray | None  # (H,) origin of the cosines
+    keep_vectors: bool  # of the edited cells, behind the numbers
+    clock: Clock
+
+    @property
+    def width(self) -> int:
+        """How many numbers there are for each edit."""
+        return len(self.names) + (self.originals.shape[1] if self.keep_vectors else 0)
+
+    def of(self, original: np.ndarray, edited: np.ndarray) -> np.ndarray:
+        """Return the numbers of each edit (pairs, width)."""
+        if self.states is None:
+            values = cosine_shift(original, edited, self.centre)[:, None]
+        else:
+            values = state_shift(original, edited, self.states, self.centre)
+        return np.concatenate([values, edited], axis=1) if self.keep_vectors else values
+
+    def __call__(self, moved: Moved) -> np.ndarray:
+        """Return the numbers of exact edits."""
+        return self.of(moved.original, moved.edited)
+
+    def state_directions(self, cells: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+        """Return the gradients of the cosines to the states at some vectors, orthonormal (cells, states, H)."""
+        if self.states is None:
+            return np.zeros((len(cells), 0, vectors.shape[1]))
+        centre = 0.0 if self.centre is None else self.centre.astype(np.float64)
+        at, ends = vectors - centre, self.states - centre
+        at = at / np.maximum(np.linalg.norm(at, axis=1, keepdims=True), 1e-30)
+        ends = ends / np.maximum(np.linalg.norm(ends, axis=1, keepdims=True), 1e-30)
+        slopes = ends[None] - (at @ ends.T)[:, :, None] * at[:, None]  # (cells, states, H)
+        return np.linalg.qr(slopes.transpose(0, 2, 1))[0].transpose(0, 2, 1)
+
+
+def measure_for(
+    encoder: RowEncoder,
+    rows: GeneRows,
+    plan: Plan,
+    cells: np.ndarray,
+    states: States | None,
+    centre: Literal["auto", "states", "cells"] | None,
+) -> Measure:
+    """Embed the cells that count, and say what is measured."""
+    readable = np.flatnonzero(rows.n_genes)
+    centre = ("states" if states is not None else None) if centre == "auto" else centre
+    needed = [cells, *(states.members if states is not None else ()), *([readable] if centre == "cells" else ())]
+    used = np.unique(np.concatenate(needed))
+    clock = Clock()
+    tokens = rows.tokens[used]
+    vectors = clock.timed(tokens.nnz, lambda: encoder.vectors(tokens))
+    originals = np.full((rows.tokens.shape[0], vectors.shape[1]), np.nan, dtype=np.float32)
+    originals[used] = vectors
+    means, names = None, ("shift",)
+    if states is not None:
+        means = np.stack([np.nanmean(originals[of].astype(np.float64), axis=0) for of in states.members])
+        names = ("shift", "shift_to_start", *(f"shift_to_{name.replace('/', '-')}" for name in states.names[2:]))
+    within = {None: None, "cells": readable, "states": states and np.unique(np.concatenate(states.members))}[centre]
+    origin = None if within is None else np.nanmean(originals[within].astype(np.float64), axis=0)
+    return Measure(names, originals, means, origin, plan.together, clock)
+
+
+def attention_directions(
+    encoder: RowEncoder,
+    rows: GeneRows,
+    edit: Edit,
+    cells: np.ndarray,
+    genes: np.ndarray,
+    originals: np.ndarray,
+    *,
+    seed: int,
+) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Find the directions in which edits move cells through attention, from a few edits made exactly.
+
+    They are few, and the same for all cells: the principal axes of the difference between exact vectors and those in which the
+    mean over tokens alone has changed.
+    """
+    drawn = np.random.default_rng(seed).choice(len(cells), min(N_SAMPLE, len(cells)), replace=False)
+    drawn = np.sort(drawn)
+    exact = np.concatenate(
+        [m.edited for m in edited_vectors(encoder, rows, edit, cells[drawn], genes[drawn], originals)]
+    )
+    pooled = np.empty(exact.shape, dtype=np.float64)
+
+    def nowhere(at: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+        return np.zeros((len(at), 0, vectors.shape[1]))
+
+    for pairs, _, after, _ in screen_vectors(encoder, rows, edit, cells[drawn], genes[drawn], nowhere):
+        pooled[pairs] = after
+    rest = exact - pooled
+    _, lengths, axes = np.linalg.svd(rest[np.isfinite(rest).all(axis=1)], full_matrices=False)
+    share = np.cumsum(lengths**2) / max(float((lengths**2).sum()), 1e-300)
+    axes = axes[: min(int(np.searchsorted(share, ENOUGH)) + 1, MOST_DIRECTIONS)]
+
+    def directions(at: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(axes, (len(at), *axes.shape))
+
+    return directions
