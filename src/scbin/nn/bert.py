@@ -87,6 +87,7 @@ def encode_pack(
     inputs_embeds: Tensor | None = None,
     *,
     checkpoint: bool = False,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """Return the hidden states (T, H) of a pack after one layer, computing none behind it.
 
@@ -107,6 +108,8 @@ def encode_pack(
         Instead of the word embeddings of `input_ids`, (1, T, H).
     checkpoint
         Keep only what goes into each layer and compute the rest again for the gradient: less memory, a third slower.
+    key_bias
+        Added to the attention scores of each token (T,) in every layer: the logarithm of a gate on it.
     """
     layout = cu_seqlens if isinstance(cu_seqlens, Layout) else pack_layout(cu_seqlens, position_ids.device)
     if bert.config._attn_implementation != PACKED:
@@ -120,11 +123,12 @@ def encode_pack(
     places = embeddings.position_embeddings(position_ids.view(1, -1))
     hidden = embeddings.LayerNorm(words + places + embeddings.token_type_embeddings.weight[0])
     hidden = embeddings.dropout(hidden)
+    extra = {"layout": layout} if key_bias is None else {"layout": layout, "key_bias": key_bias}
     for block in layers[:n_layers]:
         if checkpoint and torch.is_grad_enabled():
-            hidden = run_checkpointed(block, hidden, None, layout=layout, use_reentrant=False)
+            hidden = run_checkpointed(block, hidden, None, use_reentrant=False, **extra)
         else:
-            hidden = block(hidden, None, layout=layout)
+            hidden = block(hidden, None, **extra)
     return hidden[0]
 
 
