@@ -327,6 +327,16 @@ def write_obs(adata: ad.AnnData, key: str, value: Any) -> None:
     _write(adata, "obs", key, value)
 
 
+def write_layer(adata: ad.AnnData, key: str, value: Any) -> None:
+    """Set `layers[key]`, which must be free or scbin's own."""
+    _write(adata, "layers", key, value)
+
+
+def write_entry(adata: ad.AnnData, key: str, value: Any) -> None:
+    """Set `uns[key]`, an entry of its own beside `uns["scbin"]`, which must be free or scbin's own."""
+    _write(adata, "uns", key, value)
+
+
 def write_uns(adata: ad.AnnData, key: str, value: Any) -> None:
     """Set `uns["scbin"][key]`."""
     make_real(adata)
