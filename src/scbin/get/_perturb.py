@@ -91,6 +91,17 @@ def read_perturbation(adata: AnnData, key: str | None = None) -> tuple[pd.DataFr
     return table.copy(), params if isinstance(params, dict) else {}
 
 
+def pairs_of(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table of genes that were perturbed two by two ("A,B") as one of pairs; any other table as it is."""
+    if "anchor" in table.columns or "gene" not in table.columns:
+        return table
+    parts = table["gene"].astype(str).str.split(",")
+    if len(table) == 0 or not (parts.str.len() == 2).all():
+        return table
+    pairs = table.assign(anchor=parts.str[0].astype(object), gene=parts.str[1].astype(object))
+    return pairs if "combined_shift" in pairs.columns else pairs.assign(combined_shift=pairs["shift"])
+
+
 def _of_group(table: pd.DataFrame, group: str) -> pd.DataFrame:
     if "group" not in table.columns:
         raise ScbinInputError("P58", f"group={group!r}, but the perturbation was not made by groups of cells.")
@@ -145,6 +156,7 @@ def _geneformer(table: pd.DataFrame, params: Mapping[str, Any], adata: AnnData) 
 def _goal(table: pd.DataFrame, names: pd.DataFrame) -> pd.DataFrame:
     """`goal_state_shift`: shifts to the goal and to the alternatives."""
     others = [str(name).removeprefix("shift_to_") for name in table.columns if str(name).startswith("shift_to_")]
+    others = [name for name in others if name != "start"]  # Geneformer tells of ends alone
     result = {"Shift_to_goal_end": table["shift"]}
     result |= {f"Shift_to_alt_end_{name}": table[f"shift_to_{name}"] for name in others}
     if "p_value" not in table.columns:

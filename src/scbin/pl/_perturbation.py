@@ -97,8 +97,11 @@ def perturbation(
     if len(table) < FEW_GENES:
         shared.label_points(ax, x[chosen], y[chosen], names[chosen].tolist(), np.column_stack([x, y]))
         return ax
-    for right, side in ((False, chosen[chosen < len(table) / 2]), (True, chosen[chosen >= len(table) / 2])):
-        shared.label_column(ax, x[side], y[side], names[side].tolist(), at=0.9 if right else 0.1, right=right)
+    sides = ((False, chosen[chosen < len(table) / 2]), (True, chosen[chosen >= len(table) / 2]))
+    share = 0.5 if all(len(side) for _, side in sides) else 1.0
+    for right, side in sides:
+        at = 0.9 if right else 0.1
+        shared.label_column(ax, x[side], y[side], names[side].tolist(), at=at, right=right, share=share)
     return ax
 
 

@@ -48,10 +48,17 @@ def label_points(ax: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str], e
     points = ax.transData.transform(np.column_stack([x, y]))
     crowd = ax.transData.transform(every[np.isfinite(every).all(axis=1)])
     frame, pixels = ax.get_window_extent(), figure.dpi / 72
-    taken = np.empty((0, 4))
+    taken = np.array([text.get_window_extent().extents for text in ax.texts]).reshape(-1, 4)
     for point, name in zip(points, names, strict=True):
         text = ax.text(
-            0, 0, _style.shorten(name, 18), fontsize=7.5, color=_style.TEXT_COLOUR, parse_math=False, zorder=6
+            0,
+            0,
+            _style.shorten(name, 18),
+            fontsize=7.5,
+            color=_style.TEXT_COLOUR,
+            parse_math=False,
+            zorder=6,
+            in_layout=False,
         )
         box = text.get_window_extent()
         place = _free_place(point, box.width, box.height, taken, crowd, np.asarray(frame.extents), pixels)
@@ -70,7 +77,9 @@ def label_points(ax: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str], e
             )
 
 
-def label_column(ax: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str], *, at: float, right: bool) -> None:
+def label_column(
+    ax: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str], *, at: float, right: bool, share: float
+) -> None:
     """Write names one below the other at a share of the axes' width, each with a line to its point; lines never cross.
 
     Parameters
@@ -85,16 +94,19 @@ def label_column(ax: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str], *
         Where the column stands: 0 is the left end of the axes.
     right
         Whether names end there rather than begin, and move down rather than up to find room: the falling end of a ranking.
+    share
+        Of the axes' height that the column may take; names beyond it, the last ones, are left out.
     """
     figure = ax.get_figure(root=True)
     if figure is None or not len(names):
         return
     if figure.get_layout_engine() is not None:
         figure.draw_without_rendering()
-    order = np.argsort(-y, kind="stable")
-    points = ax.transData.transform(np.column_stack([x, y])[order])
     frame, pixels = ax.get_window_extent(), figure.dpi / 72
-    step = min(10.5 * pixels, frame.height / max(len(names), 1))
+    step = 10.5 * pixels
+    room = max(int(share * frame.height / step), 0)
+    order = np.argsort(-y[:room], kind="stable")
+    points = ax.transData.transform(np.column_stack([x, y])[order])
     heights = _spread(points[:, 1], step, frame.y0 + step / 2, frame.y1 - step / 2, upwards=not right)
     column = frame.x0 + at * frame.width
     for i, (point, height) in enumerate(zip(points, heights, strict=True)):
@@ -112,6 +124,7 @@ def label_column(ax: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str], *
             va="center",
             parse_math=False,
             zorder=6,
+            in_layout=False,
         )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from scbin._errors import ScbinInputError
-from scbin.get._perturb import perturb_df, read_perturbation
+from scbin.get._perturb import pairs_of, perturb_df, read_perturbation
 from scbin.pl import _perturbation_labels as shared
 from scbin.pl import _style
 from scbin.pl._perturbation import SIGNIFICANT
@@ -27,7 +27,7 @@ VALUES = {
 def perturbation_matrix(
     adata: AnnData,
     *,
-    value: Literal["combined_minus_sum", "combined_shift"] = "combined_minus_sum",
+    value: Literal["combined_minus_sum", "combined_shift"] | None = None,
     key: str | None = None,
     group: str | None = None,
     fdr: float = SIGNIFICANT,
@@ -37,7 +37,8 @@ def perturbation_matrix(
 ) -> Axes:
     """Draw what pairs of genes do together: rows are anchors, columns their partners.
 
-    A ring marks pairs whose difference from the sum of the two single shifts is not zero at the false discovery rate. Genes stand in
+    A ring marks pairs at the false discovery rate of the table: where it tells of the difference from the sum of the two single
+    shifts, those for which it is not zero. Genes stand in
     the order of their mean value, so that strong ones meet in a corner.
 
     Parameters
@@ -46,6 +47,7 @@ def perturbation_matrix(
         Cells after `scbin.tl.perturb` of pairs of genes.
     value
         `"combined_minus_sum"`: how much more the pair does than the sum of either alone; `"combined_shift"`: what it does.
+        Default: the former where the table has it.
     key
         Entry of `uns`. Default: `"scbin_perturb"`.
     group
@@ -73,10 +75,13 @@ def perturbation_matrix(
     >>> [label.get_text() for label in ax.get_xticklabels()]
     ['B', 'C']
     """
-    if value not in VALUES:
+    if value not in (None, *VALUES):
         raise ScbinInputError("P64", f"value is {value!r}; choose one of {', '.join(map(repr, VALUES))}.")
     params = read_perturbation(adata, key)[1]
     table = shared.one_group(perturb_df(adata, key=key, group=group, sort_by=None), group)
+    table = pairs_of(table)
+    if value is None:
+        value = "combined_minus_sum" if "combined_minus_sum" in table.columns else "combined_shift"
     table = shared.checked(table, ("anchor", value))
     anchors, partners, values, rings = _matrix(table, value, fdr)
     if max(values.shape) > MOST_GENES:
