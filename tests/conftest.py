@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import anndata as ad
@@ -14,6 +15,92 @@ from scipy.sparse import csr_matrix
 import scbin
 
 mpl.use("Agg")
+
+# ---- what scbin must never do ----------------------------------------------------------------------------------------
+
+SOURCE = str(Path(scbin.__file__).parent)
+WATCHED = frozenset(
+    {
+        *("pickle.find_class", "marshal.loads", "subprocess.Popen", "urllib.Request", "ctypes.dlopen"),
+        *("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile", "pty.spawn"),
+        *(
+            "socket.__new__",
+            "socket.connect",
+            "socket.bind",
+            "socket.sendto",
+            "socket.getaddrinfo",
+            "socket.gethostbyname",
+        ),
+    }
+)
+# who may do so when scbin calls it: Python importing a library, caches of compiled code, the search for fonts and for cores,
+# and the one module that starts a process in order to look at a stranger's file there
+TRUSTED = (
+    *("<frozen importlib", "/numba/core/caching.py", "/numba/core/serialize.py", "/matplotlib/font_manager.py"),
+    *("/loky/backend/context.py", f"{SOURCE}/_check_file.py"),
+)
+_violations: list[str] = []
+
+
+def _watch(event: str, arguments: tuple) -> None:
+    """Note an event for which scbin is to blame: going outwards, its code comes before any that is trusted."""
+    if event not in WATCHED:
+        return
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if any(part in name for part in TRUSTED):
+            return
+        if name.startswith(SOURCE):
+            _violations.append(f"{event} {str(arguments)[:80]} in {name}, line {frame.f_lineno}")
+            return
+        frame = frame.f_back
+
+
+sys.addaudithook(_watch)
+
+
+def taken_violations() -> list[str]:
+    """Return what was noted since the last call."""
+    found = _violations.copy()
+    _violations.clear()
+    return found
+
+
+def _judge() -> None:
+    found = taken_violations()
+    if found:
+        pytest.fail("scbin unpickled, opened a socket or ran a command: " + "; ".join(found), pytrace=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    result = yield
+    _judge()
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    result = yield
+    _judge()
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item):
+    result = yield
+    _judge()
+    return result
+
+
+@pytest.fixture
+def noted():
+    """What the watch noted since it was last asked; for the tests of the watch itself."""
+    return taken_violations
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

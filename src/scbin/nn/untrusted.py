@@ -229,18 +229,23 @@ def read_header(path: Path, ignored: Collection[str] = ()) -> dict[str, tuple[in
     try:
         header = parse_json(text)
         header.pop("__metadata__", None)
-        shapes = {}
+        shapes, end = {}, 0
         for name, entry in header.items():
+            end = max(end, int(entry["data_offsets"][1]))
             if name in ignored:
                 continue
             if entry["dtype"] not in ("F32", "F16", "BF16"):
                 raise ScbinModelError("M13", f"{name[:80]} in {path.name} is of type {str(entry['dtype'])[:8]}.")
             shapes[name] = tuple(int(number) for number in entry["shape"])
-        return shapes
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError) as error:
+        if isinstance(error, ScbinModelError):
+            raise
         raise ScbinModelError(
             "M13", f"{path.name} has no valid safetensors header ({type(error).__name__})."
         ) from error
+    if 8 + length + end != size:  # before the file is mapped into memory, which takes its length for true
+        raise ScbinModelError("M14", f"{path.name} has {size:,} bytes, but its header describes {8 + length + end:,}.")
+    return shapes
 
 
 def _compare(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], path: Path) -> None:
