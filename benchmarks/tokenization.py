@@ -162,7 +162,7 @@ def in_memory(n_cells: int, n_naive: int, rounds: int) -> None:
 def scan_arguments(matrix: sparse.csr_matrix) -> tuple:
     n = matrix.shape[0]
     parts = (matrix.indptr.astype(np.int64), matrix.data, matrix.data.view(np.uint32), matrix.indices)
-    out = (np.zeros(n), np.zeros(n, dtype=np.int64), np.zeros(N_GENES, dtype=bool))
+    out = (np.zeros(n), np.zeros(N_GENES, dtype=bool))
     return (*(kernels.frozen(part) for part in parts), *out)
 
 

@@ -12,7 +12,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "scbin"
 FILES = sorted(SRC.rglob("*.py"))
 
-FACE = {"pp", "tl", "pl", "get", "datasets", "cli", "_keys", "_anndata"}
+FACE = {"pp", "tl", "pl", "get", "datasets", "cli", "_keys", "_anndata", "_sparse"}
 # which rooms each room may import, beside itself, _errors and _arguments
 BELOW = {
     "encoding": set(),
@@ -25,7 +25,7 @@ BELOW = {
     "__main__": FACE,
 }
 HEAVY = {"torch", "transformers"}
-WITHOUT_TORCH = {"pl", "get", "datasets", "encoding", "_keys", "_errors", "_arguments", "_anndata"}
+WITHOUT_TORCH = {"pl", "get", "datasets", "encoding", "_keys", "_errors", "_arguments", "_anndata", "_sparse"}
 WITHOUT_ANNDATA = {"encoding", "data", "nn", "train"}
 
 

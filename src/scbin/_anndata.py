@@ -18,6 +18,7 @@ from scipy import sparse
 from scbin import _keys
 from scbin._arguments import texts
 from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinTypeError, count
+from scbin._sparse import DiskRows, check_columns, check_offsets, check_structure
 from scbin.encoding.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-BLOCK = 4_000_000  # stored values per row block: tens of megabytes
+BLOCK = 1_000_000  # stored values per row block: a few megabytes, which a core holds close
 OWN = (_keys.TOKENS, _keys.EMBEDDING, "scbin_", "X_umap_", "X_scbin_")
 
 
@@ -108,10 +109,6 @@ def _tokenize_call(adata: ad.AnnData, key: str) -> str:
 
 
 def _checked_tokens(tokens: Any, vocabulary: Vocabulary, key: str) -> sparse.csr_matrix:
-    if len(tokens.shape) != 2:
-        raise ScbinInputError(
-            "I53", f"adata.obsm[{key!r}] has shape {tokens.shape}; tokens have one row per cell. Tokenize again."
-        )
     if not sparse.issparse(tokens):
         tokens = sparse.csr_matrix(np.asarray(tokens))
     if tokens.shape[1] != vocabulary.n_positions or tokens.dtype.kind != "u":
@@ -164,8 +161,13 @@ def iter_blocks(
         yield block.start, block.csr()
 
 
-def raw_blocks(adata: ad.AnnData, layer: str | None = None, *, block_values: int | None = None) -> Iterator[Block]:
-    """Go through the matrix as it is stored: explicit zeros, order and duplicates are left as they are."""
+def raw_blocks(
+    adata: ad.AnnData, layer: str | None = None, *, block_values: int | None = None, checked: bool = False
+) -> Iterator[Block]:
+    """Go through the matrix as it is stored: explicit zeros, order and duplicates are left as they are.
+
+    `checked`: the caller makes sure that no column index points outside, which spares a pass over them.
+    """
     block_values = block_values or BLOCK
     if adata.is_view:  # the parent's matrix is read a block at a time; a view of a backed view does not exist
         parent = adata._adata_ref
@@ -176,6 +178,9 @@ def raw_blocks(adata: ad.AnnData, layer: str | None = None, *, block_values: int
             yield _block(matrix_of(part, layer), start, start, part.n_obs, view=True)
         return
     matrix = matrix_of(adata, layer)
+    if isinstance(matrix, CSRDataset):
+        yield from _disk_blocks(matrix, block_values, checked)
+        return
     if sparse.issparse(matrix) and matrix.format == "csc":
         check_structure(matrix.indptr, matrix.indices, matrix.data, matrix.shape[::-1])
         matrix = sparse.csr_matrix(matrix)
@@ -183,11 +188,24 @@ def raw_blocks(adata: ad.AnnData, layer: str | None = None, *, block_values: int
         yield from _dask_blocks(matrix)
         return
     if sparse.issparse(matrix):
-        check_structure(matrix.indptr, matrix.indices, matrix.data, matrix.shape)
+        check_structure(matrix.indptr, matrix.indices, matrix.data, matrix.shape, columns=not checked)
     n_rows, stored = matrix.shape[0], _stored(matrix)
     rows = _rows_per_block(max(1, stored // max(1, n_rows)), block_values)
     for start in range(0, n_rows, rows):
         yield _block(matrix, start, 0, min(rows, n_rows - start))
+
+
+def _disk_blocks(matrix: CSRDataset, block_values: int, checked: bool) -> Iterator[Block]:
+    n_rows, n_vars = matrix.shape
+    with DiskRows(matrix.group) as stored:
+        check_offsets(stored.indptr, n_rows, stored.n_stored)
+        rows = _rows_per_block(max(1, int(stored.indptr[-1]) // max(1, n_rows)), block_values)
+        for start in range(0, n_rows, rows):
+            indptr = stored.indptr[start : start + rows + 1].astype(np.int64)
+            data, indices = stored.read(int(indptr[0]), int(indptr[-1]))
+            if not checked:
+                check_columns(indices, n_vars)
+            yield _arrays(start, data, indices, indptr - indptr[0], n_vars)
 
 
 def ahead(blocks: Iterator[Block]) -> Iterator[Block]:
@@ -279,27 +297,6 @@ def _check_dtype(matrix: Any) -> None:
         )
 
 
-def check_structure(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, shape: tuple[int, int]) -> None:
-    """Refuse CSR arrays that point outside themselves: compiled loops would read other memory."""
-    whole = (
-        len(indptr) == shape[0] + 1
-        and indptr[0] == 0
-        and bool(np.all(indptr[1:] >= indptr[:-1]))
-        and indptr[-1] <= min(len(indices), len(data))
-    )
-    if not whole:
-        raise ScbinInputError(
-            "I43", "the sparse matrix is damaged: its indptr does not rise from 0 to the number of stored values."
-        )
-    stored = indices[: int(indptr[-1])]
-    if len(stored) and not (0 <= stored.min() and stored.max() < shape[1]):
-        raise ScbinInputError(
-            "I43",
-            f"the sparse matrix is damaged: it has column indices from {stored.min()} to {stored.max()}, but "
-            f"{count(shape[1], 'column')}.",
-        )
-
-
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
@@ -335,6 +332,16 @@ def write_layer(adata: ad.AnnData, key: str, value: Any) -> None:
 def write_entry(adata: ad.AnnData, key: str, value: Any) -> None:
     """Set `uns[key]`, an entry of its own beside `uns["scbin"]`, which must be free or scbin's own."""
     _write(adata, "uns", key, value)
+
+
+def write_var(adata: ad.AnnData, key: str, value: Any) -> None:
+    """Set the var column `key`, which must be free or scbin's own."""
+    _write(adata, "var", key, value)
+
+
+def write_varm(adata: ad.AnnData, key: str, value: Any) -> None:
+    """Set `varm[key]`, which must be free or scbin's own."""
+    _write(adata, "varm", key, value)
 
 
 def write_uns(adata: ad.AnnData, key: str, value: Any) -> None:

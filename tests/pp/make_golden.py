@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -29,6 +30,12 @@ CASES = {
     "bins_polygene": {"bins": "polygene"},
     "bins_perturbgene": {"bins": "perturbgene"},
     "bins_quantile_per_cell": {"bins": "quantile_per_cell", "n_bins": 4},
+    "bins_quantile": {"bins": "quantile", "n_bins": 4},
+    "bins_quantile_keep": {"bins": "quantile", "n_bins": 4, "zeros": "keep"},
+    "bins_quantile_per_gene": {"bins": "quantile_per_gene", "n_bins": 3},
+    "bins_log2": {"bins": "log2"},
+    "bins_log2_keep": {"bins": "log2", "zeros": "keep"},
+    "gene_bins_linear": {"encoding": "gene_bins", "bins": "linear", "n_bins": 12},
     "binary": {"encoding": "binary", "threshold": 6.0},
     "gene_bins": {"encoding": "gene_bins"},
     "gene_bins_keep": {"encoding": "gene_bins", "zeros": "keep"},
@@ -65,6 +72,32 @@ def quantile(ordered: list[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
+def in_float32(value: float) -> float:
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
+def six_digits(value: float) -> float:
+    exponent = math.floor(math.log10(max(value, 1e-12)))
+    return round(value / 10**exponent, 5) * 10**exponent
+
+
+def quantile_edges(by_gene: list[list[float]], n_bins: int) -> list[list[float]]:
+    """Per group: quantiles at 0, 1/n, 2/n ... of its values; the first edge of all is half the smallest value there is."""
+    raw = [[quantile(sorted(v), k / n_bins) for k in range(n_bins)] if v else None for v in by_gene]
+    lowest = min(edge for edges in raw if edges for edge in edges) / 2
+    spare = [0.1 + 7.9 * k / (n_bins - 1) for k in range(n_bins)]  # for a gene that no cell expresses
+    return [[six_digits(edge) for edge in [lowest, *(edges or spare)[1:]]] for edges in raw]
+
+
+def fitted_edges(name: str) -> list[list[float]]:
+    """Edges of every gene, for the rules that are fitted to the whole matrix."""
+    logs = [log1p_values(row) for row in COUNTS]
+    values = [[in_float32(row[j]) for row in logs if row[j] > 0] for j in range(N_GENES)]
+    if name == "bins_quantile_per_gene":
+        return quantile_edges(values, 3)
+    return quantile_edges([[v for gene in values for v in gene]], 4) * N_GENES
+
+
 def edges_of(name: str, row: list[float]) -> list[float]:
     if name.startswith("bins_explicit"):
         return EDGES
@@ -84,11 +117,16 @@ def levelled(name: str, row: list[int]) -> list[list[int]]:
     keep = name.endswith("keep") or name == "bins_polygene"
     joint = name.startswith("gene_bins")
     values = log1p_values(row)
-    edges = edges_of(name, values)
-    n_levels = max(log2_level(x) for cell in COUNTS for x in cell) + 1
+    fitted = fitted_edges(name) if name.startswith("bins_quantile") and name != "bins_quantile_per_cell" else None
+    linear = name == "gene_bins_linear"
+    n_levels = 13 if linear else max(log2_level(x) for cell in COUNTS for x in cell) + 1
     out = [[0, CLS], [1, START]]
     for j, x in enumerate(row):
-        level = log2_level(x) if joint else (level_of(values[j], edges) if x > 0 else 0)
+        if name.startswith("bins_log2") or (joint and not linear):
+            level = log2_level(x)
+        else:
+            edges = fitted[j] if fitted else edges_of(name, values)[: 12 if linear else None]
+            level = level_of(values[j], edges) if x > 0 else 0
         if keep or level:
             out.append([2 + j, 5 + level + (j * n_levels if joint else 0)])
     return [*out, [2 + N_GENES, END]]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -15,11 +17,13 @@ from scipy import sparse
 import scbin
 from scbin._anndata import check_adata, raw_blocks, read_tokens
 from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinTypeError
-from scbin.encoding.encode import Encoder
+from scbin._sparse import DiskRows
+from scbin.encoding.encode import Encoder, joined_offsets
 from scbin.encoding.genes import match_genes
+from scbin.encoding.kernels import compact, frozen, over_rows
 from scbin.encoding.values import Reading
 from scbin.encoding.vocabulary import Vocabulary
-from scbin.pp import check, tokenize
+from scbin.pp import check, iter_tokens, tokenize
 
 COUNTS = np.random.default_rng(5).poisson(1.5, size=(12, 30)).astype(np.float32)
 COUNTS[:, 0] += 1
@@ -238,6 +242,38 @@ def test_i13_other_kinds():
     adata.layers["m"] = np.ma.masked_array(COUNTS, COUNTS > 3)
     if isinstance(adata.layers["m"], np.ma.MaskedArray):  # as anndata keeps it
         fails(adata, "I13", "filled", layer="m")
+
+
+@pytest.mark.parametrize("kind", [sparse.coo_matrix, sparse.coo_array, sparse.lil_matrix, sparse.dok_matrix])
+def test_i13_other_sparse_formats(kind):
+    with pytest.raises(ValueError, match="CSR"):  # anndata itself refuses them
+        ad.AnnData(kind(COUNTS))
+    adata = cells()
+    adata._X = kind(COUNTS)  # should one get past it
+    fails(adata, "I13", f"sparse {adata._X.format}", "csr_matrix(X)")
+
+
+@pytest.mark.parametrize("value", [COUNTS.tolist(), COUNTS[0]], ids=["list", "one row"])
+def test_i13_no_matrix(value):
+    adata = cells()
+    adata._X = value
+    fails(adata, "I13", type(value).__name__, "csr_matrix(X)")
+
+
+def test_i13_numpy_matrix_and_lists():
+    adata = cells()
+    adata.X = COUNTS.tolist()  # anndata makes arrays of both
+    np.testing.assert_array_equal(tokens(adata), EXPECTED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy and anndata both remark on it
+        adata.layers["m"] = np.matrix(COUNTS)
+        np.testing.assert_array_equal(tokens(adata, layer="m"), EXPECTED)
+        adata._X = np.matrix(COUNTS)
+        fails(adata, "I13", "numpy matrix", "np.asarray(X)")
+
+
+def test_i13_text():
+    fails(ad.AnnData(COUNTS.astype(str), var=cells().var), "I13", "<U", "astype")
 
 
 def test_i14_csr_array():
@@ -468,6 +504,22 @@ def test_i39_ages():
     assert read_tokens(adata)[1].phenotypes[0].name == "age"
 
 
+def test_i39_ages_of_new_data_are_cut_as_those_of_the_vocabulary():
+    adata = cells(obs={"development_stage": ["34-year-old human stage"] * 6 + ["25-year-old stage"] * 6})
+    tokenize(adata, phenotypes=["development_stage"], age_groups=10)
+    vocabulary = Vocabulary.from_json(read_tokens(adata)[1].to_json())
+    assert vocabulary.phenotype("age").age_groups == 10
+    new = cells(obs={"development_stage": ["29-year-old human stage"] * 6 + ["fourth decade stage"] * 6})
+    out = tokens(new, like=vocabulary)
+    first = vocabulary.phenotypes[0].first_id
+    assert out[:, 1].tolist() == [first] * 6 + [first + 1] * 6
+    parts = [part.toarray() for part in iter_tokens(new, like=vocabulary)]
+    np.testing.assert_array_equal(np.vstack(parts), out)
+    as_text = cells(obs={"age": ["a"] * 6 + ["b"] * 6})
+    tokenize(as_text, phenotypes=["age"])
+    assert "age_groups" not in read_tokens(as_text)[1].to_json()
+
+
 def test_i40_rare_label():
     warns(labelled(["a"] * 10 + ["b"] * 2), "I40", "'b' (2)", phenotypes=["kind"])
 
@@ -510,6 +562,48 @@ def test_i43_index_types_and_damage():
         fails(adata, "I43", "damaged")
 
 
+def test_i44_a_block_that_starts_beyond_2_to_the_31(tmp_path):
+    """A file with 2^31 more stored values than it has room for on disk: the chunks of the first cell do not exist."""
+    h5py = pytest.importorskip("h5py")
+    few = sparse.csr_matrix(COUNTS)
+    path, far = tmp_path / "a.h5ad", 2**31
+    more = cells(np.vstack([COUNTS[:1], COUNTS]))
+    more.write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        group = file["X"]
+        for name, values in (("data", few.data), ("indices", few.indices)):
+            del group[name]
+            stored = group.create_dataset(name, (far + few.nnz,), dtype=values.dtype, chunks=(65_536,))
+            stored[far:] = values
+        del group["indptr"]
+        group["indptr"] = np.concatenate([[0], far + few.indptr.astype(np.int64)])
+    assert path.stat().st_size < 2**22
+    adata = ad.read_h5ad(path, backed="r")
+    with DiskRows(adata.X.group) as rows:
+        assert rows.n_stored == far + few.nnz
+        found = rows.read(int(rows.indptr[1]), int(rows.indptr[-1]))
+        np.testing.assert_array_equal(found[0], few.data)
+        np.testing.assert_array_equal(found[1], few.indices)
+        assert not rows.read(far - 70_000, far)[0].any()  # nothing is stored there: the library fills in zeros
+    adata.file.close()
+
+
+def test_i45_tokens_beyond_2_to_the_31(tmp_path):
+    """Rows far out in arrays of 2^31 tokens, of which only the pages in use exist."""
+    far = 2**31
+    arrays = [
+        np.memmap(tmp_path / f"{k}.bin", dtype=dtype, mode="w+", shape=(far + 10,))
+        for k, dtype in enumerate([np.uint16, np.int32, np.uint16, np.int32])
+    ]
+    ids, positions, out_ids, out_positions = arrays
+    ids[far + 4 : far + 7], positions[far + 4 : far + 7] = [7, 8, 9], [0, 1, 2]
+    rows = (np.array([far + 1, far + 4]), np.array([far + 4]), np.array([3]))
+    over_rows(compact, *(frozen(row.astype(np.int64)) for row in rows), frozen(ids), frozen(positions), *arrays[2:])
+    assert out_ids[far + 1 : far + 4].tolist() == [7, 8, 9]
+    assert out_positions[far + 1 : far + 4].tolist() == [0, 1, 2]
+    assert joined_offsets([np.array([0, far, far + 2]), np.array([0, 5])]).tolist() == [0, far, far + 2, far + 7]
+
+
 def test_i44_i45_offsets_are_64_bit():
     block = next(raw_blocks(cells()))
     assert block.indptr.dtype == np.int64
@@ -534,7 +628,8 @@ def test_i47_one_cell_one_gene():
 
 def test_i48_nothing():
     adata = cells(COUNTS[:0])
-    assert tokens(adata).shape == (0, 33)
+    fails(adata, "E09", "like=model")  # no cells, no vocabulary
+    assert tokens(adata, like=VOCABULARY).shape == (0, 33)
     assert adata.obsm["X_tokens"].dtype == np.uint16
     assert list(adata.obs["scbin_status"].cat.categories) == ["ok", "empty", "no_vocab_gene"]
     fails(ad.AnnData(np.zeros((3, 0), dtype=np.float32)), "I48", "no genes")
@@ -571,6 +666,33 @@ def test_i51_string_dtype():
     np.testing.assert_array_equal(tokens(adata, phenotypes=["kind"]), expected)
 
 
+def test_i52_a_column_that_cannot_be_written(tmp_path):
+    adata = cells(obs={"mine": pd.Series([(k, {k}) for k in range(12)], dtype=object).to_numpy()})
+    np.testing.assert_array_equal(tokens(adata), EXPECTED)
+    with pytest.raises(TypeError) as caught:  # from anndata, whose file it is
+        adata.write_h5ad(tmp_path / "a.h5ad")
+    assert "mine" in " ".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    del adata.obs["mine"]
+    adata.write_h5ad(tmp_path / "a.h5ad")
+
+
+@pytest.mark.parametrize("value", [np.ones(12), np.full((12, 33), np.nan), np.ones((12, 33), dtype=np.float32)])
+def test_i53_tokens_that_are_one_dimensional_or_not_whole(value):
+    adata = cells()
+    tokenize(adata)
+    adata.obsm["X_tokens"] = value
+    with pytest.raises(ScbinInputError, match=r"T04.*column.* of float"):
+        read_tokens(adata)
+
+
+@pytest.mark.parametrize(("value", "code"), [(np.ones(12), "I53"), (np.full((12, 3), np.nan), "P02")])
+def test_i53_an_embedding_that_is_one_dimensional_or_has_no_numbers(value, code: str):
+    adata = cells()
+    adata.obsm["X_scbin"] = value
+    with pytest.raises(ScbinInputError, match=code):
+        scbin.pl.embedding(adata)
+
+
 def test_i54_foreign_key():
     adata = cells()
     adata.obsm["mine"] = np.zeros((12, 2))
@@ -579,6 +701,85 @@ def test_i54_foreign_key():
     tokenize(adata, key_added="fresh")
     tokenize(adata)
     tokenize(adata)
+    for key in ("X_scbin", "X_scbin_2", "X_umap_scbin"):
+        fails(adata, "A04", "embeddings", key_added=key)
+    for key in ("", "a/b"):
+        fails(adata, "A03", repr(key), key_added=key)
+
+
+def test_two_sets_of_tokens_have_two_vocabularies():
+    adata = cells()
+    tokenize(adata, encoding="rank", key_added="X_ranks")
+    tokenize(adata)
+    assert read_tokens(adata, key="X_ranks")[1].encoding == "rank"
+    assert read_tokens(adata)[1] == VOCABULARY
+    assert json.loads(adata.uns["scbin"]["tokenize_X_ranks"])["encoding"] == "rank"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"layer": 3},
+        {"gene_key": 3},
+        {"phenotypes": 3},
+        {"phenotypes": ["kind", 3]},
+        {"phenotypes": {"kind": 3}},
+        {"n_genes": "x"},
+        {"n_genes": 10.5},
+        {"n_bins": "x"},
+        {"n_bins": 3.5},
+        {"threshold": "x"},
+        {"mask_var": 3},
+        {"bins": 3},
+        {"bins": ["a", "b"]},
+        {"max_length": 10.5},
+        {"medians": [1, 2]},
+        {"force": "yes"},
+        {"key_added": 3},
+        {"copy": 1},
+    ],
+    ids=str,
+)
+def test_arguments_of_another_type(arguments):
+    fails(cells(obs={"kind": ["a"] * 12}), "A01", next(iter(arguments)), "pass ", **arguments)
+
+
+@pytest.mark.parametrize("name", ["encoding", "values", "zeros", "layout", "age_groups", "case", "duplicates"])
+def test_arguments_that_are_no_choice(name: str):
+    fails(cells(), "A02", f"{name} is 'nonsense'; choose one of", **{name: "nonsense"})
+
+
+def test_check_refuses_what_tokenize_refuses():
+    for arguments, code in (({"quiet": 1}, "A01"), ({"layer": 3}, "A01"), ({"encoding": "no"}, "A02")):
+        with pytest.raises(ScbinInputError) as caught:
+            check(cells(), **arguments)
+        assert caught.value.code == code
+
+
+def test_one_of_a_thing_is_not_called_many():
+    bad = COUNTS.copy()
+    bad[2, 3] = np.nan
+    fails(cells(bad), "I05", "1 value that is not finite")
+    bad[2, 3] = -1
+    fails(cells(bad), "I04", "1 value below 0")
+    none = COUNTS.copy()
+    none[4] = 0
+    warns(cells(none), "I19", "1 cell has no counts at all ('c4'); it keeps its row")
+    kinds = ["Gene Expression"] * 29 + ["Antibody Capture"]
+    adata = cells()
+    adata.var["feature_types"] = kinds
+    warns(adata, "I33", "1 column is not 'Gene Expression'", "was left out")
+    warns(labelled(["a"] * 11 + ["b"]), "I40", "there is 1 label of 'kind'", phenotypes=["kind"])
+
+
+def test_every_row_of_the_page_has_a_test():
+    """docs/inputs.md lists the codes for users; every one is the name of a test here."""
+    page = (Path(__file__).parents[2] / "docs" / "inputs.md").read_text()
+    rows = [re.findall(r"I\d\d", line.split("|")[1]) for line in page.splitlines() if line.startswith("| I")]
+    listed = [code for row in rows for code in row]
+    assert listed == [f"I{k:02d}" for k in range(1, 58)]
+    names = " ".join(name for name in globals() if name.startswith("test_"))
+    assert [code for code in listed if not re.search(rf"_{code.lower()}(_|\b)", names)] == []
 
 
 @pytest.mark.parametrize("bad", [None, "a.h5ad", [1], pd.DataFrame()])

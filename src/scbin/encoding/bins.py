@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from scbin._errors import ScbinInputError
+from scbin._arguments import shown
+from scbin._errors import ScbinInputError, ScbinTypeError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -150,6 +152,9 @@ def make_bins(
     if isinstance(rule, Bins):
         return rule
     if not isinstance(rule, str):
+        wrong = [edge for edge in rule if not isinstance(edge, Real) or isinstance(edge, bool)]
+        if wrong:
+            raise ScbinTypeError("A01", f"bins has the edge {shown(wrong[0])}; pass a list of numbers.")
         return Bins(tuple(float(edge) for edge in rule), zeros)
     if n_bins < 1:
         raise ScbinInputError("B04", f"n_bins is {n_bins}; at least one bin is needed.")

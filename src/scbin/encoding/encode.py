@@ -13,6 +13,8 @@ from scbin.encoding.kernels import bin_rows, compact, count_known, frozen, over_
 from scbin.encoding.vocabulary import CLS, END, START
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from scbin.encoding.values import Reading
     from scbin.encoding.vocabulary import Vocabulary
 
@@ -127,13 +129,10 @@ class Encoder:
             indices = np.empty(indptr[-1], dtype=np.int32)
             rows = (frozen(offsets), frozen(lengths), frozen(ids), frozen(positions))
             over_rows(compact, frozen(indptr), *rows, data, indices)
-        tokens = sparse.csr_matrix((data, indices, indptr), shape=(len(lengths), vocabulary.n_positions), copy=False)
-        tokens.has_canonical_format = False
+        tokens = _rows(data, indices, indptr, vocabulary)
         if vocabulary.position_is_gene and not self._in_order:
             tokens.has_sorted_indices = False
             tokens.sort_indices()
-        tokens.has_sorted_indices = True
-        tokens.has_canonical_format = True
         return tokens
 
     def _shorten(
@@ -161,6 +160,33 @@ class Encoder:
             (tokens.data[~drop], tokens.indices[~drop], kept[tokens.indptr]), shape=tokens.shape, copy=False
         )
         return tokens, cut
+
+
+def joined_offsets(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the row offsets of matrices laid one behind the other from those of each; 64 bits, however many tokens."""
+    lengths = [np.diff(part).astype(np.int64) for part in parts]
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.concatenate([np.zeros(0, np.int64), *lengths]))])
+
+
+def join_rows(parts: Sequence[sparse.csr_matrix], vocabulary: Vocabulary) -> sparse.csr_matrix:
+    """Return the token rows of several blocks as one matrix."""
+    if len(parts) == 1:
+        return parts[0]
+    indptr = joined_offsets([part.indptr for part in parts])
+    data, indices = np.empty(indptr[-1], dtype=vocabulary.dtype), np.empty(indptr[-1], dtype=np.int32)
+    start = 0
+    for part in parts:
+        data[start : start + part.nnz], indices[start : start + part.nnz] = part.data, part.indices
+        start += part.nnz
+    return _rows(data, indices, indptr, vocabulary)
+
+
+def _rows(data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, vocabulary: Vocabulary) -> sparse.csr_matrix:
+    shape = (len(indptr) - 1, vocabulary.n_positions)
+    tokens = sparse.csr_matrix((data, indices, indptr), shape=shape, copy=False)
+    tokens.has_sorted_indices = True
+    tokens.has_canonical_format = True
+    return tokens
 
 
 def unique_columns(columns: np.ndarray, n_genes: int, reading: Reading):  # type: ignore[no-untyped-def]

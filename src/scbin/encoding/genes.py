@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from scbin._errors import ScbinInputError
+from scbin._errors import ScbinInputError, count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -55,7 +55,7 @@ def clean_names(names: Sequence[object], *, where: str, is_column: bool) -> list
     if wrong:
         raise ScbinInputError(
             "I25",
-            f"{len(wrong):,} gene names in {where} are not text or are empty (the first at place {wrong[0]}: "
+            f"{count(len(wrong), 'gene name')} in {where} not text or empty (the first at place {wrong[0]}: "
             f"{names[wrong[0]]!r}); var_names must be strings. Use adata.var_names = adata.var['...'].astype(str).",
         )
     cleaned: list[str | None] = (
@@ -131,7 +131,7 @@ def _mapped(
     ]
     n = sum(a != b for a, b in zip(names, mapped, strict=True))
     if n:
-        match.notes.append(f"{n:,} gene names went through the vocabulary's map of symbols and aliases")
+        match.notes.append(f"{count(n, 'gene name')} went through the vocabulary's map of symbols and aliases")
     return mapped
 
 
@@ -149,8 +149,8 @@ def _undo_made_unique(names: list[str | None], vocabulary: Sequence[str] | None,
         match.warnings.append(
             (
                 "I23",
-                f"{len(changed):,} gene names look like left by var_names_make_unique ({_some(changed)}) and were taken for "
-                "the gene without the suffix. Give the original names in a var column, gene_key=, if that is wrong.",
+                f"{count(len(changed), 'gene name')} as var_names_make_unique leaves them ({_some(changed)}): taken for the "
+                "gene without the suffix. Give the original names in a var column, gene_key=, if that is wrong.",
             )
         )
     return out
@@ -163,7 +163,7 @@ def _note_duplicates(names: list[str | None], used: np.ndarray, match: GeneMatch
     twice = [name for name, n in counts.items() if n > 1]
     if not twice:
         return
-    found = f"{len(twice):,} genes stand in several columns ({_some(twice)})"
+    found = f"{count(len(twice), 'gene stands', 'genes stand')} in several columns ({_some(twice)})"
     if duplicates == "error":
         raise ScbinInputError(
             "I22", f'{found}. Make them unique by hand, or pass duplicates="sum" to add their columns up.'

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
-from scbin._errors import ScbinInputError
+from scbin._errors import ScbinInputError, count
 
 if TYPE_CHECKING:
     from scbin.encoding.vocabulary import Phenotype
@@ -45,7 +45,7 @@ def labels_of(column: pd.Series, name: str) -> np.ndarray:
         if len(numbers) > MOST_NUMBERS or (numbers != np.rint(numbers)).any():
             raise ScbinInputError(
                 "I42",
-                f"{name!r} looks continuous ({len(numbers)} different numbers). Cut it into categories, for example with "
+                f"{name!r} looks continuous ({count(len(numbers), 'different number')}). Cut it into categories, for example with "
                 "pandas.cut, or use regression.",
             )
     long = [text for text in texts if text is not None and len(text) > LONGEST]

@@ -9,14 +9,13 @@ from scbin.encoding.kernels import row_sum
 
 
 @njit(nogil=True, cache=True)
-def scan_rows(first, last, indptr, data, indices, n_vars, used, sums, counts):  # type: ignore[no-untyped-def]
-    """Look at every stored value. `sums` and `counts` per row are over the used columns; returns the findings."""
+def scan_rows(first, last, indptr, data, indices, n_vars, used, sums):  # type: ignore[no-untyped-def]
+    """Look at every stored value. `sums` per row are over the used columns; returns the findings."""
     not_finite = negative = negative_fraction = fractions = zeros = unsorted = outside = stored = 0
     smallest, largest = np.inf, 0.0
     for row in range(first, last):
         before = -1
         total = 0.0
-        expressed = 0
         for k in range(indptr[row], indptr[row + 1]):
             column = indices[k]
             unsorted += column <= before
@@ -43,45 +42,45 @@ def scan_rows(first, last, indptr, data, indices, n_vars, used, sums, counts):  
             smallest = min(smallest, value)
             largest = max(largest, value)
             total += value
-            expressed += 1
         sums[row] = total
-        counts[row] = expressed
     return (
         not_finite, negative, negative_fraction, fractions, zeros, unsorted, outside, stored, smallest, largest,
     )  # fmt: skip
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc"})
-def scan_rows_fast(first, last, indptr, data, bits, indices, sums, counts, seen):  # type: ignore[no-untyped-def]
-    """Take the short way for float32 values without a fault, several at a time: (largest bits, whole, zeros, unsorted).
+def scan_rows_fast(first, last, indptr, data, bits, indices, sums, seen):  # type: ignore[no-untyped-def]
+    """Take the short way for float32 values without a fault, several at a time: (largest bits, whole, zeros, faulty rows).
 
-    Bits from 0x7f800000 up are negative or not finite: then `scan_rows` has to tell which.
+    Bits from 0x7f800000 up are negative or not finite, and a row is faulty if its columns do not rise or lie outside: then
+    `scan_rows` has to tell what it is.
     """
-    # slices, because an index that counts from 0 is known to be positive, which lets the loops be vectorised
-    values, words = data[indptr[first] : indptr[last]], bits[indptr[first] : indptr[last]]
     highest = np.uint32(0)
-    whole = np.int32(0)
-    zeros = np.int32(0)
-    for k in range(len(values)):
-        highest = max(highest, words[k])
-        whole += np.int32(values[k] == np.rint(values[k]))
-        zeros += np.int32(words[k] == np.uint32(0))
-    unsorted = np.int64(0)
+    whole = zeros = faulty = np.int64(0)
     for row in range(first, last):
+        # slices, because an index that counts from 0 is known to be positive, which lets the loops be vectorised
+        values, words = data[indptr[row] : indptr[row + 1]], bits[indptr[row] : indptr[row + 1]]
         columns = indices[indptr[row] : indptr[row + 1]]
-        sums[row] = row_sum(data[indptr[row] : indptr[row + 1]])
-        counts[row] = len(columns)
-        down = np.int32(0)
+        row_highest = np.uint32(0)
+        row_whole = row_zeros = down = np.int32(0)
+        for k in range(len(values)):
+            row_highest = max(row_highest, words[k])
+            row_whole += np.int32(values[k] == np.rint(values[k]))
+            row_zeros += np.int32(words[k] == np.uint32(0))
+        highest = max(highest, row_highest)
+        whole += row_whole
+        zeros += row_zeros
+        sums[row] = row_sum(values)
         for k in range(len(columns) - 1):
             down += np.int32(columns[k + 1] <= columns[k])
-        unsorted += down
+        if len(columns) == 0:
+            continue
+        if down or columns[0] < 0 or columns[-1] >= len(seen):
+            faulty += 1
+            continue
         for k in range(len(columns)):
-            seen[columns[k]] = True
-    if zeros:
-        for row in range(first, last):
-            for k in range(indptr[row], indptr[row + 1]):
-                counts[row] -= bits[k] == 0
-    return highest, whole, zeros, unsorted
+            seen[np.uint32(columns[k])] = True
+    return highest, whole, zeros, faulty
 
 
 @njit(nogil=True, cache=True)

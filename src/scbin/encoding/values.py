@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from scbin._errors import ScbinInputError
+from scbin._errors import ScbinInputError, count
 from scbin.encoding.kernels import frozen, over_rows
 from scbin.encoding.scanning import scan_rows, scan_rows_fast
 
@@ -33,15 +33,14 @@ class Scan:
     largest_at: int = -1  # row of the first block that holds the largest value
     places: list[tuple[int, int, float]] = field(default_factory=list)  # first bad values: row, column, value
     sums: list[np.ndarray] = field(default_factory=list)
-    n_genes: list[np.ndarray] = field(default_factory=list)
     rows: list[np.ndarray] = field(default_factory=list)  # positive values of the sampled cells
 
     def add(
         self, start: int, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, n_vars: int, used: np.ndarray
     ) -> bool:
         """Take in a block of rows; say whether its columns were unsorted or repeated within a row."""
-        sums, counts = np.zeros(len(indptr) - 1), np.zeros(len(indptr) - 1, dtype=np.int64)
-        found = over_rows(scan_rows, frozen(indptr), frozen(data), frozen(indices), n_vars, frozen(used), sums, counts)
+        sums = np.zeros(len(indptr) - 1)
+        found = over_rows(scan_rows, frozen(indptr), frozen(data), frozen(indices), n_vars, frozen(used), sums)
         names = ("not_finite", "negative", "negative_fraction", "fractions", "zeros", "unsorted")
         for part in found:
             for name, value in zip(names, part, strict=False):
@@ -53,7 +52,6 @@ class Scan:
         if len(self.places) < 3 and any(part[0] or part[1] for part in found):
             self._note_bad(start, data, indices, indptr, used)
         self.sums.append(sums)
-        self.n_genes.append(counts)
         self._sample(start, data, indices, indptr, used)
         return any(part[5] for part in found)
 
@@ -63,9 +61,9 @@ class Scan:
         """Take in a block if nothing about it needs a closer look: float32, finite, not negative, columns in order."""
         if data.dtype != np.float32 or not used.all():
             return False
-        sums, counts = np.zeros(len(indptr) - 1), np.zeros(len(indptr) - 1, dtype=np.int64)
+        sums = np.zeros(len(indptr) - 1)
         bits = frozen(data.view(np.uint32))
-        found = over_rows(scan_rows_fast, frozen(indptr), frozen(data), bits, frozen(indices), sums, counts, seen)
+        found = over_rows(scan_rows_fast, frozen(indptr), frozen(data), bits, frozen(indices), sums, seen)
         highest = max((int(part[0]) for part in found), default=0)
         if highest >= NOT_FINITE or any(part[3] for part in found):
             return False
@@ -76,7 +74,6 @@ class Scan:
         self.zeros += sum(int(part[2]) for part in found)
         self.fractions += len(data) - sum(int(part[1]) for part in found)
         self.sums.append(sums)
-        self.n_genes.append(counts)
         self._sample(start, data, indices, indptr, used)
         return True
 
@@ -100,11 +97,6 @@ class Scan:
     def row_sums(self) -> np.ndarray:
         """Sum of each cell (cells,)."""
         return np.concatenate([np.zeros(0), *self.sums])
-
-    @property
-    def row_genes(self) -> np.ndarray:
-        """Number of expressed genes of each cell (cells,)."""
-        return np.concatenate([np.zeros(0, dtype=np.int64), *self.n_genes])
 
 
 @dataclass(frozen=True)
@@ -214,19 +206,21 @@ def _fractional(scan: Scan, name: str) -> tuple[str, str]:
 def _refuse(scan: Scan, name: str, places: str) -> None:
     if scan.not_finite:
         raise ScbinInputError(
-            "I05", f"{name} has {scan.not_finite:,} values that are not finite ({places}). Replace or remove them."
+            "I05",
+            f"{name} has {count(scan.not_finite, 'value that is', 'values that are')} not finite ({places}). Replace or "
+            "remove them.",
         )
     if scan.negative and scan.fractions:
         raise ScbinInputError(
             "I03",
-            f"{name} has {scan.negative:,} negative values ({places}), as after sc.pp.scale; scbin needs counts or log1p "
+            f"{name} has {count(scan.negative, 'negative value')} ({places}), as after sc.pp.scale; scbin needs counts or log1p "
             "values.",
         )
     if scan.negative:
         raise ScbinInputError(
             "I04",
-            f"{name} has {scan.negative:,} values below 0 ({places}), all whole: usually a background removal gone wrong. "
-            "Use the original counts.",
+            f"{name} has {count(scan.negative, 'value')} below 0 ({places}), all whole: usually a background removal gone "
+            "wrong. Use the original counts.",
         )
     if scan.largest > 1e9:
         raise ScbinInputError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from scbin._errors import ScbinInputError
+from scbin._errors import ScbinInputError, count
 from scbin.encoding.bins import Bins
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ FORMAT = 1
 class Phenotype:
     """One category of control tokens, such as sex.
 
-    The token ids of `values` are contiguous from `first_id`; `missing_id` is the id of `[NO_X]`. The token always stands
-    at `position`.
+    The token ids of `values` are contiguous from `first_id`; `missing_id` is the id of `[NO_X]`, or 0 where a cell without a
+    label has no token. The token always stands at `position`.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Phenotype:
     position: int
     first_id: int
     missing_id: int
+    age_groups: int | None = None  # years in a class, where the values are classes of ages that labels are cut into
 
     @property
     def stop_id(self) -> int:
@@ -93,6 +94,7 @@ class Vocabulary:
         layout: Layout = "scbin",
         gene_shares: Sequence[float] | None = None,
         name_map: Mapping[str, str] | None = None,
+        age_groups: Mapping[str, int] | None = None,
     ) -> Vocabulary:
         """Lay out a vocabulary, by default `[CLS] phenotypes [START] genes [END]`.
 
@@ -118,6 +120,8 @@ class Vocabulary:
             Share of all counts that each gene held in the data the genes were chosen on, to weigh the overlap with new data.
         name_map
             Other names of the genes: symbols, aliases, retired ids.
+        age_groups
+            Years in a class, for the phenotypes that are classes of ages.
         """
         specials, bare_position, longest = LAYOUTS[layout]
         if layout != "scbin" and (phenotypes or encoding != "rank"):
@@ -126,7 +130,8 @@ class Vocabulary:
         next_id, built = len(specials), []
         for position, name in enumerate(names, start=1):
             values = tuple(str(value) for value in (phenotypes or {})[name])
-            built.append(Phenotype(name, values, position, first_id=next_id + 1, missing_id=next_id))
+            years = (age_groups or {}).get(name)
+            built.append(Phenotype(name, values, position, next_id + 1, next_id, years))
             next_id += 1 + len(values)
         first_gene_position = len(built) + bare_position
         if max_length is None:
@@ -169,7 +174,7 @@ class Vocabulary:
         Examples
         --------
         >>> Vocabulary.from_geneformer({"<pad>": 0, "<mask>": 1, "ENSG00000000003": 2}, {"ENSG00000000003": 2.0})
-        Vocabulary: rank, 1 genes, phenotypes: none, 3 token ids, 2,048 positions
+        Vocabulary: rank, 1 gene, phenotypes: none, 3 token ids, 2,048 positions
         """
         from scbin.encoding.geneformer import vocabulary_from_geneformer
 
@@ -183,7 +188,7 @@ class Vocabulary:
         if (self.bins is None) != (self.encoding == "rank"):
             raise ScbinInputError("V03", f"encoding {self.encoding!r} and bins={self.bins!r} do not go together.")
         if self.medians is not None and len(self.medians) != len(self.genes):
-            raise ScbinInputError("V04", f"{len(self.medians)} medians for {len(self.genes)} genes.")
+            raise ScbinInputError("V04", f"{count(len(self.medians), 'median')} for {count(len(self.genes), 'gene')}.")
         for phenotype in self.phenotypes:
             if len(set(phenotype.values)) != len(phenotype.values):
                 raise ScbinInputError("V05", f"the values of phenotype {phenotype.name!r} are not unique.")
@@ -192,7 +197,7 @@ class Vocabulary:
             raise ScbinInputError(
                 "V12", f"max_length is {self.max_length}, but one gene and the special tokens need {shortest}."
             )
-        used = [*self.specials.values(), *(p.missing_id for p in self.phenotypes)]
+        used = [*self.specials.values(), *(p.missing_id for p in self.phenotypes if p.missing_id)]
         spans = [(i, i + 1) for i in used] + [(p.first_id, p.stop_id) for p in self.phenotypes if p.values]
         spans = sorted([*spans, (self.first_gene_id, self.first_gene_id + self.n_gene_ids)])
         if spans[0][0] < 0 or any(before[1] > after[0] for before, after in zip(spans, spans[1:], strict=False)):
@@ -321,17 +326,21 @@ class Vocabulary:
 
     def __repr__(self) -> str:
         phenotypes = ", ".join(f"{p.name} ({len(p.values)})" for p in self.phenotypes) or "none"
-        bins = "" if self.bins is None else f", {self.bins.n_bins} bins"
+        bins = "" if self.bins is None else f", {count(self.bins.n_bins, 'bin')}"
         return (
-            f"Vocabulary: {self.encoding}, {len(self.genes):,} genes{bins}, phenotypes: {phenotypes}, "
-            f"{self.n_tokens:,} token ids, {self.n_positions:,} positions"
+            f"Vocabulary: {self.encoding}, {count(len(self.genes), 'gene')}{bins}, phenotypes: {phenotypes}, "
+            f"{count(self.n_tokens, 'token id')}, {count(self.n_positions, 'position')}"
         )
 
     # ---- JSON -------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
         """Return the vocabulary as one line of JSON, the same bytes for the same content."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        fields = asdict(self)
+        for phenotype in fields["phenotypes"]:
+            if phenotype["age_groups"] is None:  # as in vocabularies older than this field, whose fingerprints stay
+                del phenotype["age_groups"]
+        return json.dumps({"format": FORMAT, **fields}, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Vocabulary:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from scbin._anndata import check_adata
-from scbin._errors import ScbinInputError, ScbinInputWarning
+from scbin._arguments import flags
+from scbin._errors import ScbinInputError, ScbinInputWarning, count
 from scbin.pp._fit import Fit
 from scbin.pp._plan import Options, prepare
 
@@ -57,6 +58,7 @@ def check(
     >>> table["kind"].unique().tolist()
     ['ok']
     """
+    flags(quiet=quiet)
     fit = Fit(encoding=encoding)
     options = Options(values, layer, gene_key, phenotypes)
     rows: list[tuple[str, str, str]] = []
@@ -77,7 +79,8 @@ def check(
     rows += [("warning", message.code, str(message).split("] ", 1)[-1]) for message in found]
     table = pd.DataFrame(rows, columns=["kind", "code", "finding"])
     if not quiet:
-        print(f"{adata.n_obs:,} cells x {adata.n_vars:,} genes" if hasattr(adata, "n_obs") else type(adata).__name__)
+        shape = f"{count(adata.n_obs, 'cell')} x {count(adata.n_vars, 'gene')}" if hasattr(adata, "n_obs") else ""
+        print(shape or type(adata).__name__)
         for kind, code, finding in rows:
             print(f"  {kind:8}{code:5}{finding}")
     return table

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from scbin._errors import ScbinInputError
+from scbin._arguments import choices, instances, numbers, texts, whole_numbers
+from scbin._errors import ScbinInputError, count
 from scbin.encoding.bins import Bins, make_bins
 from scbin.encoding.encode import unique_columns
 from scbin.encoding.fitting import GeneMoments, add_normalised
@@ -16,13 +19,13 @@ from scbin.encoding.quantiles import QuantileSketch
 from scbin.encoding.vocabulary import Encoding, Layout, Vocabulary
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from scbin.encoding.genes import GeneMatch
     from scbin.encoding.values import Reading
     from scbin.pp._source import Source
 
 BinRule = Literal["linear", "quantile", "quantile_per_gene", "quantile_per_cell", "log2", "polygene", "perturbgene"]
+Zeros = Literal["drop", "keep"]
+CHOICES = {"encoding": get_args(Encoding), "zeros": get_args(Zeros), "layout": get_args(Layout)}
 
 
 @dataclass(frozen=True)
@@ -33,18 +36,39 @@ class Fit:
     bins: Bins | Sequence[float] | BinRule | None = None
     n_bins: int = 20
     threshold: float = 0.1
-    zeros: Literal["drop", "keep"] = "drop"
+    zeros: Zeros = "drop"
     n_genes: int = 2000
     mask_var: str | None = "highly_variable"
     layout: Layout = "scbin"
     max_length: int | None = None
     medians: Mapping[str, float] | None = None
 
+    def __post_init__(self) -> None:
+        choices(CHOICES, encoding=self.encoding, zeros=self.zeros, layout=self.layout)
+        whole_numbers(n_bins=self.n_bins, n_genes=self.n_genes)
+        whole_numbers(optional=True, max_length=self.max_length)
+        numbers(threshold=self.threshold)
+        texts(optional=True, mask_var=self.mask_var)
+        instances(
+            (str, Bins, Sequence, np.ndarray), "a rule, a list of edges or a scbin Bins", optional=True, bins=self.bins
+        )
+        instances(Mapping, "{gene: median}", optional=True, medians=self.medians)
+
 
 def fit_vocabulary(
-    source: Source, reading: Reading, match: GeneMatch, labels: Mapping[str, np.ndarray], fit: Fit
+    source: Source,
+    reading: Reading,
+    match: GeneMatch,
+    labels: Mapping[str, np.ndarray],
+    age_groups: Mapping[str, int],
+    fit: Fit,
 ) -> Vocabulary:
     """Choose genes, fit bins or medians, list the phenotype values."""
+    if source.adata.n_obs == 0:
+        raise ScbinInputError(
+            "E09",
+            "there is no cell to make a vocabulary from. Pass the one that the cells shall be read with: like=model.",
+        )
     phenotypes = {name: values_of(column) for name, column in labels.items()}
     moments = _moments(source, reading, match)
     if fit.encoding == "rank":
@@ -56,6 +80,7 @@ def fit_vocabulary(
             "rank",
             [match.genes[k] for k in kept],
             phenotypes=phenotypes,
+            age_groups=age_groups,
             medians=medians[kept].tolist(),
             max_length=fit.max_length,
             layout=fit.layout,
@@ -66,6 +91,7 @@ def fit_vocabulary(
         fit.encoding,
         [match.genes[k] for k in kept],
         phenotypes=phenotypes,
+        age_groups=age_groups,
         bins=_bins(source, reading, match, kept, moments, fit),
         max_length=fit.max_length,
         gene_shares=moments.shares[kept].tolist(),
@@ -159,7 +185,8 @@ def _medians(source: Source, reading: Reading, match: GeneMatch) -> np.ndarray:
 
 
 def _given(match: GeneMatch, medians: Mapping[str, float]) -> np.ndarray:
-    wrong = [gene for gene, median in medians.items() if not (np.isfinite(median) and median > 0)]
+    wrong = [gene for gene, median in medians.items() if not (isinstance(median, Real) and 0 < median < np.inf)]
     if wrong:
-        raise ScbinInputError("E08", f"{len(wrong):,} medians are zero or not finite (the first: {wrong[0]!r}).")
+        found = count(len(wrong), "median is no finite number above 0", "medians are no finite numbers above 0")
+        raise ScbinInputError("E08", f"{found} (the first: that of {wrong[0]!r}, {medians[wrong[0]]!r}).")
     return np.array([medians.get(gene, 0.0) for gene in match.genes])

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
 
-from scbin._anndata import read_obs, warn
-from scbin._errors import ScbinInputError, ScbinTypeError
-from scbin.encoding.encode import Encoded, Encoder
+from scbin._anndata import warn
+from scbin._arguments import choices, flags, instances, texts
+from scbin._errors import ScbinInputError, ScbinTypeError, count
+from scbin.encoding.encode import Encoded, Encoder, join_rows
 from scbin.encoding.genes import GeneMatch, clean_names, match_genes
-from scbin.encoding.phenotypes import AGE_COLUMNS, age_labels, labels_of, token_ids
+from scbin.encoding.values import Values
 from scbin.encoding.vocabulary import Vocabulary
 from scbin.pp._fit import Fit, fit_vocabulary
+from scbin.pp._phenotypes import age_widths, cell_labels, phenotype_columns, phenotype_ids
 from scbin.pp._source import Source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator
 
     from anndata import AnnData
+    from scipy import sparse
 
-    from scbin.encoding.values import Reading, Values
+    from scbin.encoding.values import Reading
 
 WARN_OVERLAP, LEAST_OVERLAP = 0.8, 0.2
+CHOICES = {
+    "values": get_args(Values),
+    "age_groups": (10, 20, None),
+    "case": ("exact", "upper"),
+    "duplicates": ("sum", "error"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,17 @@ class Options:
     case: Literal["exact", "upper"] = "exact"
     duplicates: Literal["sum", "error"] = "sum"
     force: bool = False
+
+    def __post_init__(self) -> None:
+        choices(CHOICES, values=self.values, age_groups=self.age_groups, case=self.case, duplicates=self.duplicates)
+        texts(optional=True, layer=self.layer, gene_key=self.gene_key)
+        flags(force=self.force)
+        what = "a column of obs, a list of columns, or {category: column}"
+        asked = self.phenotypes
+        instances((str, Mapping, Sequence, np.ndarray, pd.Index), what, optional=True, phenotypes=asked)
+        if asked is not None and not isinstance(asked, str):
+            for column in asked.values() if isinstance(asked, Mapping) else asked:
+                texts(phenotypes=column)
 
 
 @dataclass(frozen=True)
@@ -78,7 +98,7 @@ class Plan:
         totals = np.concatenate([np.zeros(0), *(part.totals for part in encoded)])
         matched = np.concatenate([np.zeros(0), *(part.matched for part in encoded)])
         cut = np.concatenate([np.zeros(0), *(part.cut for part in encoded)])
-        tokens = _joined(encoded, self.vocabulary)
+        tokens = join_rows([part.tokens for part in encoded], self.vocabulary)
         codes = np.where(totals <= 0, 1, np.where(np.diff(tokens.indptr) == 0, 2, 0))
         status = pd.Categorical.from_codes(codes, categories=["ok", "empty", "no_vocab_gene"])
         record = {
@@ -119,10 +139,12 @@ class Plan:
             cells = np.flatnonzero(codes == number)
             if len(cells):
                 names = ", ".join(repr(str(name)) for name in self.source.adata.obs_names[cells[:3]])
+                found = count(len(cells), "cell has", "cells have")
+                kept = "it keeps its row" if len(cells) == 1 else "they keep their rows"
                 warn(
                     code,
-                    f"{len(cells):,} cells have {what} ({names}{' ...' if len(cells) > 3 else ''}); they keep their rows "
-                    "without tokens. sc.pp.filter_cells(adata, min_genes=1) removes empty ones.",
+                    f"{found} {what} ({names}{' ...' if len(cells) > 3 else ''}); {kept} without tokens. "
+                    "sc.pp.filter_cells(adata, min_genes=1) removes empty ones.",
                 )
 
     def _lines(self, record: dict[str, Any]) -> list[str]:
@@ -132,12 +154,13 @@ class Plan:
         lines = [f"scbin: {source.name} read as {self.reading.text}{'' if hint is None else '; ' + hint.rstrip('.')}."]
         lines += [f"scbin: {note}." for note in self.match.notes]
         lines.append(
-            f"scbin: {record['cells']:,} cells, {record['tokens']:,} tokens, {len(self.vocabulary.genes):,} genes "
-            f"({record['genes_zero']:,} without counts here)."
+            f"scbin: {count(record['cells'], 'cell')}, {count(record['tokens'], 'token')}, "
+            f"{count(len(self.vocabulary.genes), 'gene')} ({record['genes_zero']:,} without counts here)."
         )
         if record["cut_cells"]:
             lines.append(
-                f"scbin: {record['cut_cells']:,} cells had more genes than fit; {record['cut_share']:.2%} of the counts were cut."
+                f"scbin: {count(record['cut_cells'], 'cell')} had more genes than fit; {record['cut_share']:.2%} of the counts "
+                "were cut."
             )
         if source.by_column:
             lines.append(
@@ -152,29 +175,22 @@ def _share(part: float, whole: float) -> float:
     return round(float(part / whole), 6) if whole > 0 else 0.0
 
 
-def _joined(encoded: Sequence[Encoded], vocabulary: Vocabulary) -> sparse.csr_matrix:
-    if len(encoded) == 1:
-        return encoded[0].tokens
-    if not encoded:
-        return sparse.csr_matrix((0, vocabulary.n_positions), dtype=vocabulary.dtype)
-    return sparse.vstack([part.tokens for part in encoded], format="csr", dtype=vocabulary.dtype)
-
-
 def prepare(adata: AnnData, like: Any, fit: Fit, options: Options) -> Plan:
     """Check everything, decide what the values are, match or choose the genes. Nothing is written."""
     given = vocabulary_of(like, fit)
-    columns = _phenotype_columns(adata, options.phenotypes, given)
+    columns = phenotype_columns(adata, options.phenotypes, given)
     source = Source(adata, options.layer)
     match = _match(adata, source, given, options)
-    labels = {name: _labels(adata, column, options.age_groups) for name, column in columns.items()}
+    widths = age_widths(columns, options.age_groups, given)
+    labels = {name: cell_labels(adata, column, widths.get(name)) for name, column in columns.items()}
     scan = source.scan()
     reading = source.read(scan, options.values)
     _check_bins(reading, given, fit)
-    vocabulary = given or fit_vocabulary(source, reading, match, labels, fit)
+    vocabulary = given or fit_vocabulary(source, reading, match, labels, widths, fit)
     match = match if given else _onto(match, vocabulary)
     for code, message in (*reading.warnings, *match.warnings, *_source_warnings(source, reading, given)):
         warn(code, message)
-    ids = _phenotype_ids(vocabulary, labels, adata.n_obs, known=given is not None)
+    ids = phenotype_ids(vocabulary, labels, adata.n_obs, known=given is not None)
     record = {
         "values": reading.kind,
         "text": reading.text,
@@ -194,11 +210,12 @@ def stream(adata: AnnData, like: Any, options: Options) -> Iterator[Encoded]:
     given = vocabulary_of(like)
     if given is None:
         raise ScbinInputError("E01", "like is None; pass a scbin model or a vocabulary.")
-    columns = _phenotype_columns(adata, options.phenotypes, given)
+    columns = phenotype_columns(adata, options.phenotypes, given)
     source = Source(adata, options.layer)
     match = _match(adata, source, given, options)
-    labels = {name: _labels(adata, column, None) for name, column in columns.items()}
-    ids = _phenotype_ids(given, labels, adata.n_obs, known=True)
+    widths = age_widths(columns, options.age_groups, given)
+    labels = {name: cell_labels(adata, column, widths.get(name)) for name, column in columns.items()}
+    ids = phenotype_ids(given, labels, adata.n_obs, known=True)
     first: Reading | None = None
     encoder: Encoder | None = None
     scan = source.new_scan()
@@ -284,7 +301,8 @@ def _source_warnings(source: Source, reading: Reading, given: Vocabulary | None)
         found.append(
             (
                 "I33",
-                f"{source.left_out:,} columns are not 'Gene Expression' in var['feature_types'] and were left out.",
+                f"{count(source.left_out, 'column is', 'columns are')} not 'Gene Expression' in var['feature_types'] and "
+                f"{'was' if source.left_out == 1 else 'were'} left out.",
             )
         )
     if not source.adata.obs_names.is_unique:
@@ -303,27 +321,6 @@ def _source_warnings(source: Source, reading: Reading, given: Vocabulary | None)
     return found
 
 
-def _phenotype_ids(vocabulary: Vocabulary, labels: Mapping[str, np.ndarray], n_obs: int, *, known: bool) -> np.ndarray:
-    ids = np.zeros((n_obs, len(vocabulary.phenotypes)), dtype=np.int64)
-    for k, phenotype in enumerate(vocabulary.phenotypes):
-        ids[:, k] = phenotype.missing_id
-        if phenotype.name not in labels:
-            continue
-        ids[:, k], unseen = token_ids(labels[phenotype.name], phenotype)
-        if unseen:
-            listed = ", ".join(f"{value[:60]!r} ({n:,} cells)" for value, n in list(unseen.items())[:3])
-            warn(
-                "I36",
-                f"{len(unseen):,} labels of {phenotype.name!r} are new to the vocabulary and became "
-                f"[NO_{phenotype.name.upper()}]: {listed}.",
-            )
-        counts = np.bincount(ids[:, k], minlength=phenotype.stop_id)[phenotype.first_id : phenotype.stop_id]
-        few = [f"{v[:60]!r} ({n})" for v, n in zip(phenotype.values, counts, strict=True) if 0 < n < 3]
-        if few and not known:
-            warn("I40", f"{len(few):,} labels of {phenotype.name!r} have fewer than 3 cells: {', '.join(few[:3])}.")
-    return ids
-
-
 def _gene_names(adata: AnnData, gene_key: str | None) -> list[str | None]:
     if gene_key is None:
         return clean_names(list(adata.var_names), where="adata.var_names", is_column=False)
@@ -340,31 +337,3 @@ def _onto(match: GeneMatch, vocabulary: Vocabulary) -> GeneMatch:
     place = np.array([index.get(gene, -1) for gene in match.genes] + [-1], dtype=np.int32)
     columns = np.where(match.columns >= 0, place[match.columns], match.columns).astype(np.int32)
     return GeneMatch(columns, vocabulary.genes, match.warnings, match.notes, match.unnamed)
-
-
-def _phenotype_columns(adata: AnnData, phenotypes: Any, vocabulary: Vocabulary | None) -> dict[str, str]:
-    """Return {category: obs column}: as asked, or, for a vocabulary, the columns of its own names that exist."""
-    if phenotypes is None and vocabulary is not None:
-        names = {p.name: AGE_COLUMNS if p.name == "age" else (p.name,) for p in vocabulary.phenotypes}
-        there = {name: [column for column in columns if column in adata.obs.columns] for name, columns in names.items()}
-        return {name: columns[-1] for name, columns in there.items() if columns}
-    if isinstance(phenotypes, str):
-        phenotypes = [phenotypes]
-    if not hasattr(phenotypes, "items"):
-        phenotypes = {("age" if name == "development_stage" else name): name for name in phenotypes or ()}
-    for column in phenotypes.values():
-        read_obs(adata, column)
-    if vocabulary is not None:
-        for name in phenotypes:
-            vocabulary.phenotype(name)
-    return dict(phenotypes)
-
-
-def _labels(adata: AnnData, column: str, age_groups: int | None) -> np.ndarray:
-    if age_groups is None or column not in AGE_COLUMNS:
-        return labels_of(read_obs(adata, column), column)
-    labels, unread = age_labels(labels_of(read_obs(adata, column), column), age_groups)
-    if unread:
-        listed = ", ".join(f"{text!r} ({n})" for text, n in list(unread.items())[:3])
-        warn("I39", f"{len(unread)} labels of {column!r} name no age and became [NO_AGE]: {listed}.")
-    return labels

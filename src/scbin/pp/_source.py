@@ -8,6 +8,7 @@ import numpy as np
 
 from scbin._anndata import Block, ahead, matrix_of, raw_blocks
 from scbin._errors import ScbinInputError
+from scbin._sparse import check_columns
 from scbin.encoding.values import Reading, Scan, Values, read_values
 
 if TYPE_CHECKING:
@@ -63,8 +64,8 @@ class Source:
         return Scan(self.adata.n_obs)
 
     def unsorted_blocks(self) -> Iterator[Block]:
-        """Go through the rows as they are stored."""
-        blocks = raw_blocks(self.adata, self.layer)
+        """Go through the rows as they are stored; `look` makes sure that nothing points outside."""
+        blocks = raw_blocks(self.adata, self.layer, checked=True)
         return ahead(blocks) if self.adata.isbacked else blocks
 
     def look(self, scan: Scan, block: Block) -> Block:
@@ -72,6 +73,7 @@ class Source:
         rows = (block.data, block.indices, block.indptr)
         if scan.add_fast(block.start, *rows, self.used, self._seen):
             return block
+        check_columns(block.indices, block.n_vars)
         if _out_of_order(block):
             self._unsorted.add(block.start)
             block = self._sorted(block)

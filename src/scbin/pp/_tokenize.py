@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from scbin import _keys
 from scbin._anndata import check_adata, check_writable, copied, make_real, write_obs, write_obsm, write_uns
+from scbin._arguments import flags
+from scbin._errors import ScbinInputError
 from scbin.pp._fit import Fit
 from scbin.pp._plan import Options, prepare, stream
 
@@ -93,7 +95,8 @@ def tokenize(
     medians
         Median of each gene for `"rank"`; fitted from the data by default.
     age_groups
-        Cut ages (`age` or `development_stage`) into classes of so many years; by default their text is the label.
+        Cut ages (`age` or `development_stage`) into classes of so many years; by default their text is the label. The
+        vocabulary remembers it for new data.
     case
         `"upper"` compares gene names in upper case.
     duplicates
@@ -101,7 +104,8 @@ def tokenize(
     force
         Go on where less than 20 % of the counts are in the vocabulary of `like`.
     key_added
-        Name in `obsm` instead of `"X_tokens"`.
+        Name in `obsm` instead of `"X_tokens"`; the entries of `uns` then have `_` and this name behind theirs. Pass it on as
+        `tokens_key=`.
     copy
         Return a changed copy instead of changing `adata`.
 
@@ -127,21 +131,32 @@ def tokenize(
     (700, 769)
     """
     check_adata(adata)
+    flags(copy=copy)
     fit = Fit(encoding, bins, n_bins, threshold, zeros, n_genes, mask_var, layout, max_length, medians)
     options = Options(values, layer, gene_key, phenotypes, age_groups, case, duplicates, force)
-    key = key_added or _keys.TOKENS
-    check_writable(adata, "obsm", key)
+    key = _tokens_key(adata, key_added)
     plan = prepare(adata, like, fit, options)
     result = plan.finish(list(plan.encode()))
     target = copied(adata) if copy else adata
     make_real(target)
     write_obsm(target, key, result.tokens)
     write_obs(target, _keys.STATUS, result.status)
-    write_uns(target, _keys.VOCABULARY, plan.vocabulary.to_json())
-    write_uns(target, _keys.TOKENIZE, json.dumps(result.record))
+    write_uns(target, _keys.of_tokens(_keys.VOCABULARY, key), plan.vocabulary.to_json())
+    write_uns(target, _keys.of_tokens(_keys.TOKENIZE, key), json.dumps(result.record))
     for line in result.lines:
         logger.info(line)
     return target if copy else None
+
+
+def _tokens_key(adata: AnnData, key_added: str | None) -> str:
+    """Return the slot for the tokens, if it may be written."""
+    key = _keys.TOKENS if key_added is None else key_added
+    check_writable(adata, "obsm", key)
+    if key.startswith((_keys.EMBEDDING, "X_umap_", "scbin_")):
+        raise ScbinInputError(
+            "A04", f"key_added={key!r} is where embeddings stand. Choose another name for the tokens."
+        )
+    return key
 
 
 def iter_tokens(
