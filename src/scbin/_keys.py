@@ -16,6 +16,9 @@ UMAP_RECORD = "umap"  # uns["scbin"]["umap"][slot]: one 32-bit fingerprint per e
 WRITTEN = "written"  # uns["scbin"]["written"], JSON list of slots scbin wrote under names that the user chose
 MODEL_ID = "model_id"  # uns["scbin"]["model_id"], fingerprint of the model trained on these cells
 MODEL_PATH = "model_path"  # uns["scbin"]["model_path"], where it was saved
+GENERATED = "scbin_generated"  # obs, True for cells that were made; uns, how, one JSON string
+IMPUTED = "scbin_imputed"  # layers, CSR float32: expected expression
+IMPUTE = "impute"  # uns["scbin"]["impute"], how it was imputed, one JSON string
 PREDICT = "predict"  # uns["scbin"]["predict"], what was predicted: classes and model by target, one JSON string
 SPLIT = "scbin_split"  # obs, categorical: "train", "validation", "test"
 SHIFT = "scbin_shift"  # layers, CSR float32: shift of each cell by each gene; what is stored was perturbed, zeros too
@@ -23,6 +26,7 @@ PERTURBED = "X_scbin_perturbed"  # obsm, float32 (cells, hidden): the embedding 
 PERTURB = "scbin_perturb"  # uns, {"table": one row per gene or pair, "params": one JSON string}
 FINETUNE = "finetune"  # uns["scbin"]["finetune"], how the model was fine-tuned, one JSON string
 FINETUNE_HISTORY = "finetune_history"  # uns["scbin"]["finetune_history"], a table
+SEARCH = "search"  # uns["scbin"]["search"], the trials of a search, a table
 EVALUATE = "evaluate"  # uns["scbin"]["evaluate"], scores by target and method, a table
 
 

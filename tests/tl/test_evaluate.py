@@ -26,7 +26,7 @@ def predicted(toy):
     probability[np.arange(60), given] = 0.8
     toy.obs["scbin_cell_type"] = pd.Categorical.from_codes(given, names)
     toy.obsm["scbin_cell_type_probability"] = probability.astype(np.float32)
-    toy.uns["scbin"] = {"predict": json.dumps({"cell_type": {"classes": names, "kind": "class"}})}
+    toy.uns["scbin"] = {"predict": json.dumps({"cell_type": {"classes": names, "model": "m"}}), "model_id": "m"}
     toy.obs["scbin_split"] = pd.Categorical(np.array(["train", "validation", "test"])[np.arange(60) // 3 % 3])
     return toy
 

@@ -89,6 +89,12 @@ def predicted_targets(adata: AnnData) -> list[str]:
     return list(_record(adata))
 
 
+def predicted_by(adata: AnnData, target: str) -> str | None:
+    """Return the fingerprint of the model that predicted `target`, if it was kept."""
+    model = _record(adata).get(target, {}).get("model")
+    return None if model is None else str(model)
+
+
 def _record(adata: AnnData) -> dict[str, Any]:
     record = adata.uns.get(_keys.UNS, {}).get(_keys.PREDICT)
     return {} if record is None else dict(json.loads(str(record)))

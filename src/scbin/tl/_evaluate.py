@@ -13,7 +13,7 @@ from scbin import _keys
 from scbin._anndata import check_adata, read_obs, warn, write_uns
 from scbin._errors import ScbinInputError
 from scbin.get._evaluate import evaluate_df
-from scbin.get._predicted import predicted_targets, read_predicted
+from scbin.get._predicted import predicted_by, predicted_targets, read_predicted
 from scbin.tl._baselines import CLASS_BASELINES, NUMBER_BASELINES
 from scbin.tl._compare import baseline_scores, lessons, read_truth
 from scbin.tl._evaluate_genes import GENES, score_genes
@@ -173,6 +173,8 @@ def _what(adata: AnnData, model: Model | str | os.PathLike[str] | None, target: 
         return _Asked(name, "number" if numbers else "class", None)
     chosen = resolve_model(model, adata)
     kinds = model_targets(chosen)
+    if target is not None and target not in kinds:  # a phenotype, of a model that has a head for something else
+        kinds |= {phenotype.name: "class" for phenotype in chosen.vocabulary.phenotypes if phenotype.values}
     if target is None and len(kinds) != 1:
         known = ", ".join(map(repr, kinds)) or "none"
         raise ScbinInputError("E22", f"name what to evaluate with target=; this model predicts: {known}; and 'genes'.")
@@ -184,15 +186,19 @@ def _what(adata: AnnData, model: Model | str | os.PathLike[str] | None, target: 
             f"this model does not predict {name!r}. It predicts: {known}; and 'genes'. Fine-tune it: "
             f"scbin.tl.finetune(adata, model, target={name!r}).",
         )
+    if kinds[name] == "gene":
+        raise ScbinInputError(
+            "E22", f"{name!r} is a class of genes: scbin.tl.predict writes it into adata.var, where it can be compared."
+        )
     return _Asked(name, "number" if kinds[name] == "number" else "class", chosen)
 
 
 def model_targets(model: Model) -> dict[str, str]:
     """Return what a model predicts for cells, by its head or else its vocabulary, and whether it is a class or a number."""
-    head = getattr(model, "head", None)
-    if head is None:
-        return {phenotype.name: "class" for phenotype in model.vocabulary.phenotypes}
-    return {str(target.name): str(target.kind) for target in head.targets}
+    phenotypes = {phenotype.name: "class" for phenotype in model.vocabulary.phenotypes if phenotype.values}
+    if model.head is None:
+        return phenotypes
+    return {target.name: target.kind for target in model.head.targets}
 
 
 def _truth_column(adata: AnnData, target: str, truth_key: str | None) -> pd.Series:
@@ -219,11 +225,11 @@ def _chosen_baselines(baselines: Sequence[str] | str, kind: str) -> tuple[str, .
 
 def _warn_if_seen(adata: AnnData, asked: _Asked, folds: Folds) -> None:
     """Say so where the model may have learned the labels it is scored on."""
-    if folds.cut:
+    if folds.cut and _learned_here(adata, asked):
         warn(
             "E16",
-            f"no split of train and test cells is known, so all cells are scored: if the model learned {asked.target!r} from "
-            "them, its score says how well it remembers. Pass split_key=, or reference= with the cells it learned from.",
+            f"the model learned from these cells, and no split says which it did not see: its score says how well it remembers "
+            f"{asked.target!r}. Call scbin.tl.split before fine-tuning, or pass split_key=.",
         )
     elif asked.model is not None and _shown_to_pretraining(adata, asked.model, asked.target, folds.test):
         warn(
@@ -231,6 +237,14 @@ def _warn_if_seen(adata: AnnData, asked: _Asked, folds: Folds) -> None:
             f"the tokens of test cells carry their {asked.target!r}, and a model was pretrained on these cells: it may have "
             "seen what it is tested on. Tokenize without that phenotype, or pretrain on training cells only.",
         )
+
+
+def _learned_here(adata: AnnData, asked: _Asked) -> bool:
+    """Whether the model, or the one that predictions came from, was trained on these cells, as far as they know."""
+    trained = adata.uns.get(_keys.UNS, {}).get(_keys.MODEL_ID)
+    if asked.model is not None:
+        return bool(trained == asked.model.fingerprint)
+    return bool(trained is not None and trained == predicted_by(adata, asked.target))
 
 
 def _shown_to_pretraining(adata: AnnData, model: Model, target: str, test: np.ndarray) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from scbin._errors import ScbinInputError
+from scbin.train.watching import show
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,8 +30,9 @@ class History:
         self.rows: list[dict[str, float]] = []
 
     def add(self, row: Mapping[str, float]) -> None:
-        """Append a step."""
+        """Append a step, and show it to whoever watches the run."""
         self.rows.append(dict(row))
+        show(row)
 
     def frame(self) -> pd.DataFrame:
         """Return the record as a table."""
@@ -50,7 +52,7 @@ class History:
         """Read back `to_dict`."""
         history = cls()
         for values in zip(*columns.values(), strict=True):
-            history.add({name: value for name, value in zip(columns, values, strict=True) if value is not None})
+            history.rows.append({name: value for name, value in zip(columns, values, strict=True) if value is not None})
         return history
 
 
