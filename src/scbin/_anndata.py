@@ -162,11 +162,11 @@ def iter_blocks(
 
 
 def raw_blocks(
-    adata: ad.AnnData, layer: str | None = None, *, block_values: int | None = None, checked: bool = False
+    adata: ad.AnnData, layer: str | None = None, *, block_values: int | None = None, passing: bool = False
 ) -> Iterator[Block]:
     """Go through the matrix as it is stored: explicit zeros, order and duplicates are left as they are.
 
-    `checked`: the caller makes sure that no column index points outside, which spares a pass over them.
+    `passing`: the caller makes sure that no column index points outside, and lets go of each block before the next but one.
     """
     block_values = block_values or BLOCK
     if adata.is_view:  # the parent's matrix is read a block at a time; a view of a backed view does not exist
@@ -179,7 +179,7 @@ def raw_blocks(
         return
     matrix = matrix_of(adata, layer)
     if isinstance(matrix, CSRDataset):
-        yield from _disk_blocks(matrix, block_values, checked)
+        yield from _disk_blocks(matrix, block_values, passing)
         return
     if sparse.issparse(matrix) and matrix.format == "csc":
         check_structure(matrix.indptr, matrix.indices, matrix.data, matrix.shape[::-1])
@@ -188,22 +188,22 @@ def raw_blocks(
         yield from _dask_blocks(matrix)
         return
     if sparse.issparse(matrix):
-        check_structure(matrix.indptr, matrix.indices, matrix.data, matrix.shape, columns=not checked)
+        check_structure(matrix.indptr, matrix.indices, matrix.data, matrix.shape, columns=not passing)
     n_rows, stored = matrix.shape[0], _stored(matrix)
     rows = _rows_per_block(max(1, stored // max(1, n_rows)), block_values)
     for start in range(0, n_rows, rows):
         yield _block(matrix, start, 0, min(rows, n_rows - start))
 
 
-def _disk_blocks(matrix: CSRDataset, block_values: int, checked: bool) -> Iterator[Block]:
+def _disk_blocks(matrix: CSRDataset, block_values: int, passing: bool) -> Iterator[Block]:
     n_rows, n_vars = matrix.shape
-    with DiskRows(matrix.group) as stored:
+    with DiskRows(matrix.group, reuse=passing) as stored:
         check_offsets(stored.indptr, n_rows, stored.n_stored)
         rows = _rows_per_block(max(1, int(stored.indptr[-1]) // max(1, n_rows)), block_values)
         for start in range(0, n_rows, rows):
             indptr = stored.indptr[start : start + rows + 1].astype(np.int64)
             data, indices = stored.read(int(indptr[0]), int(indptr[-1]))
-            if not checked:
+            if not passing:
                 check_columns(indices, n_vars)
             yield _arrays(start, data, indices, indptr - indptr[0], n_vars)
 

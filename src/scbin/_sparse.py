@@ -46,11 +46,14 @@ class DiskRows:
 
     Where HDF5 keeps the arrays as they are, neither compressed nor filtered, their bytes are read from the file without
     the library in between: half the time, and other threads run meanwhile. Everything else goes through the library.
+
+    With `reuse`, what `read` returns is overwritten by the third call from then on: fresh memory for every block would cost as
+    much time as filling it.
     """
 
-    def __init__(self, group: Any):
+    def __init__(self, group: Any, *, reuse: bool = False):
         self.indptr: np.ndarray = np.asarray(group["indptr"][:])  # as stored; one number per row
-        self._data, self._indices = _Flat(group["data"]), _Flat(group["indices"])
+        self._data, self._indices = _Flat(group["data"], reuse=reuse), _Flat(group["indices"], reuse=reuse)
 
     def __enter__(self) -> DiskRows:
         return self
@@ -72,8 +75,9 @@ class DiskRows:
 class _Flat:
     """A one-dimensional array in a file, read by ranges."""
 
-    def __init__(self, array: Any):
+    def __init__(self, array: Any, *, reuse: bool):
         self._array = array
+        self._spare: list[np.ndarray] | None = [] if reuse else None  # the longest unused first
         self.size = int(array.shape[0])
         self._piece, self._offsets = _plain_pieces(array)
         self._file = None if self._offsets is None else os.open(array.file.filename, os.O_RDONLY)
@@ -86,10 +90,18 @@ class _Flat:
 
     def read(self, low: int, high: int) -> np.ndarray:
         """Return the numbers from `low` to `high`."""
-        out = np.empty(high - low, dtype=self._array.dtype)
+        out = self._room(high - low)
         if high > low and not self._read_plain(out, low):
             out = np.asarray(self._array[low:high])
         return out
+
+    def _room(self, n: int) -> np.ndarray:
+        if self._spare is None:
+            return np.empty(n, dtype=self._array.dtype)
+        kept = self._spare.pop(0) if len(self._spare) == 3 else np.empty(0, dtype=self._array.dtype)
+        kept = kept if len(kept) >= n else np.empty(n + n // 8, dtype=self._array.dtype)
+        self._spare.append(kept)
+        return kept[:n]
 
     def _read_plain(self, out: np.ndarray, low: int) -> bool:
         """Fill `out` from the pieces of the file; False where one of them does not exist, or is not read whole."""

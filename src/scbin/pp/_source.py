@@ -65,7 +65,7 @@ class Source:
 
     def unsorted_blocks(self) -> Iterator[Block]:
         """Go through the rows as they are stored; `look` makes sure that nothing points outside."""
-        blocks = raw_blocks(self.adata, self.layer, checked=True)
+        blocks = raw_blocks(self.adata, self.layer, passing=True)
         return ahead(blocks) if self.adata.isbacked else blocks
 
     def look(self, scan: Scan, block: Block) -> Block:
