@@ -80,11 +80,12 @@ def test_without_a_split_all_cells_are_scored_with_a_warning(predicted):
 def test_reference_teaches_the_simple_methods(predicted, toy):
     reference = toy[:, ::-1].copy()
     reference.var_names = [*reference.var_names[:-5], *"abcde"]
-    table = scbin.tl.evaluate(predicted, reference=reference)
+    predicted.obs["truth"] = predicted.obs.pop("cell_type")  # the reference has its labels under the name of the target
+    table = scbin.tl.evaluate(predicted, reference=reference, truth_key="truth")
     assert table.loc["logistic regression", "accuracy"] > 0.9
     reference.var_names = [f"other{i}" for i in range(40)]
     with pytest.raises(ScbinInputError, match="E23"):
-        scbin.tl.evaluate(predicted, reference=reference)
+        scbin.tl.evaluate(predicted, reference=reference, truth_key="truth")
 
 
 def test_tables_are_kept_and_survive_writing(predicted, tmp_path):

@@ -79,7 +79,7 @@ def evaluate(
         batches cross-validates the simple methods by them; with no split at all, they are cross-validated over cells.
     reference
         The cells that the model learned from, if it comes from another data set: the simple methods then learn from these,
-        on the genes that both name.
+        on the genes that both name. Their labels are in the column `target`, or `truth_key` where they have no such column.
     baselines
         Which simple methods to run, by name.
     n_genes
@@ -142,7 +142,8 @@ def evaluate(
     if reference is None:
         _warn_if_seen(adata, asked, folds)
     else:
-        pair = (reference, read_truth(_truth_column(reference, asked.target, truth_key), asked.target, asked.kind))
+        other_key = None if asked.target in check_adata(reference).obs.columns else truth_key
+        pair = (reference, read_truth(_truth_column(reference, asked.target, other_key), asked.target, asked.kind))
         folds = replace(folds, text=f"{len(folds.test):,} cells; reference: {len(pair[1].rows):,}")
     scores = {}
     if methods := _chosen_baselines(baselines, truth.kind):
