@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from scbin._errors import ScbinInputError, ScbinModelError
 from scbin.encoding.vocabulary import CLS, Vocabulary
-from scbin.nn.checkpoint import HEAD, own_tensors, read_model_directory, write_model_directory
-from scbin.nn.description import as_html, describe, model_card, read_head, read_history
+from scbin.nn.checkpoint import DECODER, HEAD, own_tensors, read_model_directory, write_model_directory
+from scbin.nn.description import as_html, describe, model_card, read_decoder, read_head, read_history
 from scbin.nn.embedding import pooling_weights
 from scbin.nn.hub import local_directory
 from scbin.nn.published import read_geneformer
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from transformers import BertConfig, BertForMaskedLM
 
+    from scbin.nn.decoder import Decoder
     from scbin.nn.embedding import Pooling, Weights
     from scbin.nn.heads import Head
     from scbin.nn.published import Published
@@ -75,6 +77,8 @@ class Model:
         What was measured during training, one row per step.
     head
         What it was fine-tuned to answer (:func:`scbin.tl.finetune`), and the weights for it. `None`: nothing.
+    decoder
+        What turns its vectors back into genes, for :func:`scbin.tl.generate` and :func:`scbin.tl.impute`. `None`: nothing.
 
     Examples
     --------
@@ -92,6 +96,7 @@ class Model:
     training: Mapping[str, Any] = field(default_factory=dict)
     history: pd.DataFrame = field(default_factory=pd.DataFrame)
     head: Head | None = None
+    decoder: Decoder | None = None
 
     def __post_init__(self) -> None:
         # what JSON can hold, before anyone relies on it: the same values before saving and after loading
@@ -161,7 +166,12 @@ class Model:
         if self.head is not None:
             about["head"] = self.head.plan.to_dict()
             tensors = {name: tensor.detach() for name, tensor in self.head.state_dict().items()}
-        write_model_directory(Path(path), self.bert, about, model_card(describe(self)), tensors, overwrite=overwrite)
+        made = None
+        if self.decoder is not None:
+            about["decoder"] = self.decoder.counts()
+            made = {name: torch.from_numpy(array) for name, array in self.decoder.tensors().items()}
+        card = model_card(describe(self))
+        write_model_directory(Path(path), self.bert, about, card, tensors, made, overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, revision: str | None = None) -> Model:
@@ -185,7 +195,7 @@ class Model:
         path = local_directory(path, revision)
         bert, about = read_model_directory(path)
         known = {"format", "vocabulary", "readout", "training", "history"}
-        if about.get("format") != FORMAT or set(about) - {"head"} != known:
+        if about.get("format") != FORMAT or set(about) - {"head", "decoder"} != known:
             raise ScbinModelError(
                 "M16", f"scbin.json in {path} is not of format {FORMAT}; it needs another scbin version."
             )
@@ -201,7 +211,8 @@ class Model:
             readout = _read_readout(about["readout"], vocabulary, bert.config.num_hidden_layers)
             history = read_history(about["history"])
             head = read_head(path / HEAD, about.get("head"), bert.config.hidden_size, len(vocabulary.genes))
-            return cls(bert, vocabulary, readout, about["training"], history, head)
+            decoder = read_decoder(path / DECODER, about.get("decoder"), vocabulary, bert.config.hidden_size)
+            return cls(bert, vocabulary, readout, about["training"], history, head, decoder)
         except (ScbinInputError, TypeError, AttributeError, LookupError, ValueError, OverflowError) as error:
             if isinstance(error, ScbinModelError):
                 raise

@@ -97,7 +97,7 @@ def test_plain_transformers_opens_it_and_gives_the_same_logits(trained, saved):
 def test_what_is_loaded_is_whole_and_can_be_trained(trained, saved):
     bert, about = read_model_directory(saved)
     assert bert.config._attn_implementation == PACKED and not bert.training
-    assert set(about) == {"format", "vocabulary", "readout", "training", "history"}
+    assert set(about) == {"format", "vocabulary", "readout", "training", "history", "decoder"}
     tensors = [*bert.parameters(), *bert.buffers()]
     assert not any(tensor.is_meta for tensor in tensors)
     assert all(parameter.requires_grad for parameter in bert.parameters())

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from transformers import BertConfig
 
 CONFIG, WEIGHTS, SCBIN = "config.json", "model.safetensors", "scbin.json"
-HEAD, CARD = "head.safetensors", "README.md"  # both may be absent
-ALLOWED = {CONFIG, WEIGHTS, SCBIN, HEAD, CARD, MANIFEST}
+HEAD, DECODER, CARD = "head.safetensors", "decoder.safetensors", "README.md"  # all may be absent
+ALLOWED = {CONFIG, WEIGHTS, SCBIN, HEAD, DECODER, CARD, MANIFEST}
 # left by git, by downloads and by file managers; never opened
 HARMLESS = {".git", ".gitattributes", ".gitignore", ".cache", ".DS_Store"}
 
@@ -45,10 +45,11 @@ def write_model_directory(
     about: Mapping[str, Any],
     card: str,
     head: Mapping[str, Tensor] | None = None,
+    decoder: Mapping[str, Tensor] | None = None,
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write network, description, model card and head so that the directory appears at once and whole.
+    """Write network, description, model card, head and decoder so that the directory appears at once and whole.
 
     Plain `transformers.BertForMaskedLM.from_pretrained` opens it too.
     """
@@ -67,6 +68,9 @@ def write_model_directory(
     if head is not None:
         check_finite(head, "the head")
         files[HEAD] = dict(head)
+    if decoder is not None:
+        check_finite(decoder, "the decoder")
+        files[DECODER] = dict(decoder)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -150,7 +154,7 @@ def check_files(path: Path) -> None:
         )
     for name in sorted(names):
         if name in ALLOWED:
-            check_plain(path / name, MAX_WEIGHTS if name in (WEIGHTS, HEAD) else MAX_JSON)
+            check_plain(path / name, MAX_WEIGHTS if name in (WEIGHTS, HEAD, DECODER) else MAX_JSON)
         elif downloads(path) is None:  # a download may hold what others fetched of the same repository
             raise ScbinModelError(
                 "M05", f"{path} holds {name!r}, which does not belong into a scbin model. Remove it first."
@@ -164,7 +168,7 @@ def _check_manifest(path: Path) -> None:
         sound = {CONFIG, WEIGHTS, SCBIN} <= set(files) <= ALLOWED - {MANIFEST} and all(
             type(entry["size"]) is int and type(entry["sha256"]) is str for entry in files.values()
         )
-        sound &= (HEAD in files) == path.with_name(HEAD).exists()
+        sound &= all((name in files) == path.with_name(name).exists() for name in (HEAD, DECODER))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, ScbinModelError):
             raise

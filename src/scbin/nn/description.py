@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from scbin._errors import ScbinModelError
+from scbin.nn.decoder import Decoder
 from scbin.nn.heads import HeadPlan, head_from, head_shapes
 from scbin.nn.untrusted import read_tensors
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from scbin.encoding.vocabulary import Vocabulary
     from scbin.nn.heads import Head, Target
 
 
@@ -31,6 +33,8 @@ def describe(model: Any) -> dict[str, str]:
     }
     if model.head is not None:
         facts["answers"] = ", ".join(answer(target) for target in model.head.targets)
+    if model.decoder is not None:
+        facts["decoder"] = "makes cells by phenotype, imputes genes" if vocabulary.phenotypes else "imputes genes"
     trained = [(key.removeprefix("n_"), model.training.get(key)) for key in ("n_cells", "steps", "epochs")]
     facts["trained"] = (
         ", ".join(f"{name} {value:,}" for name, value in trained if isinstance(value, int | float))
@@ -91,3 +95,17 @@ def read_head(path: Path, fields: Mapping[str, Any] | None, hidden_size: int, n_
         return None
     plan = HeadPlan.from_dict(fields)
     return head_from(plan, read_tensors(path, head_shapes(plan, hidden_size, n_genes)), hidden_size, n_genes)
+
+
+def read_decoder(
+    path: Path, fields: Mapping[str, Any] | None, vocabulary: Vocabulary, hidden_size: int
+) -> Decoder | None:
+    """Return the decoder that is described; its file is there exactly when it is described."""
+    if path.exists() != (fields is not None):
+        raise ScbinModelError(
+            "M18", f"scbin.json and {path.name} do not belong together. Fetch or save the model again."
+        )
+    if fields is None:
+        return None
+    tensors = read_tensors(path, Decoder.shapes(vocabulary, fields, hidden_size))
+    return Decoder.from_tensors({name: tensor.numpy() for name, tensor in tensors.items()}, vocabulary)

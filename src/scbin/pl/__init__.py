@@ -5,6 +5,7 @@ from __future__ import annotations
 from scbin.pl._calibration import calibration
 from scbin.pl._confusion import confusion
 from scbin.pl._embedding import embedding
+from scbin.pl._generated import generated
 from scbin.pl._perturbation import perturbation
 from scbin.pl._perturbation_map import perturbation_map
 from scbin.pl._perturbation_matrix import perturbation_matrix
@@ -18,6 +19,7 @@ __all__ = [
     "calibration",
     "confusion",
     "embedding",
+    "generated",
     "perturbation",
     "perturbation_map",
     "perturbation_matrix",

@@ -233,6 +233,7 @@ def pretrain(
         Readout(pooling, gene_weights=gene_weights if pooling == "weighted" else None),
         _summary(preset, chosen, recipe, settings, result),
         result.history,
+        decoder=result.decoder,
     )
     if save_dir is not None and is_first_process():
         model.save(Path(save_dir) / "model", overwrite=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -12,7 +13,8 @@ from scbin._errors import ScbinInputError
 from scbin.data.loadings import gene_loadings
 from scbin.data.masking import MaskingScheme
 from scbin.nn.bert import build_bert, init_gene_table
-from scbin.nn.embedding import hide_phenotypes, pooling_weights
+from scbin.nn.decoder import can_decode, fit_decoder
+from scbin.nn.embedding import embed_tokens, hide_phenotypes, pooling_weights
 from scbin.train.distributed import joined_world
 from scbin.train.loop import train
 from scbin.train.objective import MaskedLoss, Objective
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import BertForMaskedLM
 
     from scbin.encoding.vocabulary import Vocabulary
+    from scbin.nn.decoder import Decoder
     from scbin.nn.embedding import Pooling, Weights
     from scbin.nn.presets import Preset
     from scbin.train.distributed import World
@@ -88,6 +91,7 @@ class Pretrained:
     gene_weights: np.ndarray | None  # (genes,)
     history: pd.DataFrame
     n_cells: int  # trained on, without those held out
+    decoder: Decoder | None  # None where genes have no places of their own
 
 
 def pretrain_tokens(
@@ -101,7 +105,7 @@ def pretrain_tokens(
 ) -> Pretrained:
     """Train a new network on the rows of a token matrix.
 
-    Held-out cells enter neither the weights nor the start of the gene table.
+    Held-out cells enter neither the weights nor the start of the gene table, nor the decoder.
     """
     training, _ = split(tokens, None, settings)
     bert = build_bert(vocabulary, preset, seed=settings.seed)
@@ -123,7 +127,13 @@ def pretrain_tokens(
             position_weights=weights.positions,
         )
         history = train(bert, objective, tokens, settings, cell_names=cell_names)
-    return Pretrained(bert.cpu().eval(), gene_weights, history, len(training))
+    decoder = None
+    if can_decode(vocabulary):
+        vectors = partial(
+            embed_tokens, bert, weights=weights, device=settings.device, token_budget=settings.token_budget
+        )
+        decoder = fit_decoder(vectors, tokens[training], vocabulary, seed=settings.seed)
+    return Pretrained(bert.cpu().eval(), gene_weights, history, len(training), decoder)
 
 
 def _gene_table(
