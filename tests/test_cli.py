@@ -26,7 +26,7 @@ def test_no_verb_is_explained(capsys):
     with pytest.raises(SystemExit) as stop:
         main([])
     assert stop.value.code == 2
-    assert "{quickstart}" in capsys.readouterr().err
+    assert "{quickstart,check}" in capsys.readouterr().err
 
 
 @pytest.fixture

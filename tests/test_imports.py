@@ -13,6 +13,7 @@ SRC = Path(__file__).parents[1] / "src" / "scbin"
 FILES = sorted(SRC.rglob("*.py"))
 
 FACE = {"pp", "tl", "pl", "get", "datasets", "cli", "_keys", "_anndata", "_sparse"}
+FACE |= {"_check_file", "_stored", "_walk_file"}
 # which rooms each room may import, beside itself, _errors and _arguments
 BELOW = {
     "encoding": set(),

@@ -24,11 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `scbin` with the arguments of the command line; return the exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except (ScbinError, OSError) as error:
         print(f"scbin: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,7 +46,25 @@ def _parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
     quickstart.add_argument("--seed", type=int, default=0, help="start of all randomness (default: %(default)s)")
     quickstart.set_defaults(run=_quickstart)
+    check = verbs.add_parser(
+        "check",
+        help="say what is wrong with an h5ad file or zarr directory from elsewhere, without trusting it",
+        description="Look at an h5ad file or a zarr directory in a process with limits, so that links to other files, sizes that "
+        "are not true and parts that do not fit each other are found before anything relies on it; then say what scbin would read. "
+        "The exit status is 0 for a sound file, 1 for one with errors.",
+    )
+    check.add_argument("file", type=Path, help="the file or directory")
+    check.add_argument("--like", help="directory of a model to match the genes with")
+    check.add_argument("--memory", type=float, default=8.0, help="most memory in GiB (default: %(default)s)")
+    check.add_argument("--seconds", type=int, default=600, help="most time of the processor (default: %(default)s)")
+    check.set_defaults(run=_check)
     return parser
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from scbin._check_file import check_file
+
+    return check_file(arguments.file, memory=arguments.memory, seconds=arguments.seconds, like=arguments.like)
 
 
 def _quickstart(arguments: argparse.Namespace) -> None:
