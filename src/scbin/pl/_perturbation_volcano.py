@@ -23,7 +23,7 @@ def perturbation_volcano(
     *,
     key: str | None = None,
     group: str | None = None,
-    n_genes: int = 10,
+    n_genes: int = 8,
     genes: list[str] | tuple[str, ...] | None = None,
     fdr: float = SIGNIFICANT,
     title: str | None = None,

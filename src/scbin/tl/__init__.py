@@ -8,9 +8,22 @@ from scbin.tl._finetune import finetune
 from scbin.tl._generate import generate
 from scbin.tl._impute import impute
 from scbin.tl._perturb import perturb
+from scbin.tl._perturb_statistics import perturb_statistics
 from scbin.tl._predict import predict
 from scbin.tl._pretrain import pretrain
 from scbin.tl._search import search
 from scbin.tl._splits import split
 
-__all__ = ["embed", "evaluate", "finetune", "generate", "impute", "perturb", "predict", "pretrain", "search", "split"]
+__all__ = [
+    "embed",
+    "evaluate",
+    "finetune",
+    "generate",
+    "impute",
+    "perturb",
+    "perturb_statistics",
+    "predict",
+    "pretrain",
+    "search",
+    "split",
+]
