@@ -18,7 +18,7 @@ from scbin.nn.device import resolve_device, resolve_precision
 from scbin.nn.pooling import pool
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
     from scipy.sparse import csr_matrix
@@ -126,21 +126,24 @@ class RowEncoder:
         return result
 
     def packs(
-        self, tokens: csr_matrix, *, every_token: bool = False
+        self, tokens: csr_matrix, *, every_token: bool = False, n_seen: np.ndarray | None = None
     ) -> Iterator[tuple[np.ndarray, Pack, Tensor, Layout]]:
-        """Yield packs of rows with the hidden states of their tokens (T, H), or of `[CLS]` alone where nothing else counts."""
+        """Yield packs of rows with the hidden states of their tokens (T, H), or of `[CLS]` alone where nothing else counts.
+
+        With `every_token` none is left out; `n_seen` (rows,) tokens at the start of each row are attended to, the others only ask.
+        """
         totals = np.add.reduceat(np.append(self.weights.of(tokens.data, tokens.indices), 0), tokens.indptr[:-1])
         lengths = np.where((totals > 0) | every_token, np.diff(tokens.indptr), 0)
         with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             for rows in plan_equal(lengths, self.token_budget):
                 pack = make_pack(tokens, rows)
-                layout = pack_layout(pack.cu_seqlens, self.device)
+                layout = pack_layout(pack.cu_seqlens, self.device, None if n_seen is None else n_seen[rows])
                 yield rows, pack, self._encode(pack, layout, only_cls=self._only_cls and not every_token), layout
 
     def _encode(self, pack: Pack, layout: Layout, *, only_cls: bool) -> Tensor:
         blocks = self.bert.bert.encoder.layer[: self.n_layers]
         length = int(pack.lengths[0])
-        dense = pack.n_rows > 1 and bool((pack.lengths == length).all())
+        dense = pack.n_rows > 1 and layout.key_lengths is None and bool((pack.lengths == length).all())
         shape = (pack.n_rows, length) if dense else (1, pack.n_tokens)
         extra: dict[str, Any] = {} if dense else {"layout": layout}
         hidden, where = self._embedded(pack)
@@ -166,9 +169,7 @@ class RowEncoder:
         return embeddings.dropout(hidden), to_device(where.reshape(-1), self.device)
 
 
-def _shared_layer(
-    block: Any, hidden: Tensor, where: Tensor, shape: tuple[int, int], extra: dict[str, Any]
-) -> Tensor:
+def _shared_layer(block: Any, hidden: Tensor, where: Tensor, shape: tuple[int, int], extra: dict[str, Any]) -> Tensor:
     """Run the first layer: what goes into attention is computed once for each different token, then laid out."""
     attention = block.attention.self
     heads, width = attention.num_attention_heads, attention.attention_head_size
@@ -211,7 +212,13 @@ class Moved:
 
 
 def edited_vectors(
-    encoder: RowEncoder, rows: GeneRows, edit: Edit, cells: np.ndarray, genes: np.ndarray, originals: np.ndarray
+    encoder: RowEncoder,
+    rows: GeneRows,
+    edit: Edit,
+    cells: np.ndarray,
+    genes: np.ndarray,
+    originals: np.ndarray | None,
+    read: Callable[[csr_matrix, np.ndarray], np.ndarray] | None = None,
 ) -> Iterator[Moved]:
     """Yield the vectors of cells before and after edits, block by block; every changed pair is one forward.
 
@@ -226,8 +233,12 @@ def edited_vectors(
     cells, genes
         The pairs: rows (pairs,), and genes (pairs,) or (pairs, genes edited together). Sorted by cell it is fastest.
     originals
-        Vectors of all rows (rows, H).
+        Vectors of all rows (rows, H); `None` reads them again for each pair, where they depend on the genes of the pair.
+    read
+        What is read off rows (n, positions) with these genes edited (n, m); by default their vectors.
     """
+    read = read or (lambda tokens, _: encoder.vectors(tokens))
+    genes = genes[:, None] if genes.ndim == 1 else genes
     lengths = np.diff(rows.tokens.indptr)[cells].astype(np.int64)
     block = 16 * encoder.token_budget
     bounds = np.searchsorted(np.cumsum(lengths), np.arange(block, lengths.sum() + block, block), side="left") + 1
@@ -236,15 +247,16 @@ def edited_vectors(
         at = slice(start, int(stop))
         start = int(stop)
         edited = edit_rows(rows, edit, cells[at], genes[at])
-        vectors = originals[cells[at]]
+        vectors = read(rows.tokens[cells[at]], genes[at]) if originals is None else originals[cells[at]]
         cut = np.flatnonzero(edited.n_cut > 0)
         if len(cut):
             # many pairs share an original that lost as many genes
             kinds, which = np.unique(np.stack([cells[at][cut], edited.n_cut[cut]], axis=1), axis=0, return_inverse=True)
-            vectors[cut] = encoder.vectors(shortened(rows, kinds[:, 0], kinds[:, 1]))[which.reshape(-1)]
+            without = shortened(rows, kinds[:, 0], kinds[:, 1])
+            vectors[cut] = read(without, np.zeros((len(kinds), 0), dtype=np.int64))[which.reshape(-1)]
         after = vectors.copy()
         todo = np.flatnonzero(edited.changed)
-        after[todo] = encoder.vectors(edited.tokens[todo] if len(todo) < len(after) else edited.tokens)
+        after[todo] = read(edited.tokens[todo] if len(todo) < len(after) else edited.tokens, genes[at][todo])
         yield Moved(at, cells[at], after, vectors, edited.changed)
 
 

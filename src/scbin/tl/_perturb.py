@@ -11,8 +11,9 @@ from scbin.encoding.edits import Edit, GeneRows
 from scbin.nn.embedding import hide_phenotypes
 from scbin.nn.perturbation import RowEncoder
 from scbin.tl._model import resolve_model
+from scbin.tl._perturb_affected import run_affected
 from scbin.tl._perturb_genes import gene_names
-from scbin.tl._perturb_measure import measure_for
+from scbin.tl._perturb_measure import Readout, expression_measure, measure_for, phenotype_measure
 from scbin.tl._perturb_plan import chosen_cells, make_plan, read_states
 from scbin.tl._perturb_run import Job, run_job
 from scbin.tl._perturb_write import Slots, write_results
@@ -24,9 +25,12 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from scbin.encoding.edits import Mode
+    from scbin.encoding.vocabulary import Vocabulary
     from scbin.model import Model
     from scbin.nn.device import Precision
+    from scbin.tl._perturb_plan import Plan
 
+MOST_EXPRESSION = 200_000_000  # predicted values held at once
 Method = Literal["auto", "exact", "screen"]
 
 
@@ -41,6 +45,9 @@ def perturb(
     each: bool = True,
     anchor: str | Sequence[str] | None = None,
     combine: int = 1,
+    readout: Readout = "embedding",
+    level: Literal["cell", "gene"] = "cell",
+    target: str | None = None,
     method: Method = "auto",
     verify: float = 0.1,
     state_key: str | None = None,
@@ -92,6 +99,14 @@ def perturb(
         A gene that is edited along with each of the others, in the cells that express it.
     combine
         2 edits all pairs of `genes`, 3 all triples.
+    readout
+        What is read off a cell: its vector, `"embedding"`; the probabilities that the model gives to the values of a
+        `"phenotype"`, named by `target`, or just to its value `goal`; or the `"expression"` that it expects of every gene, given
+        a part of the others and the edited ones.
+    level
+        `"gene"` measures the vectors of the other genes of a cell instead of the cell's: which genes an edit affects.
+    target
+        The phenotype to predict.
     method
         `"exact"`: every edit is a forward of the network. `"screen"`: the effects of all genes of a cell from one forward and a
         few gradients, a hundred times faster; the genes with the largest effects are then computed exactly, and the table says
@@ -146,6 +161,8 @@ def perturb(
         For a list at once: the vectors afterwards (cells, hidden size), NaN for cells that were not edited.
     `adata.uns['scbin_perturb']`
         `table`, one row per gene or set of genes (see :func:`scbin.get.perturb_df`), and `params`, how it was made, as JSON.
+        With `level="gene"` the table has a row per perturbed and affected gene. With `readout="expression"` also `expression`
+        (sets, genes of the model), the mean change that is expected of each gene, and the names `sets` and `genes`.
 
     Raises
     ------
@@ -168,7 +185,8 @@ def perturb(
     ['CST3', 'NKG7']
     """
     check_adata(adata)
-    choices({"method": get_args(Method), "centre": ("auto", "states", "cells", None)}, method=method, centre=centre)
+    allowed = {"method": get_args(Method), "centre": ("auto", "states", "cells", None), "readout": get_args(Readout)}
+    choices({**allowed, "level": ("cell", "gene")}, method=method, centre=centre, readout=readout, level=level)
     whole_numbers(k=k, combine=combine, max_edits=max_edits, token_budget=token_budget, seed=seed)
     numbers(fraction=fraction, verify=verify)
     flags(each=each, progress=progress, copy=copy)
@@ -181,6 +199,14 @@ def perturb(
         )
     if centre == "states" and state_key is None:
         raise ScbinInputError("P23", 'centre="states" needs states: pass state_key= and goal=, or another centre.')
+    if level == "gene" and method == "screen":
+        raise ScbinInputError("P29", 'there is no screen for level="gene". Use method="exact".')
+    if (readout == "phenotype") != (target is not None) or (level == "gene" and (readout != "embedding" or state_key)):
+        raise ScbinInputError(
+            "P23",
+            f"readout={readout!r}, target={target!r}, level={level!r} do not go together: target= is the phenotype to read, and "
+            'level="gene" is about vectors without states.',
+        )
     edit = Edit(mode, int(k), float(fraction))
     slots = Slots.of(adata, key_added)
     adata = copied(adata) if copy else adata
@@ -190,28 +216,41 @@ def perturb(
     named = gene_names(adata, vocabulary, gene_key)
     donors = None if donor_key is None else read_obs(adata, donor_key).astype(object).to_numpy()
     readable = rows.n_genes > 0
-    states = read_states(adata, readable, state_key, start, goal, alternatives)
+    states = None if readout == "phenotype" else read_states(adata, readable, state_key, start, goal, alternatives)
     cells = chosen_cells(adata, readable, groupby, groups, states)
     plan = make_plan(rows, named, cells, edit, genes, each=each, anchor=anchor, combine=combine, max_edits=max_edits)
     encoder = RowEncoder(
         chosen.bert,
         vocabulary,
         chosen.weights(),
-        layer=chosen.readout.layer,
+        layer=chosen.readout.layer if readout == "embedding" else -1,
         device=device,
         precision=precision,
         token_budget=token_budget,
     )
     job = Job(plan, rows, edit, method, verify, seed, save_dir, progress)
     with encoder:
-        measure = measure_for(encoder, rows, plan, cells, states, centre)
-        result = run_job(job, encoder, measure, chosen.fingerprint)
+        if readout == "phenotype":
+            measure = phenotype_measure(encoder, rows, cells, vocabulary.phenotype(str(target)), goal)
+        elif readout == "expression":
+            _check_expression(vocabulary, plan)
+            measure = expression_measure(encoder, rows, cells, named.names)
+        else:
+            measure = measure_for(encoder, rows, plan, cells, states, centre)
+        affected = None
+        if level == "gene":
+            result, affected = run_affected(job, encoder, named.names)
+        else:
+            result = run_job(job, encoder, measure, chosen.fingerprint)
     params = {
         "mode": mode,
         "k": k,
         "fraction": fraction,
         "model": chosen.fingerprint,
         "precision": precision,
+        "readout": readout,
+        "level": level,
+        "target": target,
         "state_key": state_key,
         "start": start,
         "goal": goal,
@@ -222,5 +261,21 @@ def perturb(
         "anchor": [anchor] if isinstance(anchor, str) else list(anchor or ()),
         "seed": seed,
     }
-    write_results(adata, slots, plan, rows, named, measure, result, params, groupby, donors, null)
+    write_results(adata, slots, plan, rows, named, measure, result, params, groupby, donors, null, affected)
     return adata if copy else None
+
+
+def _check_expression(vocabulary: Vocabulary, plan: Plan) -> None:
+    """Refuse what has no expression to predict, or more of it than memory."""
+    if not vocabulary.position_is_gene:
+        raise ScbinInputError(
+            "P23",
+            'readout="expression" needs tokens that say how much of a gene there is; these are ranks. Use "bins".',
+        )
+    n = plan.n_pairs * len(vocabulary.genes)
+    if n > MOST_EXPRESSION:
+        raise ScbinInputError(
+            "P27",
+            f"{plan.n_pairs:,} edits times {len(vocabulary.genes):,} predicted genes are {n:,} numbers, more than the "
+            f"{MOST_EXPRESSION:,} that are held at once. Name fewer genes, or restrict the cells.",
+        )

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from scbin._errors import ScbinInputError
+from scbin.nn.effects import phenotype_probabilities, predicted_expression
 from scbin.nn.perturbation import cosine_shift, edited_vectors, state_shift
 from scbin.nn.screen import screen_vectors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    from scipy.sparse import csr_matrix
 
     from scbin.encoding.edits import Edit, GeneRows
+    from scbin.encoding.vocabulary import Phenotype
     from scbin.nn.perturbation import Moved, RowEncoder
     from scbin.tl._perturb_plan import Plan, States
 
+Readout = Literal["embedding", "phenotype", "expression"]
 N_SAMPLE = 128  # edits made exactly to find the directions in which attention moves cells
 MOST_DIRECTIONS = 16
 ENOUGH = 0.995  # share of their squared length that the directions have to hold
@@ -46,19 +53,31 @@ class Measure:
     """Vectors of the cells as they are, and of the states, with the numbers that compare an edited vector with them."""
 
     names: tuple[str, ...]  # of the numbers: "shift", or with states "shift", "shift_to_start" and one per alternative
-    originals: np.ndarray  # (rows, H) float32, NaN where not needed
+    originals: (
+        np.ndarray | None
+    )  # (rows, H) what was read off the cells, NaN where not needed; None: read for each edit
     states: np.ndarray | None  # (states, H) means of the cells of goal, start, alternatives
     centre: np.ndarray | None  # (H,) origin of the cosines
     keep_vectors: bool  # of the edited cells, behind the numbers
     clock: Clock
+    readout: Readout = "embedding"
+    read: Callable[[csr_matrix, np.ndarray], np.ndarray] | None = None  # instead of vectors
+    wanted: int | None = None  # the value of a phenotype whose probability is the shift
 
     @property
     def width(self) -> int:
         """How many numbers there are for each edit."""
-        return len(self.names) + (self.originals.shape[1] if self.keep_vectors else 0)
+        n_kept = 0 if self.originals is None or not self.keep_vectors else self.originals.shape[1]
+        return len(self.names) + n_kept
 
     def of(self, original: np.ndarray, edited: np.ndarray) -> np.ndarray:
         """Return the numbers of each edit (pairs, width)."""
+        if self.readout != "embedding":
+            change = edited.astype(np.float64) - original
+            total = (
+                np.nanmean(np.abs(change), axis=1) if self.readout == "expression" else np.abs(change).sum(axis=1) / 2
+            )
+            return np.concatenate([(total if self.wanted is None else change[:, self.wanted])[:, None], change], axis=1)
         if self.states is None:
             values = cosine_shift(original, edited, self.centre)[:, None]
         else:
@@ -106,6 +125,37 @@ def measure_for(
     within = {None: None, "cells": readable, "states": states and np.unique(np.concatenate(states.members))}[centre]
     origin = None if within is None else np.nanmean(originals[within].astype(np.float64), axis=0)
     return Measure(names, originals, means, origin, plan.together, clock)
+
+
+def phenotype_measure(
+    encoder: RowEncoder, rows: GeneRows, cells: np.ndarray, phenotype: Phenotype, goal: str | None
+) -> Measure:
+    """Measure how the probabilities of a phenotype's values change; the shift is that of the goal, or the total variation."""
+    if goal is not None and goal not in phenotype.values:
+        known = ", ".join(map(repr, phenotype.values[:6])) + (" ..." if len(phenotype.values) > 6 else "")
+        raise ScbinInputError("P26", f"{goal!r} is no value of {phenotype.name!r}, which has: {known}.")
+
+    def read(tokens: csr_matrix, genes: np.ndarray) -> np.ndarray:
+        return phenotype_probabilities(encoder, tokens, phenotype)
+
+    clock = Clock()
+    originals = np.full((rows.tokens.shape[0], len(phenotype.values)), np.nan)
+    originals[cells] = clock.timed(rows.tokens[cells].nnz, lambda: read(rows.tokens[cells], cells[:, None]))
+    wanted = None if goal is None else phenotype.values.index(goal)
+    names = ("shift", *(f"change_of_{value.replace('/', '-')}" for value in phenotype.values))
+    return Measure(names, originals, None, None, False, clock, "phenotype", read, wanted)
+
+
+def expression_measure(encoder: RowEncoder, rows: GeneRows, cells: np.ndarray, genes: Sequence[str]) -> Measure:
+    """Measure how the expression that the model expects of every other gene changes; the shift is the mean absolute change."""
+    clock = Clock()
+    tokens = rows.tokens[cells[:20]]
+    clock.timed(
+        tokens.nnz, lambda: predicted_expression(encoder, tokens, np.zeros((tokens.shape[0], 0), dtype=np.int64))
+    )
+    clock.seconds *= 2  # before and after
+    read = partial(predicted_expression, encoder)
+    return Measure(("shift", *genes), None, None, None, False, clock, "expression", read)
 
 
 def attention_directions(

@@ -105,25 +105,36 @@ class Result:
 def run_job(job: Job, encoder: RowEncoder, measure: Measure, fingerprint: str) -> Result:
     """Run all pairs, exactly or by the screen with its best exactly, and say beforehand how long it will take."""
     plan = job.plan
-    possible = can_screen(job.rows, job.edit, plan.sets)
+    possible = can_screen(job.rows, job.edit, plan.sets) and measure.readout == "embedding"
     if job.method == "screen" and not possible:
         raise ScbinInputError(
             "P29",
             f"there is no screen for mode={job.edit.mode!r} of {count(plan.sets.shape[1], 'gene')} at once in "
-            f"{job.rows.vocabulary.encoding!r}; it takes single genes, and for 'rank' deletions. Use method=\"exact\".",
+            f"{job.rows.vocabulary.encoding!r}; read by {measure.readout}; it takes effects of single genes on the embedding, and for 'rank' deletions. Use method=\"exact\".",
         )
     screen = job.method == "screen" or (job.method == "auto" and possible and plan.n_pairs > AUTO_EXACT)
     tokens, states = job.rows.tokens, "none" if measure.states is None else measure.states
     centre = "none" if measure.centre is None else measure.centre
     on = (tokens.data, tokens.indices, tokens.indptr, plan.cells, plan.genes, states, centre)
-    pieces = Pieces.of(job.save_dir, *on, fingerprint, job.edit, encoder.dtype, measure.width, screen, job.seed)
+    pieces = Pieces.of(
+        job.save_dir,
+        *on,
+        fingerprint,
+        job.edit,
+        encoder.dtype,
+        measure.names,
+        measure.readout,
+        measure.width,
+        screen,
+        job.seed,
+    )
     announce(job, measure, screen)
     everything = np.arange(plan.n_pairs)
     if not screen:
         values = _in_pieces(job, everything, measure.width, pieces, partial(_exact, job, encoder, measure))
         return Result(values, np.ones(len(plan.sets), dtype=bool), "exact", {})
     directions = measure.state_directions
-    if measure.states is None:
+    if measure.states is None and measure.originals is not None:
         directions = attention_directions(
             encoder, job.rows, job.edit, plan.cells, plan.genes[:, 0], measure.originals, seed=job.seed
         )
@@ -173,7 +184,7 @@ def _exact(job: Job, encoder: RowEncoder, measure: Measure, pairs: np.ndarray, b
     plan = job.plan
     cells, genes = plan.cells[pairs], plan.genes[pairs]
     values = np.full((len(pairs), measure.width), np.nan, dtype=np.float32)
-    for moved in edited_vectors(encoder, job.rows, job.edit, cells, genes, measure.originals):
+    for moved in edited_vectors(encoder, job.rows, job.edit, cells, genes, measure.originals, measure.read):
         values[moved.at] = np.where(moved.changed[:, None], measure(moved), np.nan)
         bar.update(moved.at.stop - moved.at.start)
     return values

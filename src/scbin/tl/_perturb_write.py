@@ -110,7 +110,7 @@ def make_table(
             exact=result.exact,
             seed=seed,
         )
-        for k, name in enumerate(measure.names[1:], start=1):
+        for k, name in enumerate(measure.names[1:] if measure.readout != "expression" else (), start=1):
             table[name] = means_of(values[:, k], which, n_sets)
         if group is not None:
             table.insert(0, "group", pd.Series([str(group)] * len(table), dtype=object))
@@ -130,10 +130,13 @@ def write_results(
     groupby: str | None,
     donors: np.ndarray | None,
     null: str | Sequence[str],
+    affected: pd.DataFrame | None = None,
 ) -> None:
     """Make everything, then write it."""
     groups = None if groupby is None else read_obs(adata, groupby).astype(object).map(str).to_numpy()
-    table = make_table(plan, rows, measure, result, groups, donors, null, params["seed"])
+    table = affected
+    if affected is None:
+        table = make_table(plan, rows, measure, result, groups, donors, null, params["seed"])
     changed = np.isfinite(result.values[:, 0])
     params = {
         **params,
@@ -158,7 +161,13 @@ def write_results(
     if single and (plan.sets.shape[1] == 1 or params["anchor"]):
         write_layer(adata, slots.layer, layer)
     if measure.keep_vectors:
-        vectors = np.full((adata.n_obs, measure.originals.shape[1]), np.nan, dtype=np.float32)
+        vectors = np.full((adata.n_obs, result.values.shape[1] - len(measure.names)), np.nan, dtype=np.float32)
         vectors[plan.cells] = result.values[:, len(measure.names) :]
         write_obsm(adata, slots.vectors, vectors)
-    write_entry(adata, slots.uns, {"table": table, "params": json.dumps(params)})
+    entry: dict[str, Any] = {"table": table, "params": json.dumps(params)}
+    if measure.readout == "expression":
+        columns_of = (result.values[:, k] for k in range(1, len(measure.names)))
+        means = [means_of(column, plan.which, len(plan.sets)) for column in columns_of]
+        entry["expression"] = np.stack(means, axis=1).astype(np.float32)
+        entry["sets"], entry["genes"] = (np.array(names, dtype=object) for names in (plan.names, measure.names[1:]))
+    write_entry(adata, slots.uns, entry)
