@@ -228,7 +228,7 @@ class Model:
         path: str | os.PathLike[str],
         *,
         dictionaries: str | os.PathLike[str] | None = None,
-        layer: int = -2,
+        layer: int | None = None,
         pooling: Pooling | None = None,
         target: str = "label",
         class_names: Sequence[str] | None = None,
@@ -246,7 +246,8 @@ class Model:
             The folder of Geneformer's dictionaries (`token_dictionary_gc104M.pkl` and so on, also as JSON): `geneformer` in its
             package. Default: the model's own folder, or `geneformer` beside it as in a copy of Geneformer's repository.
         layer
-            Which hidden states make the embedding: -2, the last layer but one, is what Geneformer calls `emb_layer=-1`.
+            Which hidden states make the embedding. Default: -2, the last layer but one, which Geneformer calls `emb_layer=-1`; for
+            a classifier -1, the last, which its head reads.
         pooling
             Default: `"cls"` for V2, `"mean"` for V1, which has no such token.
         target
@@ -263,8 +264,10 @@ class Model:
         """
         folder = None if dictionaries is None else Path(dictionaries)
         published = read_geneformer(Path(path), folder, target, class_names)
-        has_cls = CLS in published.vocabulary.specials
-        return cls._published(published, Readout(pooling or ("cls" if has_cls else "mean"), layer))
+        usual: Pooling = "cls" if CLS in published.vocabulary.specials else "mean"
+        if layer is None:
+            layer = -2 if published.head is None else -1
+        return cls._published(published, Readout(pooling or usual, layer))
 
     @classmethod
     def from_polygene(
@@ -347,6 +350,10 @@ class Model:
         if type(readout.layer) is not int or not -n_layers - 1 <= readout.layer <= n_layers:
             raise ScbinInputError(
                 "T14", f"layer is {readout.layer}; this network has layers 0 (embeddings) to {n_layers}."
+            )
+        if published.head is not None and readout.layer not in (-1, n_layers):
+            raise ScbinInputError(
+                "M65", f"layer is {readout.layer}, but the head of this classifier reads the last. Leave it out here."
             )
         pooling_weights(published.vocabulary, readout.pooling)
         for warning in published.remarks():

@@ -248,6 +248,9 @@ def test_classifiers_bring_their_head(geneformer, tmp_path, kind):
     names = ["healthy", "dilated", "hypertrophic"]
     model = Model.from_geneformer(tmp_path / "model", **arguments, target="disease", class_names=names)
     assert model.head.targets[0].name == "disease" and model.head.targets[0].classes == tuple(names)
+    assert model.readout.layer == -1
+    with pytest.raises(ScbinInputError, match="M65"):
+        Model.from_geneformer(tmp_path / "model", **arguments, layer=-2)
     adata = cells()
     scbin.pp.tokenize(adata, like=model)
     ids, _, mask = padded(adata.obsm["X_tokens"])
