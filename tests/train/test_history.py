@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
+import types
+import warnings
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ import torch
 from scbin._errors import ScbinInputError
 from scbin.nn.bert import bert_config
 from scbin.train.history import Board, History, peak_flops, step_flops
+from scbin.train.loop import train
 
 
 def test_a_history_survives_json():
@@ -28,6 +32,65 @@ def test_boards_that_are_not_installed_are_named(small, name):
     with pytest.raises(ScbinInputError, match=f"T32.*{name}"):
         Board(small.settings(**{name: "runs"}), 3, 0, is_first=True)
     Board(small.settings(**{name: "runs"}), 3, 0, is_first=False).close()
+
+
+def rows(n):
+    return [{"step": k, "loss": 1.0 / (k + 1), "loss_genes": 2.0, "gradient_norm": float("nan")} for k in range(n)]
+
+
+def test_tensorboard_gets_every_finite_number(small, tmp_path):
+    pytest.importorskip("tensorboard")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tensorboard's own imports
+        board = Board(small.settings(tensorboard=tmp_path / "runs"), 3, 0, is_first=True)
+        for row in rows(3):
+            board.show(row)
+        board.close()
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        written = EventAccumulator(str(tmp_path / "runs"))
+        written.Reload()
+    assert written.Tags()["scalars"] == ["loss", "loss_genes"]
+    assert [(e.step, e.value) for e in written.Scalars("loss")] == [(0, 1.0), (1, 0.5), (2, pytest.approx(1 / 3))]
+
+
+class Wandb(types.ModuleType):
+    """Stands in for the package: remembers what it is told."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.projects, self.logged, self.finished = [], [], 0
+
+    def init(self, project):
+        self.projects.append(project)
+        return self
+
+    def log(self, numbers, step):
+        self.logged.append((step, numbers))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_wandb_gets_every_finite_number(small, monkeypatch):
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    board = Board(small.settings(wandb="cells"), 2, 0, is_first=True)
+    for row in rows(2):
+        board.show(row)
+    board.close()
+    assert wandb.projects == ["cells"] and wandb.finished == 1
+    assert wandb.logged == [(0, {"loss": 1.0, "loss_genes": 2.0}), (1, {"loss": 0.5, "loss_genes": 2.0})]
+
+
+def test_a_run_reports_its_steps_and_only_the_first_process_does(small, monkeypatch):
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    history = train(small.bert(), small.objective(), small.tokens, small.settings(wandb="cells", max_steps=2))
+    assert [step for step, _ in wandb.logged] == [0, 1] and wandb.finished == 1
+    assert [numbers["loss"] for _, numbers in wandb.logged] == history["loss"].tolist()
+    Board(small.settings(wandb="cells", tensorboard="runs"), 2, 0, is_first=False).close()
+    assert wandb.projects == ["cells"]
 
 
 def test_the_bar_shows_loss_and_rates(small, capsys):
