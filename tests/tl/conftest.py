@@ -59,11 +59,12 @@ class Untouched:
     def __init__(self, adata: ad.AnnData):
         self.adata, self.before = adata, adata.to_memory() if adata.isbacked else adata.copy()
 
-    def check(self, *, obsm=(), uns=()):
+    def check(self, *, obs=(), obsm=(), uns=()):
         a, b = self.adata, self.before
         assert same(b.X, a.X) and (b.raw is None or same(b.raw.X, a.raw.X))
-        for slot in ("obs", "var"):
-            pd.testing.assert_frame_equal(getattr(a, slot), getattr(b, slot))
+        assert set(a.obs) == set(b.obs) | set(obs)
+        pd.testing.assert_frame_equal(a.obs.drop(columns=list(obs)), b.obs.drop(columns=list(obs), errors="ignore"))
+        pd.testing.assert_frame_equal(a.var, b.var)
         for slot in ("layers", "obsm", "varm", "obsp", "varp"):
             now, then = dict(getattr(a, slot)), dict(getattr(b, slot))
             new = set(obsm) if slot == "obsm" else set()
