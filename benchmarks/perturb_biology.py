@@ -8,9 +8,10 @@ interferon-stimulated genes should come first (AUROC against all other genes of 
 expression, the same push and the same shift in PCA space, a push by one standard deviation there, and the plain difference of
 the two states.
 
-knockouts: a model trained on control cells alone. Each gene that was knocked out in the experiment is deleted from control cells; the
-change of the model's predictions for all other genes is compared with the change that was observed. Beside it: no change, the
-mean change under the other knock-outs, and regression on the gene's expression in control cells.
+knockouts: a model trained on control cells alone. Each gene that was knocked out in the experiment is deleted from control cells that
+express it; the change of all other genes, as the model expects them when they are hidden and as regression reads them off the
+cell's vector, is compared with the change that was observed. Beside it: no change, the mean change under the other
+knock-outs, and regression on the gene's expression in control cells.
 """
 
 from __future__ import annotations
@@ -20,14 +21,13 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
-import torch
-from scipy import sparse, stats
+from scipy import stats
+from sklearn.linear_model import RidgeCV
 from sklearn.metrics import roc_auc_score
 
 import scbin
 from scbin.encoding.edits import Edit, GeneRows, edit_rows
-from scbin.nn.attention import pack_layout
-from scbin.nn.bert import encode_pack, logits_at
+from scbin.nn.embedding import embed_tokens
 from scbin.tl._expression import log_normalised
 
 # Genes that reviews of the type I interferon response name as induced (Schoggins and Rice 2011, Curr Opin Virol; Schneider,
@@ -156,56 +156,37 @@ def knockouts(arguments: argparse.Namespace) -> None:
         cells.var["highly_variable"] = True
         scbin.pp.tokenize(cells)
         model = scbin.tl.pretrain(cells, seed=seed, progress=False)
-        methods[f"scbin, seed {seed}"] = _predicted_changes(cells, model, tested, arguments.cells, seed)
+        for readout, changes in _predicted_changes(cells, model, tested, arguments.cells, seed).items():
+            methods[f"scbin: {readout}, seed {seed}"] = changes
     _report(methods, observed, tested, adata, shown, perturbed, log1p)
 
 
 def _predicted_changes(
     cells: ad.AnnData, model: scbin.Model, names: list[str], n_cells: int, seed: int
-) -> dict[str, np.ndarray]:
-    """Mean change of the expression that the model expects of each hidden gene, when another one is deleted."""
+) -> dict[str, dict[str, np.ndarray]]:
+    """Mean change of all genes when one is deleted: as the model expects them when hidden, and as the cell's vector tells.
+
+    The second reads the genes off the vector by ridge regression on the same control cells, before and after.
+    """
     vocabulary = model.vocabulary
     rows = GeneRows(cells.obsm["X_tokens"].tocsr(), vocabulary)
-    columns = cells.var_names.get_indexer(vocabulary.genes)
-    result = {}
+    log1p = log_normalised(cells).toarray()
+    vectors = cells.obsm["X_scbin"]
+    reader = RidgeCV(np.geomspace(1e-2, 1e4, 13)).fit(vectors, log1p)
+    by_mask, by_vector = {}, {}
     for name in names:
         gene = vocabulary.genes.index(name)
         holding = np.flatnonzero(rows.find(np.arange(cells.n_obs), np.full(cells.n_obs, gene))[1] > 0)
-        holding = np.random.default_rng(seed).permutation(holding)[:n_cells]
+        holding = np.sort(np.random.default_rng(seed).permutation(holding)[:n_cells])
+        part = cells[holding].copy()
+        scbin.tl.perturb(part, model, genes=name, mode="delete", readout="expression", method="exact", progress=False)
+        entry = part.uns["scbin_perturb"]
+        by_mask[name] = np.zeros(cells.n_vars)
+        by_mask[name][cells.var_names.get_indexer(entry["genes"])] = np.nan_to_num(entry["expression"][0])
         edited = edit_rows(rows, Edit("delete"), holding, np.full(len(holding), gene)).tokens
-        before, after = (_expected(model, tokens, seed) for tokens in (rows.tokens[holding], edited))
-        result[name] = np.zeros(cells.n_vars)
-        result[name][columns] = (after - before).mean(axis=0)
-    return result
-
-
-def _expected(model: scbin.Model, tokens: sparse.csr_matrix, seed: int, n_parts: int = 7) -> np.ndarray:
-    """Expected value of each gene in each row (rows, genes), hidden a seventh at a time."""
-    vocabulary = model.vocabulary
-    first, start = vocabulary.first_gene_position, vocabulary.first_gene_id
-    n_genes = len(vocabulary.genes)
-    values = torch.from_numpy(vocabulary.bins.centres)
-    result = np.empty((tokens.shape[0], n_genes))
-    parts = np.array_split(np.random.default_rng(seed).permutation(n_genes), n_parts)
-    model.bert.eval()
-    with torch.inference_mode():
-        for part in parts:
-            hidden = first + np.sort(part)
-            for row in range(tokens.shape[0]):
-                own = slice(tokens.indptr[row], tokens.indptr[row + 1])
-                shown = ~np.isin(tokens.indices[own], hidden)
-                positions = np.concatenate([tokens.indices[own][shown], hidden])
-                ids = np.concatenate([tokens.data[own][shown], np.full(len(hidden), vocabulary.mask_id)])
-                bounds = np.array([0, len(ids)])
-                states = encode_pack(
-                    model.bert,
-                    torch.from_numpy(ids.astype(np.int64)),
-                    torch.from_numpy(positions.astype(np.int64)),
-                    pack_layout(bounds, "cpu"),
-                )
-                logits = logits_at(model.bert, states[-len(hidden) :], start, start + vocabulary.n_levels)
-                result[row, hidden - first] = (logits.softmax(dim=1) @ values).numpy()
-    return result
+        after = embed_tokens(model.bert, edited, model.weights())
+        by_vector[name] = (reader.predict(after) - reader.predict(vectors[holding])).mean(axis=0)
+    return {"hidden genes": by_mask, "cell vector": by_vector}
 
 
 def _report(
@@ -236,8 +217,6 @@ def _report(
             agree = np.sign(ours[changed[name]]) == np.sign(theirs[changed[name]])
             signs.append(agree.mean() if len(agree) else np.nan)
         cells = [f"{r:.2f} | {s:.2f}" for r, s in zip(correlations, signs, strict=True)]
-        with np.errstate(invalid="ignore"):
-            mean = [np.mean(values) if np.isfinite(values).any() else np.nan for values in (correlations, signs)]
         known = [np.array(values)[np.isfinite(values)] for values in (correlations, signs)]
         mean = [values.mean() if len(values) else np.nan for values in known]
         print(method.ljust(40) + "".join(cell.rjust(14) for cell in cells) + f"{mean[0]:.2f} | {mean[1]:.2f}".rjust(14))

@@ -69,6 +69,7 @@ def test_what_is_not_there_is_named(table, wrong):
 
 
 def test_geneformer_goal_state(table):
+    table["shift_to_start"] = -0.1  # of no interest there
     table["shift_to_alternative"] = [0.0, np.nan, 0.1, 0.2]
     table["p_value_alternative"] = 0.5
     table["fdr_alternative"] = 0.9
@@ -88,6 +89,11 @@ def test_geneformer_reports_cosines_without_a_goal(table):
     frame = scbin.get.perturb_df(cells(table), style="geneformer")
     assert frame["Test_avg_shift"].tolist()[:3] == pytest.approx([0.7, 0.9, 1.2])
     assert frame["N_Detections"].tolist() == [9, 5, 7, 0]
+
+
+def test_geneformer_knows_no_other_readouts(table):
+    with pytest.raises(ScbinInputError, match=r"P58.*expression"):
+        scbin.get.perturb_df(cells(table, readout="expression"), style="geneformer")
 
 
 def test_geneformer_gene_lists_have_shifts_only():

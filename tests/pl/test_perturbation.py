@@ -94,6 +94,18 @@ def test_chosen_genes_and_groups(plot):
         plot(adata, group="NK")
 
 
+def test_axes_say_what_was_read_off():
+    adata = perturbed()
+    said = {
+        "change of P(sex = male)": {"readout": "phenotype", "target": "sex", "goal": "male"},
+        "change of predicted sex": {"readout": "phenotype", "target": "sex", "goal": None},
+        "mean change of predicted expression": {"readout": "expression"},
+    }
+    for text, params in said.items():
+        adata.uns["scbin_perturb"]["params"] = json.dumps(params)
+        assert scbin.pl.perturbation(adata).get_ylabel() == text
+
+
 def test_few_genes_without_statistics():
     adata = ad.AnnData(np.zeros((2, 3), dtype=np.float32))
     table = pd.DataFrame({"gene": ["A", "$B_1$", "C"], "n_cells": 3, "shift": [0.1, 0.3, np.nan]})

@@ -118,6 +118,11 @@ def _of_group(table: pd.DataFrame, group: str) -> pd.DataFrame:
 def _geneformer(table: pd.DataFrame, params: Mapping[str, Any], adata: AnnData) -> pd.DataFrame:
     """Put a table under the names that Geneformer gives; which statistic it is, its columns say."""
     columns = set(table.columns)
+    readout = params.get("readout", "embedding")
+    if readout != "embedding":
+        raise ScbinInputError(
+            "P58", f"Geneformer has no table for effects on the {readout} that a model predicts. Use style='scbin'."
+        )
     if {"anchor", "combined_shift"} <= columns:
         return _pairs(table, adata)
     if {"perturbed", "affected"} <= columns:

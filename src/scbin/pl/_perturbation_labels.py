@@ -187,6 +187,16 @@ def title_of(params: Mapping[str, Any]) -> str:
 
 def shift_label(params: Mapping[str, Any]) -> str:
     """Say in words what a shift is."""
+    if params.get("readout") == "phenotype":
+        target = _style.shorten(params.get("target"), 20)
+        wanted = params.get("goal")
+        return (
+            f"change of predicted {target}"
+            if wanted is None
+            else f"change of P({target} = {_style.shorten(wanted, 20)})"
+        )
+    if params.get("readout") == "expression":
+        return "mean change of predicted expression"
     if params.get("goal") is None:
         return "shift of the cell (1 - cosine)"
     start = params.get("start")
