@@ -95,25 +95,33 @@ def encode(matrix: sparse.csr_matrix, vocabulary: Vocabulary, columns: np.ndarra
     return encoder.encode(matrix.data, matrix.indices, matrix.indptr.astype(np.int64), none).tokens
 
 
-def interleaved(sides: dict[str, object], rounds: int) -> dict[str, list[float]]:
+Seconds = tuple[float, float]  # on the clock, of the processor
+
+
+def interleaved(sides: dict[str, object], rounds: int) -> dict[str, list[Seconds]]:
     """Seconds of each side by round, A B A B; the first round is dropped."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    times: dict[str, list[Seconds]] = {name: [] for name in sides}
     for _ in range(rounds + 1):
         for name, call in sides.items():
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append((time.perf_counter() - start, time.process_time() - busy))
     return {name: seconds[1:] for name, seconds in times.items()}
 
 
-def report(title: str, times: dict[str, list[float]], n_cells: dict[str, int], same: bool) -> None:
-    rates = {name: [n_cells[name] / t for t in seconds] for name, seconds in times.items()}
-    base = next(iter(rates))
+def report(title: str, times: dict[str, list[Seconds]], n_cells: dict[str, int], same: bool) -> None:
+    """Print cells per second and the ratio to the first side, on the clock and per second of the processor."""
     print(f"\n{title}   tokens identical: {same}")
-    for name, rate in rates.items():
-        ratios = [a / b for a, b in zip(rate, rates[base], strict=True)]
+    base, first = next(iter(times)), next(iter(times.values()))
+    for name, seconds in times.items():
+        rate = [n_cells[name] / wall for wall, _ in seconds]
+        ratios = [
+            [n_cells[name] / mine[k] / (n_cells[base] / other[k]) for mine, other in zip(seconds, first, strict=True)]
+            for k in (0, 1)
+        ]
         middle = f"{statistics.median(rate):12,.0f} cells/s ({min(rate):,.0f}-{max(rate):,.0f})"
-        print(f"  {name:28}{middle:>42}   {statistics.median(ratios):6.1f}x ({min(ratios):.1f}-{max(ratios):.1f})")
+        clock, cpu = (f"{statistics.median(r):6.1f}x ({min(r):.1f}-{max(r):.1f})" for r in ratios)
+        print(f"  {name:28}{middle:>42}   {clock}, per CPU-second {cpu}")
 
 
 def in_memory(n_cells: int, n_naive: int, rounds: int) -> None:
