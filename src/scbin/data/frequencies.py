@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import sparse
+from scipy.special import expit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -102,7 +103,7 @@ class Frequencies:
 
 def logistic(log_odds: np.ndarray) -> np.ndarray:
     """Return the probabilities of log odds."""
-    return 1 / (1 + np.exp(-log_odds))
+    return np.asarray(expit(log_odds))
 
 
 def sum_rows(table: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MOST_CELLS = 2_500  # more change a linear fit little
 _MOST_SCORES = 30
+_FURTHEST = 4.0  # standard deviations of a score
 SHARES = np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9, 1.0])
 """Shares of the genes for which it was learned how much of a cell's place they tell."""
 _HALF = 5  # of SHARES
@@ -70,7 +71,7 @@ class Decoder:
             part = (place[mine] - knot)[:, None]
             low, high = ((raw[mine] - self.offsets[k]) @ self.filters[k] for k in (knot, knot + 1))
             result[mine] = (1 - part) * low + part * high
-        return result
+        return np.clip(result, -_FURTHEST, _FURTHEST)  # unlike any cell, a part of one says nothing more
 
     def raw_scores(self, vectors: np.ndarray, values: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
         """Return where vectors lie beside the mean of their kind (cells, scores)."""

@@ -35,7 +35,7 @@ def schedule(n_steps: int) -> np.ndarray:
     >>> schedule(4).round(2)
     array([0.08, 0.29, 0.62, 1.  ])
     """
-    return 1 - np.cos(np.pi / 2 * np.arange(1, n_steps + 1) / n_steps)
+    return np.append(1 - np.cos(np.pi / 2 * np.arange(1, n_steps) / n_steps), 1.0)
 
 
 def draw(chances: np.ndarray, uniform: np.ndarray) -> np.ndarray:
