@@ -77,3 +77,25 @@ def test_what_cannot_be_asked(shifted, arguments, code):
     del shifted.layers["scbin_shift"]
     with pytest.raises(ScbinInputError, match="P66"):
         scbin.tl.perturb_statistics(shifted)
+
+
+def test_pairs_with_an_anchor(shifted):
+    single = shifted.layers["scbin_shift"].toarray()[:50]
+    both = single[:, 1:4] + single[:, :1] + np.float32([0.0, 0.05, -0.02])
+    both += 0.001 * np.random.default_rng(1).normal(size=both.shape).astype(np.float32)
+    matrix = np.zeros((60, 40), dtype=np.float32)
+    matrix[:50, 1:4] = both
+    shifted.layers["both_shift"] = sparse.csr_matrix(matrix)
+    params = json.dumps({"mode": "delete", "anchor": ["GENE0"]})
+    shifted.uns["both_perturb"] = {"table": pd.DataFrame({"gene": ["x"], "shift": [0.1]}), "params": params}
+    scbin.tl.perturb_statistics(shifted, statistic="pairs", anchored="both_perturb", donor_key="donor")
+    table = scbin.get.perturb_df(shifted, key="scbin_perturb_pairs", sort_by=None)
+    assert table["anchor"].tolist() == ["GENE0"] * 3 and table["gene"].tolist() == ["GENE1", "GENE2", "GENE3"]
+    np.testing.assert_allclose(table["combined_minus_sum"], [0.0, 0.05, -0.02], atol=1e-3)
+    assert (table["fdr"] < 0.01).tolist() == [False, True, True]
+    assert len(scbin.pl.perturbation_matrix(shifted, key="scbin_perturb_pairs").get_xticklabels()) == 3
+    with pytest.raises(ScbinInputError, match="P68"):
+        scbin.tl.perturb_statistics(shifted, statistic="pairs")
+    shifted.uns["both_perturb"]["params"] = json.dumps({"anchor": ["GENE39"]})
+    with pytest.raises(ScbinInputError, match=r"P68.*GENE39"):
+        scbin.tl.perturb_statistics(shifted, statistic="pairs", anchored="both_perturb")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from scipy import sparse
@@ -14,7 +14,7 @@ from scbin._arguments import choices, flags, numbers, texts, whole_numbers
 from scbin._errors import ScbinInputError
 from scbin.get._perturb import read_perturbation
 from scbin.tl._expression import log_normalised
-from scbin.tl._perturb_compare import mixture, vs_null
+from scbin.tl._perturb_compare import mixture, pair_statistics, vs_null
 from scbin.tl._perturb_stats import gene_statistics
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
-Statistic = Literal["matched", "mixture", "vs_null"]
+Statistic = Literal["matched", "mixture", "vs_null", "pairs"]
 
 
 def perturb_statistics(
@@ -35,6 +35,7 @@ def perturb_statistics(
     null_group: str | None = None,
     donor_key: str | None = None,
     null: str | Sequence[str] = "matched",
+    anchored: str | None = None,
     level: float = 0.95,
     key: str | None = None,
     key_added: str | None = None,
@@ -51,6 +52,8 @@ def perturb_statistics(
         `"matched"`: each gene against genes of the same expression and detection, or against `null`, as :func:`scbin.tl.perturb`
         does. `"mixture"`: two Gaussians on the genes' mean cosines split those that move cells from those that do not; for
         shifts without a goal. `"vs_null"`: each gene's shifts in the cells of `group` against those in `null_group`.
+        `"pairs"`: whether an anchor and another gene together move cells more than the sum of either alone; for this, perturb the
+        genes and the anchor one by one, then the genes with `anchor=` and a `key_added=` of its own, and name that in `anchored`.
     groupby, group
         Column of `obs`, and the one group whose cells count. Default: all cells that were perturbed.
     null_group
@@ -59,6 +62,8 @@ def perturb_statistics(
         Column of `obs` with the donors, who are then the replicates; not for `"mixture"`.
     null
         Names of perturbed genes to compare with, instead of `"matched"` ones.
+    anchored
+        Entry of `uns` of the perturbation with an anchor, for `"pairs"`.
     level
         Of the confidence intervals.
     key
@@ -94,13 +99,17 @@ def perturb_statistics(
     4
     """
     check_adata(adata)
-    choices({"statistic": ("matched", "mixture", "vs_null")}, statistic=statistic)
+    choices({"statistic": get_args(Statistic)}, statistic=statistic)
     texts(optional=True, groupby=groupby, group=group, null_group=null_group, donor_key=donor_key, key_added=key_added)
     numbers(level=level)
     whole_numbers(seed=seed)
     flags(copy=copy)
     params = read_perturbation(adata, key)[1]
     shifts, columns = _shifts(adata, key)
+    if (statistic == "pairs") != (anchored is not None):
+        raise ScbinInputError(
+            "P68", "statistic='pairs' needs anchored=, the perturbation with an anchor, and others do not."
+        )
     perturbed = np.diff(shifts.indptr) > 0
     cells, null_cells = _cells(adata, perturbed, statistic, groupby, group, null_group)
     donors = None if donor_key is None else read_obs(adata, donor_key).astype(object).to_numpy()
@@ -120,6 +129,8 @@ def perturb_statistics(
         )
     elif statistic == "mixture":
         table = mixture(shifts[cells], names=names, seed=seed)
+    elif statistic == "pairs":
+        table = _pairs(adata, shifts, columns, cells, anchored, donors, level)
     else:
         table = vs_null(
             shifts[cells],
@@ -152,6 +163,41 @@ def _shifts(adata: AnnData, key: str | None) -> tuple[sparse.csr_matrix, np.ndar
     shifts = sparse.csr_matrix(adata.layers[layer])
     columns = np.unique(shifts.indices)
     return shifts[:, columns], columns
+
+
+def _pairs(
+    adata: AnnData,
+    shifts: sparse.csr_matrix,
+    columns: np.ndarray,
+    cells: np.ndarray,
+    anchored: str | None,
+    donors: np.ndarray | None,
+    level: float,
+) -> pd.DataFrame:
+    """Each gene with the anchor, against both alone."""
+    anchors = read_perturbation(adata, anchored)[1].get("anchor") or []
+    combined, partners = _shifts(adata, anchored)
+    single = {str(name): i for i, name in enumerate(adata.var_names[columns])}
+    missing = [name for name in anchors if name not in single]
+    if len(anchors) != 1 or missing:
+        raise ScbinInputError(
+            "P68",
+            f"adata.uns[{anchored!r}] was made with the anchors {anchors}; one is needed, and its shifts alone too: perturb it one by "
+            "one with the other genes.",
+        )
+    names = adata.var_names[partners].astype(str)
+    kept = [i for i, name in enumerate(names) if name in single]
+    if not kept:
+        raise ScbinInputError("P68", "none of the genes with the anchor has been perturbed alone.")
+    pairs = [(single[anchors[0]], single[names[i]]) for i in kept]
+    return pair_statistics(
+        shifts[cells],
+        combined[cells][:, kept],
+        pairs,
+        names=adata.var_names.to_numpy(dtype=object)[columns],
+        donors=None if donors is None else donors[cells],
+        level=level,
+    )
 
 
 def _cells(
