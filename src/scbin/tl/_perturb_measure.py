@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Readout = Literal["embedding", "phenotype", "expression"]
 N_SAMPLE = 128  # edits made exactly to find the directions in which attention moves cells
 MOST_DIRECTIONS = 16
-ENOUGH = 0.995  # share of their squared length that the directions have to hold
+LEFT_OUT = 0.03  # share of the edits' movement that may lie outside of the directions
 
 
 class Clock:
@@ -67,7 +67,7 @@ class Measure:
     @property
     def width(self) -> int:
         """How many numbers there are for each edit."""
-        n_kept = 0 if self.originals is None or not self.keep_vectors else self.originals.shape[1]
+        n_kept = self.originals.shape[1] if self.keep_vectors and self.originals is not None else 0
         return len(self.names) + n_kept
 
     def of(self, original: np.ndarray, edited: np.ndarray) -> np.ndarray:
@@ -118,12 +118,13 @@ def measure_for(
     vectors = clock.timed(tokens.nnz, lambda: encoder.vectors(tokens))
     originals = np.full((rows.tokens.shape[0], vectors.shape[1]), np.nan, dtype=np.float32)
     originals[used] = vectors
-    means, names = None, ("shift",)
+    means: np.ndarray | None = None
+    names: tuple[str, ...] = ("shift",)
     if states is not None:
         means = np.stack([np.nanmean(originals[of].astype(np.float64), axis=0) for of in states.members])
         names = ("shift", "shift_to_start", *(f"shift_to_{name.replace('/', '-')}" for name in states.names[2:]))
-    within = {None: None, "cells": readable, "states": states and np.unique(np.concatenate(states.members))}[centre]
-    origin = None if within is None else np.nanmean(originals[within].astype(np.float64), axis=0)
+    within = readable if centre == "cells" or states is None else np.unique(np.concatenate(states.members))
+    origin = None if centre is None else np.nanmean(originals[within].astype(np.float64), axis=0)
     return Measure(names, originals, means, origin, plan.together, clock)
 
 
@@ -185,10 +186,12 @@ def attention_directions(
 
     for pairs, _, after, _ in screen_vectors(encoder, rows, edit, cells[drawn], genes[drawn], nowhere):
         pooled[pairs] = after
-    rest = exact - pooled
-    _, lengths, axes = np.linalg.svd(rest[np.isfinite(rest).all(axis=1)], full_matrices=False)
-    share = np.cumsum(lengths**2) / max(float((lengths**2).sum()), 1e-300)
-    axes = axes[: min(int(np.searchsorted(share, ENOUGH)) + 1, MOST_DIRECTIONS)]
+    known = np.isfinite(exact).all(axis=1) & np.isfinite(pooled).all(axis=1)
+    moved = float(((exact - originals[cells[drawn]])[known] ** 2).sum())
+    _, lengths, axes = np.linalg.svd((exact - pooled)[known], full_matrices=False)
+    left = np.append(np.cumsum(lengths[::-1] ** 2)[::-1], 0.0)  # squared length beyond the first k axes
+    n_axes = int(np.argmax(left <= LEFT_OUT**2 * moved))
+    axes = axes[: min(n_axes, MOST_DIRECTIONS)]
 
     def directions(at: np.ndarray, vectors: np.ndarray) -> np.ndarray:
         return np.broadcast_to(axes, (len(at), *axes.shape))
