@@ -181,8 +181,10 @@ def perturb(
     >>> scbin.pp.tokenize(adata)
     >>> model = scbin.tl.pretrain(adata, preset="tiny", max_steps=2, progress=False)
     >>> scbin.tl.perturb(adata, model, genes=["CST3", "NKG7"], progress=False)
-    >>> scbin.get.perturb_df(adata)["gene"].tolist()  # doctest: +SKIP
+    >>> sorted(scbin.get.perturb_df(adata)["gene"])
     ['CST3', 'NKG7']
+    >>> adata.layers["scbin_shift"].shape == adata.shape
+    True
     """
     check_adata(adata)
     allowed = {"method": get_args(Method), "centre": ("auto", "states", "cells", None), "readout": get_args(Readout)}

@@ -133,7 +133,7 @@ def run_job(job: Job, encoder: RowEncoder, measure: Measure, fingerprint: str) -
     if not screen:
         values = _in_pieces(job, everything, measure.width, pieces, partial(_exact, job, encoder, measure))
         return Result(values, np.ones(len(plan.sets), dtype=bool), "exact", {})
-    directions = measure.state_directions
+    directions: Callable[[np.ndarray, np.ndarray], np.ndarray] = measure.state_directions
     if measure.states is None and measure.originals is not None:
         directions = attention_directions(
             encoder, job.rows, job.edit, plan.cells, plan.genes[:, 0], measure.originals, seed=job.seed

@@ -98,7 +98,9 @@ def make_table(
     expression = set_expression(rows, plan)
     tables = []
     for group in [None] if groups is None else sorted(set(groups[np.unique(plan.cells)])):
-        chosen = np.unique(plan.cells) if group is None else np.unique(plan.cells[groups[plan.cells] == group])
+        chosen = np.unique(plan.cells)
+        if groups is not None:
+            chosen = chosen[groups[chosen] == group]
         pairs = np.isin(plan.cells, chosen)
         at, which, values = np.searchsorted(chosen, plan.cells[pairs]), plan.which[pairs], result.values[pairs]
         table = gene_statistics(
