@@ -13,7 +13,7 @@ import torch
 
 from scbin import Model, Vocabulary
 from scbin._errors import ScbinInputError
-from scbin.model import Readout
+from scbin.nn.readout import Readout
 from scbin.nn.bert import build_bert
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,14 @@ import torch
 
 from scbin._errors import ScbinInputError, ScbinModelError
 from scbin.encoding.vocabulary import CLS, Vocabulary
-from scbin.nn.checkpoint import DECODER, HEAD, own_tensors, read_model_directory, write_model_directory
-from scbin.nn.description import as_html, describe, model_card, read_decoder, read_head, read_history
+from scbin.nn.checkpoint import DECODER, HEAD, PROJECTION, own_tensors, read_model_directory, write_model_directory
+from scbin.nn.description import as_html, describe, model_card, read_decoder, read_head, read_history, read_projection
 from scbin.nn.embedding import pooling_weights
 from scbin.nn.hub import local_directory
+from scbin.nn.projection import WIDTH
 from scbin.nn.published import read_geneformer
 from scbin.nn.published_bins import read_perturbgene, read_polygene
+from scbin.nn.readout import Readout, read_readout
 
 if TYPE_CHECKING:
     import os
@@ -31,29 +33,10 @@ if TYPE_CHECKING:
     from scbin.nn.decoder import Decoder
     from scbin.nn.embedding import Pooling, Weights
     from scbin.nn.heads import Head
+    from scbin.nn.projection import Projection
     from scbin.nn.published import Published
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Readout:
-    """How a model turns the vectors of a cell's tokens into one.
-
-    Parameters
-    ----------
-    pooling
-        `"weighted"`: mean over the genes, weighted by the expression that their tokens stand for; `"mean"`: each gene alike;
-        `"cls"`: the vector of the `[CLS]` token.
-    layer
-        Index into the hidden states: -1 is the last layer, -2 the one before, 0 the embeddings.
-    gene_weights
-        Weight of each gene for `"weighted"`, in the order of the vocabulary. `None`: all alike.
-    """
-
-    pooling: Pooling = "weighted"
-    layer: int = -1
-    gene_weights: tuple[float, ...] | None = None
 
 
 @dataclass(eq=False)
@@ -79,6 +62,8 @@ class Model:
         What it was fine-tuned to answer (:func:`scbin.tl.finetune`), and the weights for it. `None`: nothing.
     decoder
         What turns its vectors back into genes, for :func:`scbin.tl.generate` and :func:`scbin.tl.impute`. `None`: nothing.
+    projection
+        From the vector that the readout takes to the cell's place in the embedding. `None`: the vector itself.
 
     Examples
     --------
@@ -97,6 +82,7 @@ class Model:
     history: pd.DataFrame = field(default_factory=pd.DataFrame)
     head: Head | None = None
     decoder: Decoder | None = None
+    projection: Projection | None = None
 
     def __post_init__(self) -> None:
         # what JSON can hold, before anyone relies on it: the same values before saving and after loading
@@ -114,9 +100,11 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        """Sha256 over vocabulary, readout, head and weights: equal models have equal fingerprints."""
+        """Sha256 over vocabulary, readout, projection, head and weights: equal models have equal fingerprints."""
         digest = hashlib.sha256(f"{self.vocabulary.sha256} {self.readout}".encode())
         tensors = own_tensors(self.bert)
+        if self.projection is not None:
+            tensors |= {f"projection.{name}": tensor for name, tensor in _as_tensors(self.projection).items()}
         if self.head is not None:
             digest.update(str(self.head.plan).encode())
             tensors |= {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
@@ -130,6 +118,10 @@ class Model:
         genes = self.readout.gene_weights
         as_array = None if genes is None else np.array(genes, dtype=np.float32)
         return pooling_weights(self.vocabulary, pooling or self.readout.pooling, as_array)
+
+    def place(self, vectors: np.ndarray) -> np.ndarray:
+        """Return where cells lie in the embedding (cells, hidden), given the vectors that the readout takes (cells, hidden)."""
+        return vectors if self.projection is None else self.projection(vectors)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the model into a directory: weights, configuration, vocabulary, history and a model card.
@@ -162,16 +154,16 @@ class Model:
             "training": dict(self.training),
             "history": json.loads(self.history.to_json(orient="split", index=False, double_precision=15)),
         }
-        tensors = None
+        parts: dict[str, Mapping[str, torch.Tensor]] = {}
+        if self.projection is not None:
+            about["projection"], parts[PROJECTION] = {"width": WIDTH}, _as_tensors(self.projection)
         if self.head is not None:
             about["head"] = self.head.plan.to_dict()
-            tensors = {name: tensor.detach() for name, tensor in self.head.state_dict().items()}
-        made = None
+            parts[HEAD] = {name: tensor.detach() for name, tensor in self.head.state_dict().items()}
         if self.decoder is not None:
-            about["decoder"] = self.decoder.counts()
-            made = {name: torch.from_numpy(array) for name, array in self.decoder.tensors().items()}
+            about["decoder"], parts[DECODER] = self.decoder.counts(), _as_tensors(self.decoder)
         card = model_card(describe(self))
-        write_model_directory(Path(path), self.bert, about, card, tensors, made, overwrite=overwrite)
+        write_model_directory(Path(path), self.bert, about, card, parts, overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, revision: str | None = None) -> Model:
@@ -195,7 +187,7 @@ class Model:
         path = local_directory(path, revision)
         bert, about = read_model_directory(path)
         known = {"format", "vocabulary", "readout", "training", "history"}
-        if about.get("format") != FORMAT or set(about) - {"head", "decoder"} != known:
+        if about.get("format") != FORMAT or set(about) - {"projection", "head", "decoder"} != known:
             raise ScbinModelError(
                 "M16", f"scbin.json in {path} is not of format {FORMAT}; it needs another scbin version."
             )
@@ -208,11 +200,12 @@ class Model:
                     f"the network in {path} has {shape[0]} tokens and {shape[1]} positions, its vocabulary "
                     f"{vocabulary.n_tokens} and {vocabulary.n_positions}. They do not belong together.",
                 )
-            readout = _read_readout(about["readout"], vocabulary, bert.config.num_hidden_layers)
+            readout = read_readout(about["readout"], vocabulary, bert.config.num_hidden_layers)
             history = read_history(about["history"])
             head = read_head(path / HEAD, about.get("head"), bert.config.hidden_size, len(vocabulary.genes))
             decoder = read_decoder(path / DECODER, about.get("decoder"), vocabulary, bert.config.hidden_size)
-            return cls(bert, vocabulary, readout, about["training"], history, head, decoder)
+            projection = read_projection(path / PROJECTION, about.get("projection"), bert.config.hidden_size)
+            return cls(bert, vocabulary, readout, about["training"], history, head, decoder, projection)
         except (ScbinInputError, TypeError, AttributeError, LookupError, ValueError, OverflowError) as error:
             if isinstance(error, ScbinModelError):
                 raise
@@ -382,14 +375,5 @@ def _plain(value: Any) -> Any:
     raise ScbinInputError("M19", f"a {type(value).__name__} cannot be kept with a model; use numbers and text.")
 
 
-def _read_readout(fields: Mapping[str, Any], vocabulary: Vocabulary, n_layers: int) -> Readout:
-    readout = Readout(**fields)
-    if type(readout.layer) is not int or not -n_layers - 1 <= readout.layer <= n_layers:
-        raise ValueError(f"layer {readout.layer!r} of a network with {n_layers}")
-    weights = readout.gene_weights
-    if weights is not None:
-        weights = tuple(float(weight) for weight in weights)
-        if len(weights) != len(vocabulary.genes) or min(weights, default=0.0) < 0:
-            raise ValueError(f"{len(weights)} gene weights for {len(vocabulary.genes)} genes")
-    pooling_weights(vocabulary, readout.pooling, None if weights is None else np.array(weights, dtype=np.float32))
-    return replace(readout, gene_weights=weights)
+def _as_tensors(part: Projection | Decoder) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in part.tensors().items()}

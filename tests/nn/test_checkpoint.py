@@ -97,7 +97,7 @@ def test_plain_transformers_opens_it_and_gives_the_same_logits(trained, saved):
 def test_what_is_loaded_is_whole_and_can_be_trained(trained, saved):
     bert, about = read_model_directory(saved)
     assert bert.config._attn_implementation == PACKED and not bert.training
-    assert set(about) == {"format", "vocabulary", "readout", "training", "history", "decoder"}
+    assert set(about) == {"format", "vocabulary", "readout", "training", "history", "decoder", "projection"}
     tensors = [*bert.parameters(), *bert.buffers()]
     assert not any(tensor.is_meta for tensor in tensors)
     assert all(parameter.requires_grad for parameter in bert.parameters())
@@ -511,7 +511,7 @@ def test_any_part_of_a_description_may_be_anything(saved, monkeypatch):
             try:
                 repr(Model.load(saved))
             except ScbinModelError as error:
-                assert error.code in ("M16", "M17", "M18"), place
+                assert error.code in ("M16", "M17", "M18", "M33"), place
     assert tried > 500
 
 

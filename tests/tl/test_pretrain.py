@@ -319,3 +319,52 @@ def test_tokens_under_another_key(tokenized, quick):
 def test_a_network_too_large_for_the_cells_is_named(tokenized, quick):
     with pytest.warns(ScbinInputWarning, match="T19.*60 cells.*preset='tiny'"):
         scbin.tl.pretrain(tokenized, **{**quick, "hidden_size": 256, "max_steps": 1})
+
+
+def test_the_projection_is_part_of_the_model(cells, quick, tmp_path):
+    scbin.pp.tokenize(cells)
+    model = scbin.tl.pretrain(cells, **quick)
+    model.save(tmp_path / "model")
+    loaded = scbin.Model.load(tmp_path / "model")
+    assert loaded.fingerprint == model.fingerprint
+    scbin.tl.embed(cells, loaded, key_added="again", progress=False)
+    np.testing.assert_allclose(cells.obsm["again"], cells.obsm["X_scbin"], atol=1e-5)
+    scbin.tl.embed(cells, loaded, key_added="own", projection=False, progress=False)
+    np.testing.assert_allclose(loaded.place(cells.obsm["own"]), cells.obsm["X_scbin"], atol=1e-5)
+    bare = scbin.tl.pretrain(cells, projection=False, **quick)
+    assert bare.projection is None
+    np.testing.assert_allclose(cells.obsm["X_scbin"], cells.obsm["own"], atol=1e-5)
+
+
+def test_batches_come_together(toy, quick):
+    toy.obs["batch"] = np.where(np.arange(60) % 2, "b", "a")
+    toy.X = toy.X.toarray()
+    toy.X[1::2, 30:] += 4  # the second batch has ten genes up in all its cells
+    scbin.pp.tokenize(toy)
+
+    def gap(**arguments):
+        scbin.tl.pretrain(toy, **quick, **arguments)
+        z, second = toy.obsm["X_scbin"], toy.obs["batch"].to_numpy() == "b"
+        between = np.linalg.norm(z[second].mean(axis=0) - z[~second].mean(axis=0))
+        return between / np.sqrt(z.var(axis=0).sum())
+
+    assert gap(batch_key="batch") < 0.5 * gap()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ({"batch_key": "plate"}, "I35"),
+        ({"batch_key": "one"}, "T25"),
+        ({"batch_key": "lonely"}, "T25"),
+        ({"batch_key": "sex", "projection": False}, "T24"),
+    ],
+)
+def test_batches_that_cannot_be_brought_together(toy, quick, arguments, code):
+    toy.obs["one"] = "a"
+    toy.obs["lonely"] = np.where(np.arange(60) == 3, "b", "a")
+    scbin.pp.tokenize(toy)
+    with pytest.raises(scbin.ScbinError) as caught:
+        scbin.tl.pretrain(toy, **quick, **arguments)
+    assert caught.value.code == code
+    assert "X_scbin" not in toy.obsm

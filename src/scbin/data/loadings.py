@@ -37,6 +37,11 @@ class Loadings:
     directions: np.ndarray  # (genes, components), orthonormal columns; zero rows for genes that no cell expresses
     spreads: np.ndarray  # (components,), standard deviations of the scores, decreasing
     scale: np.ndarray  # (genes,), one over the standard deviation of each gene; zero where it does not vary
+    ceiling: np.ndarray  # (genes,), what scaled expression is cut off at
+
+    def scores(self, expression: sp.csr_matrix) -> np.ndarray:
+        """Return where cells with this expression lie along the directions (cells, components); not centred."""
+        return np.asarray(_scaled(expression, self.scale, self.ceiling) @ self.directions)
 
     def table(self) -> np.ndarray:
         """Return one row per gene (genes, components): its direction, with strong components longer than weak ones.
@@ -58,7 +63,13 @@ class Loadings:
 
 
 def gene_loadings(
-    tokens: sp.csr_matrix, vocabulary: Vocabulary, n_components: int, cells: np.ndarray | None = None, *, seed: int = 0
+    tokens: sp.csr_matrix,
+    vocabulary: Vocabulary,
+    n_components: int,
+    cells: np.ndarray | None = None,
+    *,
+    scaling: float = 1.0,
+    seed: int = 0,
 ) -> Loadings:
     """Return the leading directions of the standardised expression that the tokens stand for.
 
@@ -74,6 +85,8 @@ def gene_loadings(
         Number of directions; fewer are returned where the matrix has fewer.
     cells
         The cells to look at. Default: all that are not empty, at most 20,000 of them drawn at random.
+    scaling
+        Power of the standard deviation that each gene is divided by: 1 makes all genes alike, 0 leaves them as they are.
     seed
         Of that draw and of the solver's start.
 
@@ -91,11 +104,12 @@ def gene_loadings(
     if len(cells) > MOST_CELLS:
         cells = np.sort(generator.choice(cells, MOST_CELLS, replace=False))
     expression = token_expression(tokens[cells], vocabulary).astype(np.float64)
-    scaled, scale = _standardised(expression)
+    scale, ceiling = _scales(expression, scaling)
+    scaled = _scaled(expression, scale, ceiling)
     n_components = min(n_components, int((scale > 0).sum()) - 1, len(cells) - 1)
     if n_components < 1:
         n_genes = len(scale)
-        return Loadings(np.zeros((n_genes, 1)), np.ones(1), scale)
+        return Loadings(np.zeros((n_genes, 1)), np.ones(1), scale, ceiling)
     centre = np.asarray(scaled.mean(axis=0)).ravel()
     transposed = scaled.T.tocsr()
     operator = LinearOperator(
@@ -108,15 +122,21 @@ def gene_loadings(
     order = np.argsort(-values)
     vectors, values = vectors[order], values[order]
     signs = np.sign(vectors[np.arange(len(vectors)), np.abs(vectors).argmax(axis=1)])  # as in scikit-learn's svd_flip
-    return Loadings((vectors * signs[:, None]).T, np.maximum(values, 1e-12) / np.sqrt(len(cells)), scale)
+    return Loadings((vectors * signs[:, None]).T, np.maximum(values, 1e-12) / np.sqrt(len(cells)), scale, ceiling)
 
 
-def _standardised(expression: sp.csr_matrix) -> tuple[sp.csr_matrix, np.ndarray]:
-    """Return expression over the standard deviation of each gene, clipped but not centred, and one over the deviations."""
+def _scales(expression: sp.csr_matrix, scaling: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return by what each gene is multiplied, and where what comes out is cut off."""
     mean = np.asarray(expression.mean(axis=0)).ravel()
     variance = np.asarray(expression.multiply(expression).mean(axis=0)).ravel() - mean**2
     varies = variance > 1e-12
-    scale = np.where(varies, 1 / np.sqrt(np.where(varies, variance, 1.0)), 0.0)
+    deviation = np.sqrt(np.where(varies, variance, 1.0))
+    scale = np.where(varies, deviation**-scaling, 0.0)
+    return scale, scale * (mean + _CLIP * deviation)
+
+
+def _scaled(expression: sp.csr_matrix, scale: np.ndarray, ceiling: np.ndarray) -> sp.csr_matrix:
+    """Return expression with its genes on one scale, cut off but not centred."""
     scaled = sp.csr_matrix(expression @ sp.diags(scale))
-    scaled.data = np.minimum(scaled.data, (mean * scale)[scaled.indices] + _CLIP)
-    return scaled, scale
+    scaled.data = np.minimum(scaled.data, ceiling[scaled.indices])
+    return scaled

@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from transformers import BertConfig
 
 CONFIG, WEIGHTS, SCBIN = "config.json", "model.safetensors", "scbin.json"
-HEAD, DECODER, CARD = "head.safetensors", "decoder.safetensors", "README.md"  # all may be absent
-ALLOWED = {CONFIG, WEIGHTS, SCBIN, HEAD, DECODER, CARD, MANIFEST}
+# all of these may be absent
+PROJECTION, HEAD, DECODER = "projection.safetensors", "head.safetensors", "decoder.safetensors"
+CARD = "README.md"
+ALLOWED = {CONFIG, WEIGHTS, SCBIN, PROJECTION, HEAD, DECODER, CARD, MANIFEST}
 # left by git, by downloads and by file managers; never opened
 HARMLESS = {".git", ".gitattributes", ".gitignore", ".cache", ".DS_Store"}
 
@@ -44,12 +46,11 @@ def write_model_directory(
     bert: BertForMaskedLM,
     about: Mapping[str, Any],
     card: str,
-    head: Mapping[str, Tensor] | None = None,
-    decoder: Mapping[str, Tensor] | None = None,
+    parts: Mapping[str, Mapping[str, Tensor]],
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write network, description, model card, head and decoder so that the directory appears at once and whole.
+    """Write network, description, model card and other parts by file so that the directory appears at once and whole.
 
     Plain `transformers.BertForMaskedLM.from_pretrained` opens it too.
     """
@@ -65,12 +66,9 @@ def write_model_directory(
         SCBIN: _json_bytes(about),
         CARD: card.encode(),  # for people, who may edit it: the manifest leaves it out
     }
-    if head is not None:
-        check_finite(head, "the head")
-        files[HEAD] = dict(head)
-    if decoder is not None:
-        check_finite(decoder, "the decoder")
-        files[DECODER] = dict(decoder)
+    for name, part in parts.items():
+        check_finite(part, name)
+        files[name] = dict(part)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

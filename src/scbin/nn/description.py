@@ -10,6 +10,7 @@ import pandas as pd
 from scbin._errors import ScbinModelError
 from scbin.nn.decoder import Decoder
 from scbin.nn.heads import HeadPlan, head_from, head_shapes
+from scbin.nn.projection import WIDTH, Projection
 from scbin.nn.untrusted import read_tensors
 
 if TYPE_CHECKING:
@@ -86,12 +87,8 @@ def answer(target: Target) -> str:
 
 
 def read_head(path: Path, fields: Mapping[str, Any] | None, hidden_size: int, n_genes: int) -> Head | None:
-    """Return the head that is described; its file is there exactly when it is described."""
-    if path.exists() != (fields is not None):
-        raise ScbinModelError(
-            "M18", f"scbin.json and {path.name} do not belong together. Fetch or save the model again."
-        )
-    if fields is None:
+    """Return the head that is described."""
+    if not _is_there(path, fields) or fields is None:
         return None
     plan = HeadPlan.from_dict(fields)
     return head_from(plan, read_tensors(path, head_shapes(plan, hidden_size, n_genes)), hidden_size, n_genes)
@@ -100,12 +97,27 @@ def read_head(path: Path, fields: Mapping[str, Any] | None, hidden_size: int, n_
 def read_decoder(
     path: Path, fields: Mapping[str, Any] | None, vocabulary: Vocabulary, hidden_size: int
 ) -> Decoder | None:
-    """Return the decoder that is described; its file is there exactly when it is described."""
+    """Return the decoder that is described."""
+    if not _is_there(path, fields) or fields is None:
+        return None
+    tensors = read_tensors(path, Decoder.shapes(vocabulary, fields, hidden_size))
+    return Decoder.from_tensors({name: tensor.numpy() for name, tensor in tensors.items()}, vocabulary)
+
+
+def read_projection(path: Path, fields: Mapping[str, Any] | None, hidden_size: int) -> Projection | None:
+    """Return the projection that is described."""
+    if not _is_there(path, fields) or fields is None:
+        return None
+    if dict(fields) != {"width": WIDTH}:
+        raise ValueError("this is not what a projection is described by")
+    tensors = read_tensors(path, Projection.shapes(hidden_size))
+    return Projection.from_tensors({name: tensor.numpy() for name, tensor in tensors.items()})
+
+
+def _is_there(path: Path, fields: Mapping[str, Any] | None) -> bool:
+    """Whether a part of a model exists; its file is there exactly when it is described."""
     if path.exists() != (fields is not None):
         raise ScbinModelError(
             "M18", f"scbin.json and {path.name} do not belong together. Fetch or save the model again."
         )
-    if fields is None:
-        return None
-    tensors = read_tensors(path, Decoder.shapes(vocabulary, fields, hidden_size))
-    return Decoder.from_tensors({name: tensor.numpy() for name, tensor in tensors.items()}, vocabulary)
+    return fields is not None

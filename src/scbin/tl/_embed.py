@@ -29,6 +29,7 @@ def embed(
     pooling: Pooling | None = None,
     layer: int | None = None,
     phenotypes: Literal["hide", "show"] = "hide",
+    projection: bool = True,
     tokens_key: str | None = None,
     device: str = "auto",
     precision: Precision = "float32",
@@ -59,6 +60,9 @@ def embed(
         `"show"` shows them: then cells of one label lie together because you said so.
     tokens_key
         The slot of `obsm` with the tokens. Default: `"X_tokens"`.
+    projection
+        Take the model's last step, from the vector of the network to the cell's place among others; `False` leaves the vector as
+        it is, which is also what another `pooling` or `layer` than the model's gives.
     device
         `"auto"` takes cuda, then mps, then cpu.
     precision
@@ -101,7 +105,7 @@ def embed(
     check_adata(adata)
     whole_numbers(token_budget=token_budget)
     whole_numbers(optional=True, layer=layer)
-    flags(progress=progress, copy=copy)
+    flags(progress=progress, copy=copy, projection=projection)
     if phenotypes not in ("hide", "show"):
         raise ScbinInputError("T17", f"phenotypes is {phenotypes!r}; choose 'hide' or 'show'.")
     if token_budget < 1:
@@ -113,6 +117,7 @@ def embed(
     readout = chosen.readout
     pooling = pooling or readout.pooling
     layer = readout.layer if layer is None else layer
+    projects = projection and chosen.projection is not None and (pooling, layer) == (readout.pooling, readout.layer)
     embedding = embed_tokens(
         chosen.bert,
         hide_phenotypes(tokens, vocabulary) if phenotypes == "hide" else tokens,
@@ -123,8 +128,14 @@ def embed(
         token_budget=token_budget,
         progress=progress,
     )
-    write_obsm(adata, key, embedding)
-    params = {"model": chosen.fingerprint, "pooling": pooling, "layer": layer, "phenotypes": phenotypes}
+    write_obsm(adata, key, chosen.place(embedding) if projects else embedding)
+    params = {
+        "model": chosen.fingerprint,
+        "pooling": pooling,
+        "layer": layer,
+        "phenotypes": phenotypes,
+        "projection": projects,
+    }
     write_uns(adata, _keys.EMBED, json.dumps({**params, "precision": precision}))
     return adata if copy else None
 

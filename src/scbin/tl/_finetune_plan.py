@@ -12,10 +12,11 @@ from scbin._arguments import choices, numbers
 from scbin._errors import ScbinInputError, ScbinTypeError, count
 from scbin.data.loadings import gene_loadings
 from scbin.data.splitting import share_of
-from scbin.model import Model, Readout
+from scbin.model import Model
 from scbin.nn.bert import build_bert, init_gene_table
 from scbin.nn.prediction import has_genes
 from scbin.nn.presets import preset_for
+from scbin.nn.readout import Readout
 from scbin.tl._splits import Sides, given_sides, read_groups, warn_of_donors
 from scbin.tl._targets import Labels, read_cells, read_genes
 

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from scbin import _keys
-from scbin._anndata import check_adata, read_tokens, warn, write_obsm, write_uns
-from scbin._arguments import paths, whole_numbers
+from scbin._anndata import check_adata, read_obs, read_tokens, warn, write_obsm, write_uns
+from scbin._arguments import flags, paths, whole_numbers
 from scbin._errors import ScbinInputError, count
 from scbin.data.masking import MaskingScheme
-from scbin.model import Model, Readout
+from scbin.model import Model
 from scbin.nn.checkpoint import replaces_model
 from scbin.nn.embedding import hide_phenotypes
 from scbin.nn.presets import preset as preset_named
 from scbin.nn.presets import preset_for
+from scbin.nn.readout import Readout
 from scbin.tl._embed import embedding_key
 from scbin.tl._model import remember
 from scbin.train.distributed import is_first_process, joined_world
@@ -60,6 +61,8 @@ def pretrain(
     denoising_weight: float = 1.0,
     contrastive_weight: float = 0.1,
     pooling: Pooling = "weighted",
+    projection: bool = True,
+    batch_key: str | None = None,
     validation_share: float = 0.05,
     token_budget: int = 32_768,
     device: str = "auto",
@@ -115,6 +118,12 @@ def pretrain(
         recognising the two halves of a cell among others. 0 leaves one out.
     pooling
         How the vectors of a cell's tokens become the cell's vector: `"weighted"` by expression, `"mean"` or `"cls"`.
+    projection
+        Learn a last step of the embedding, from the vector of a cell to its place among the cells that are like it. `False` leaves
+        the network's own vector.
+    batch_key
+        Column of `obs` with the batch of each cell: kinds of cells that batches share then lie together in the embedding. The
+        network itself sees no batches, so new cells of any batch can be embedded.
     validation_share
         Share of the cells that are held out to report the loss on; the weights never see them.
     token_budget
@@ -185,6 +194,8 @@ def pretrain(
     n_cells = int(np.count_nonzero(np.diff(tokens.indptr)))
     if n_cells < 2:
         raise ScbinInputError("I47", f"training needs at least 2 cells with tokens; here are {n_cells}.")
+    flags(projection=projection)
+    batches = None if batch_key is None else _batches(adata, batch_key, projection)
     shape: dict[str, Any] = {"hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
     shape |= {"num_attention_heads": num_attention_heads, "intermediate_size": intermediate_size}
     whole_numbers(optional=True, **shape)
@@ -200,6 +211,7 @@ def pretrain(
         denoising_weight=denoising_weight,
         contrastive_weight=contrastive_weight,
         pooling=pooling,
+        projection=projection,
     )
     settings = TrainSettings(
         epochs=chosen.epochs_for(n_cells) if epochs is None else epochs,
@@ -225,7 +237,7 @@ def pretrain(
         wandb=wandb,
     )
     _warn_if_too_large(chosen, n_cells, fitting)
-    result = pretrain_tokens(tokens, vocabulary, chosen, recipe, settings, cell_names=adata.obs_names)
+    result = pretrain_tokens(tokens, vocabulary, chosen, recipe, settings, cell_names=adata.obs_names, batches=batches)
     gene_weights = None if result.gene_weights is None else tuple(float(weight) for weight in result.gene_weights)
     model = Model(
         result.bert,
@@ -234,6 +246,7 @@ def pretrain(
         _summary(preset, chosen, recipe, settings, result),
         result.history,
         decoder=result.decoder,
+        projection=result.projection,
     )
     if save_dir is not None and is_first_process():
         model.save(Path(save_dir) / "model", overwrite=True)
@@ -242,8 +255,26 @@ def pretrain(
         embedding = embed_together(
             result.bert, hidden, model.weights(), world, device=device, token_budget=token_budget
         )
-    _write(adata, key, embedding, model, save_dir)
+    _write(adata, key, model.place(embedding), model, save_dir)
     return model
+
+
+def _batches(adata: AnnData, batch_key: str, projection: bool) -> np.ndarray:
+    """Return the batch of each cell; those without one count as one more batch."""
+    batches = read_obs(adata, batch_key).astype(str).to_numpy()
+    if not projection:
+        raise ScbinInputError(
+            "T24", "batch_key brings batches together in the projection; leave projection=True with it."
+        )
+    names, counts = np.unique(batches, return_counts=True)
+    if len(names) < 2 or counts.min() < 2:
+        least = f"; {names[counts.argmin()]!r} has {count(int(counts.min()), 'cell')}" if len(names) > 1 else ""
+        raise ScbinInputError(
+            "T25",
+            f"obs[{batch_key!r}] has {count(len(names), 'batch', 'batches')}{least}. It takes two batches or more of at least "
+            "2 cells each; leave batch_key out where there is nothing to bring together.",
+        )
+    return batches
 
 
 def _warn_if_too_large(chosen: Preset, n_cells: int, fitting: str) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from scbin._arguments import instances, numbers, whole_numbers
 from scbin._errors import ScbinInputError
-from scbin.data.loadings import gene_loadings
+from scbin.data.loadings import MOST_CELLS, gene_loadings
 from scbin.data.masking import MaskingScheme
+from scbin.data.places import places
 from scbin.nn.bert import build_bert, init_gene_table
 from scbin.nn.decoder import can_decode, fit_decoder
 from scbin.nn.embedding import embed_tokens, hide_phenotypes, pooling_weights
+from scbin.nn.projection import Projection, fit_projection
 from scbin.train.distributed import joined_world
 from scbin.train.loop import train
 from scbin.train.objective import MaskedLoss, Objective
@@ -55,6 +57,8 @@ class Recipe:
         Weights of masked modelling, of finding a cell's place from half of its genes, and of recognising two halves of a cell.
     pooling
         How the vectors of a cell's tokens become one.
+    projection
+        Learn the last step, from that vector to the cell's place among its neighbours.
     """
 
     gene_table: Literal["svd", "random"] = "svd"
@@ -65,6 +69,7 @@ class Recipe:
     denoising_weight: float = 1.0
     contrastive_weight: float = 0.1
     pooling: Pooling = "weighted"
+    projection: bool = True
 
     def __post_init__(self) -> None:
         weights = ("masked_weight", "denoising_weight", "contrastive_weight")
@@ -92,6 +97,7 @@ class Pretrained:
     history: pd.DataFrame
     n_cells: int  # trained on, without those held out
     decoder: Decoder | None  # None where genes have no places of their own
+    projection: Projection | None
 
 
 def pretrain_tokens(
@@ -102,10 +108,11 @@ def pretrain_tokens(
     settings: TrainSettings,
     *,
     cell_names: Sequence[str] | None = None,
+    batches: np.ndarray | None = None,
 ) -> Pretrained:
-    """Train a new network on the rows of a token matrix.
+    """Train a new network on the rows of a token matrix, those of different batches to be brought together.
 
-    Held-out cells enter neither the weights nor the start of the gene table, nor the decoder.
+    Held-out cells enter neither the weights nor the start of the gene table, nor the decoder, nor the projection.
     """
     training, _ = split(tokens, None, settings)
     bert = build_bert(vocabulary, preset, seed=settings.seed)
@@ -127,13 +134,16 @@ def pretrain_tokens(
             position_weights=weights.positions,
         )
         history = train(bert, objective, tokens, settings, cell_names=cell_names)
+        projection = None
+        if recipe.projection:
+            projection = _projection(bert, tokens, vocabulary, training, weights, batches, settings, world)
     decoder = None
     if can_decode(vocabulary):
         vectors = partial(
             embed_tokens, bert, weights=weights, device=settings.device, token_budget=settings.token_budget
         )
         decoder = fit_decoder(vectors, tokens[training], vocabulary, seed=settings.seed)
-    return Pretrained(bert.cpu().eval(), gene_weights, history, len(training), decoder)
+    return Pretrained(bert.cpu().eval(), gene_weights, history, len(training), decoder, projection)
 
 
 def _gene_table(
@@ -154,6 +164,33 @@ def _gene_table(
 
     both = world.from_first(on_the_first)
     return both[:, :-1], both[:, -1]
+
+
+def _projection(
+    bert: BertForMaskedLM,
+    tokens: csr_matrix,
+    vocabulary: Vocabulary,
+    training: np.ndarray,
+    weights: Weights,
+    batches: np.ndarray | None,
+    settings: TrainSettings,
+    world: World,
+) -> Projection:
+    """Return the map from the vectors of the trained network to where cells and their neighbours lie in the data."""
+    cells = training
+    if len(cells) > MOST_CELLS:
+        cells = np.sort(np.random.default_rng(settings.seed).choice(cells, MOST_CELLS, replace=False))
+    own = hide_phenotypes(tokens[cells], vocabulary)
+    vectors = embed_together(bert, own, weights, world, device=settings.device, token_budget=settings.token_budget)
+
+    def on_the_first() -> np.ndarray:
+        seen = np.isfinite(vectors).all(axis=1)
+        aim = places(own[seen], vocabulary, None if batches is None else batches[cells][seen], seed=settings.seed)
+        longer: dict[str, Any] = {} if batches is None else {"n_steps": 3_000, "dropout": 0.0}
+        fitted = fit_projection(vectors[seen], aim, seed=settings.seed, **longer)
+        return np.concatenate([array.ravel() for array in fitted.tensors().values()])[None]
+
+    return Projection.from_flat(world.from_first(on_the_first), bert.config.hidden_size)
 
 
 def _cell_terms(
