@@ -166,9 +166,8 @@ def fit_frequencies(levels: sparse.csr_matrix, values: np.ndarray, vocabulary: V
     n_genes = np.log(np.maximum(np.asarray(on.sum(axis=1)).ravel(), 1))
     size_mean, expected_size = fit_means((member @ n_genes)[:, None], counts[:, None].astype(np.float64), groups)
     residual = n_genes - expected_size[number, 0]
-    spreads = [residual.std()] + [
-        residual[np.isin(number, group)].std() if len(group) else residual.std() for group in groups
-    ]
+    spreads = [_spread(residual)]
+    spreads += [_spread(residual[np.isin(number, group)]) if len(group) else spreads[0] for group in groups]
     tokens_size = np.repeat(residual, np.diff(levels.indptr))
     off = levels.data - fitted[np.repeat(number, np.diff(levels.indptr)), levels.indices]
     slope = float(tokens_size @ off / max(float(tokens_size @ tokens_size), 1e-9))
@@ -182,6 +181,12 @@ def fit_frequencies(levels: sparse.csr_matrix, values: np.ndarray, vocabulary: V
         combinations.astype(np.int32),
         counts.astype(np.int32),
     )
+
+
+def _spread(values: np.ndarray) -> float:
+    """Return the standard deviation as the middle two thirds show it: a few broken cells shall not widen a type."""
+    low, high = np.quantile(values, [0.16, 0.84]) if len(values) else (0.0, 0.0)
+    return float(high - low) / 2
 
 
 def _dense(matrix: sparse.spmatrix) -> np.ndarray:

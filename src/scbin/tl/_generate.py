@@ -23,6 +23,7 @@ from scbin.model import Model
 from scbin.nn.decoder import partial_tokens
 from scbin.nn.embedding import embed_tokens
 from scbin.nn.sampling import Sampler, choose_values, expression_values
+from scbin.tl._embed import embed
 from scbin.tl._perturb_genes import gene_names
 
 if TYPE_CHECKING:
@@ -155,9 +156,7 @@ def generate(
         "phenotypes": dict(phenotypes or {}),
     }
     record |= {"balance": balance, "n_genes": n_genes, "steps": steps, "temperature": temperature, "seed": seed}
-    made.obsm[_keys.EMBEDDING] = vectors(
-        partial_tokens(levels.toarray(), np.ones(levels.shape, dtype=bool), vocabulary)
-    )
+    embed(made, model, device=device, token_budget=token_budget, progress=False)
     made.uns[_keys.GENERATED] = json.dumps(record | {"values": _unit(vocabulary)})
     return made
 
