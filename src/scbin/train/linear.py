@@ -19,7 +19,7 @@ _VECTOR_ALONE = ((1.0, 1.0), (0.1, 1.0), (0.01, 1.0), (10.0, 1.0))
 _PRIOR_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _LEAST_GAIN = 0.005  # in macro-F1, before the answers are shifted at all
 _LEAST_LOG = -8.0
-_FEW_CELLS = 1_200
+_FEW_CELLS = 300  # up to which it pays to work in the space that the cells span
 _MAX_ITERATIONS, _FEWER_ITERATIONS, _TOLERANCE = 300, 60, 5e-5  # the fewer where strengths are only compared
 
 
