@@ -4,6 +4,8 @@ from __future__ import annotations
 
 TOKENS = "X_tokens"  # obsm, CSR: row = cell, column = position id, value = token id
 EMBEDDING = "X_scbin"  # obsm, float32 (cells, hidden)
+GENES = "scbin_genes"  # varm, float32 (genes, hidden)
+N_CELLS = "scbin_n_cells"  # var, cells that express the gene
 UMAP = "X_umap_scbin"  # obsm, float32 (cells, 2)
 STATUS = "scbin_status"  # obs, categorical: "ok", "empty", "no_vocab_gene"
 UNS = "scbin"  # uns, one entry per verb, and:

@@ -60,7 +60,7 @@ def test_a_wide_head_is_the_vector_and_the_genes_added_up(trained):
     import scbin
 
     copy = adata.copy()
-    scbin.tl.embed(copy, base, device="cpu", progress=False)
+    scbin.tl.embed(copy, base, projection=False, device="cpu", progress=False)
     z = copy.obsm["X_scbin"].astype(np.float64)
     dense = tokens.toarray()[:, vocabulary.gene_positions].astype(np.int64)
     x = vocabulary.token_values.astype(np.float64)[dense] * vocabulary.is_gene_token(dense)

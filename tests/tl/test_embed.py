@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 
@@ -14,6 +15,7 @@ from scipy.sparse import csr_matrix
 import scbin
 from scbin._errors import ScbinInputError, ScbinModelError
 from scbin.encoding.vocabulary import Vocabulary
+from scbin.nn.embedding import hide_phenotypes
 
 ARGUMENTS = {"device": "cpu", "progress": False}
 
@@ -292,3 +294,29 @@ def test_tokens_in_another_container(ready, trained):
         ready.obsm["X_tokens"] = other
         scbin.tl.embed(ready, trained[1], **ARGUMENTS)
         assert np.array_equal(ready.obsm["X_scbin"], truth)
+
+
+def test_genes_have_the_mean_of_their_tokens_vectors(trained):
+    """Every gene against plain transformers on one cell after the other."""
+    adata, model = trained
+    adata = adata[:, ::-1].copy()  # genes are found by name
+    scbin.tl.embed(adata, model, genes=True, progress=False)
+    tokens = hide_phenotypes(adata.obsm["X_tokens"].tocsr(), model.vocabulary)
+    found = {gene: [] for gene in adata.var_names}
+    bert = copy.deepcopy(model.bert)
+    bert.set_attn_implementation("eager")
+    for row in tokens:
+        if not row.nnz:
+            continue
+        ids, positions = torch.tensor(row.data.astype(int))[None], torch.tensor(row.indices.astype(int))[None]
+        with torch.inference_mode():
+            hidden = bert.bert(ids, position_ids=positions).last_hidden_state[0].numpy()
+        for position, vector in zip(row.indices, hidden, strict=True):
+            if position in model.vocabulary.gene_positions:
+                found[model.vocabulary.genes[position - model.vocabulary.first_gene_position]].append(vector)
+    assert adata.var["scbin_n_cells"].tolist() == [len(found[gene]) for gene in adata.var_names]
+    for gene, vector in zip(adata.var_names, adata.varm["scbin_genes"], strict=True):
+        if found[gene]:
+            np.testing.assert_allclose(vector, np.mean(found[gene], axis=0), atol=1e-5)
+        else:
+            assert np.isnan(vector).all()

@@ -22,10 +22,7 @@ def token_expression(tokens: sp.csr_matrix, vocabulary: Vocabulary) -> sp.csr_ma
     is_gene = vocabulary.is_gene_token(tokens.data)
     ids = tokens.data[is_gene].astype(np.int64)
     rows = np.repeat(np.arange(tokens.shape[0]), np.diff(tokens.indptr))[is_gene]
-    if vocabulary.position_is_gene:
-        genes = tokens.indices[is_gene] - vocabulary.first_gene_position
-    else:
-        genes = ids - vocabulary.first_gene_id
+    genes = vocabulary.genes_at(ids, tokens.indices[is_gene])
     values = vocabulary.token_values[ids]
     return sp.csr_matrix((values, (rows, genes)), shape=(tokens.shape[0], len(vocabulary.genes)))
 

@@ -279,6 +279,12 @@ class Vocabulary:
         stop = self.max_length if self.encoding == "rank" else self.first_gene_position + len(self.genes)
         return np.arange(self.first_gene_position, stop)
 
+    def genes_at(self, token_ids: np.ndarray, position_ids: np.ndarray) -> np.ndarray:
+        """Return the gene that each gene token speaks of (n,) int64: its place, or for ranks and so on its id, says which."""
+        if self.position_is_gene:
+            return position_ids.astype(np.int64) - self.first_gene_position
+        return token_ids.astype(np.int64) - self.first_gene_id
+
     def is_gene_token(self, token_ids: np.ndarray) -> np.ndarray:
         """Whether each id stands for a gene or a bin."""
         return (token_ids >= self.first_gene_id) & (token_ids < self.first_gene_id + self.n_gene_ids)

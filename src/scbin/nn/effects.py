@@ -26,10 +26,7 @@ def gene_vectors(encoder: RowEncoder, tokens: sparse.csr_matrix) -> tuple[np.nda
     for chosen, pack, hidden, _ in encoder.packs(tokens, every_token=True):
         at = np.flatnonzero(vocabulary.is_gene_token(pack.input_ids))
         rows.append(np.repeat(chosen, pack.lengths)[at])
-        if vocabulary.position_is_gene:
-            genes.append(pack.position_ids[at] - vocabulary.first_gene_position)
-        else:
-            genes.append(pack.input_ids[at] - vocabulary.first_gene_id)
+        genes.append(vocabulary.genes_at(pack.input_ids[at], pack.position_ids[at]))
         vectors.append(hidden[to_device(at, encoder.device)].float().cpu().numpy())
     if not rows:
         return np.zeros(0, int), np.zeros(0, int), np.zeros((0, encoder.bert.config.hidden_size), np.float32)

@@ -83,6 +83,45 @@ def hide_phenotypes(tokens: csr_matrix, vocabulary: Vocabulary) -> csr_matrix:
     return hidden
 
 
+def mean_gene_vectors(
+    bert: BertForMaskedLM,
+    tokens: csr_matrix,
+    vocabulary: Vocabulary,
+    *,
+    layer: int = -1,
+    device: str = "auto",
+    precision: Precision = "float32",
+    token_budget: int = 32_768,
+    progress: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean of each gene's vectors over the cells that have its token (genes, hidden), and how many have (genes,).
+
+    NaN for genes that no cell has. The parameters are those of `embed_tokens`.
+    """
+    target = resolve_device(device)
+    dtype = resolve_precision(precision, target, bert.config)
+    n_genes = len(vocabulary.genes)
+    sums = torch.zeros(n_genes, bert.config.hidden_size, dtype=torch.float64)
+    counts = np.zeros(n_genes, dtype=np.int64)
+    home, was_training = bert.device, bert.training
+    bert.to(target).eval()  # type: ignore[arg-type]
+    try:
+        with torch.inference_mode(), torch.autocast(target.type, dtype, enabled=dtype != torch.float32):
+            packs = plan_packs(np.diff(tokens.indptr), token_budget)
+            for rows in tqdm(packs, desc="embedding genes", unit="pack", disable=not progress or len(packs) < 2):
+                pack = make_pack(tokens, rows)
+                at = np.flatnonzero(vocabulary.is_gene_token(pack.input_ids))
+                genes = vocabulary.genes_at(pack.input_ids[at], pack.position_ids[at])
+                input_ids, position_ids = to_device(pack.input_ids, target), to_device(pack.position_ids, target)
+                hidden = encode_pack(bert, input_ids, position_ids, pack_layout(pack.cu_seqlens, target), layer)
+                sums.index_add_(0, torch.from_numpy(genes), hidden[to_device(at, target)].double().cpu())
+                counts += np.bincount(genes, minlength=n_genes)
+    finally:
+        bert.to(home).train(was_training)  # type: ignore[arg-type]
+    means = np.where(counts[:, None] > 0, sums.numpy() / np.maximum(counts, 1)[:, None], np.nan)
+    return means.astype(np.float32), counts
+
+
 def embed_tokens(
     bert: BertForMaskedLM,
     tokens: csr_matrix,

@@ -168,11 +168,10 @@ def evidence(
 def gene_values(token_ids: np.ndarray, positions: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
     """Return gene (T,) and expression (T,) that tokens stand for; for ranks a number that falls from 1 with the rank."""
     is_gene = vocabulary.is_gene_token(token_ids)
+    genes = vocabulary.genes_at(token_ids, positions)
     if vocabulary.position_is_gene:
-        genes = positions - vocabulary.first_gene_position
         values = vocabulary.token_values[token_ids]
     else:
-        genes = token_ids - vocabulary.first_gene_id
         rank = np.maximum(positions - vocabulary.first_gene_position, 0)
         values = 1 / np.log2(rank + 2.0)
     return np.where(is_gene, genes, 0).astype(np.int64), np.where(is_gene, values, 0).astype(np.float32)

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from scbin import _keys
-from scbin._anndata import check_adata, check_writable, copied, read_tokens, write_obsm, write_uns
+from scbin._anndata import (
+    check_adata,
+    check_writable,
+    copied,
+    read_tokens,
+    write_obsm,
+    write_uns,
+    write_var,
+    write_varm,
+)
 from scbin._arguments import flags, whole_numbers
 from scbin._errors import ScbinInputError
-from scbin.nn.embedding import embed_tokens, hide_phenotypes
+from scbin.nn.embedding import embed_tokens, hide_phenotypes, mean_gene_vectors
 from scbin.tl._model import resolve_model
+from scbin.tl._perturb_genes import gene_names
 
 if TYPE_CHECKING:
     import os
@@ -30,6 +42,7 @@ def embed(
     layer: int | None = None,
     phenotypes: Literal["hide", "show"] = "hide",
     projection: bool = True,
+    genes: bool = False,
     tokens_key: str | None = None,
     device: str = "auto",
     precision: Precision = "float32",
@@ -63,6 +76,8 @@ def embed(
     projection
         Take the model's last step, from the vector of the network to the cell's place among others; `False` leaves the vector as
         it is, which is also what another `pooling` or `layer` than the model's gives.
+    genes
+        Give every gene its vector too: the mean of its token's vectors over the cells that express it.
     device
         `"auto"` takes cuda, then mps, then cpu.
     precision
@@ -82,6 +97,11 @@ def embed(
 
     `adata.obsm['X_scbin' | key_added]`
         One float32 vector per cell (cells, hidden size); NaN for cells without tokens (see `obs['scbin_status']`).
+    `adata.varm['scbin_genes']`
+        With `genes=True`: one float32 vector per gene (genes, hidden size); NaN for genes that the model does not read or no cell
+        expresses. With `key_added` it is called `f'{key_added}_genes'`.
+    `adata.var['scbin_n_cells']`
+        With it: how many cells that mean is over.
     `adata.uns['scbin']['embed']`
         How it was made, as JSON.
 
@@ -105,7 +125,7 @@ def embed(
     check_adata(adata)
     whole_numbers(token_budget=token_budget)
     whole_numbers(optional=True, layer=layer)
-    flags(progress=progress, copy=copy, projection=projection)
+    flags(progress=progress, copy=copy, projection=projection, genes=genes)
     if phenotypes not in ("hide", "show"):
         raise ScbinInputError("T17", f"phenotypes is {phenotypes!r}; choose 'hide' or 'show'.")
     if token_budget < 1:
@@ -114,20 +134,20 @@ def embed(
     chosen = resolve_model(model, adata)
     tokens, vocabulary = read_tokens(adata, chosen.vocabulary, key=tokens_key)
     key = embedding_key(adata, key_added)
+    gene_key = _keys.GENES if key_added is None else f"{key_added}_genes"
+    if genes:
+        check_writable(adata, "varm", gene_key)
+        check_writable(adata, "var", _keys.N_CELLS)
     readout = chosen.readout
     pooling = pooling or readout.pooling
     layer = readout.layer if layer is None else layer
     projects = projection and chosen.projection is not None and (pooling, layer) == (readout.pooling, readout.layer)
-    embedding = embed_tokens(
-        chosen.bert,
-        hide_phenotypes(tokens, vocabulary) if phenotypes == "hide" else tokens,
-        chosen.weights(pooling),
-        layer=layer,
-        device=device,
-        precision=precision,
-        token_budget=token_budget,
-        progress=progress,
-    )
+    tokens = hide_phenotypes(tokens, vocabulary) if phenotypes == "hide" else tokens
+    how: dict[str, Any] = {"device": device, "precision": precision, "token_budget": token_budget, "progress": progress}
+    embedding = embed_tokens(chosen.bert, tokens, chosen.weights(pooling), layer=layer, **how)
+    of_genes = mean_gene_vectors(chosen.bert, tokens, vocabulary, layer=layer, **how) if genes else None
+    if of_genes is not None:
+        _write_genes(adata, gene_key, *of_genes, gene_names(adata, vocabulary).columns)
     write_obsm(adata, key, chosen.place(embedding) if projects else embedding)
     params = {
         "model": chosen.fingerprint,
@@ -138,6 +158,17 @@ def embed(
     }
     write_uns(adata, _keys.EMBED, json.dumps({**params, "precision": precision}))
     return adata if copy else None
+
+
+def _write_genes(adata: AnnData, key: str, vectors: np.ndarray, n_cells: np.ndarray, columns: np.ndarray) -> None:
+    """Write the vectors of the model's genes and their numbers of cells into the rows of var that they stand in."""
+    there = columns >= 0
+    in_var = np.full((adata.n_vars, vectors.shape[1]), np.nan, dtype=np.float32)
+    in_var[columns[there]] = vectors[there]
+    counts = np.zeros(adata.n_vars, dtype=np.int64)
+    counts[columns[there]] = n_cells[there]
+    write_varm(adata, key, in_var)
+    write_var(adata, _keys.N_CELLS, counts)
 
 
 def embedding_key(adata: AnnData, key_added: str | None) -> str:
