@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 N_COMPONENTS = 30
 N_NEIGHBORS = 10
-_SCALING = 0.75  # between genes as loud as they are and genes all alike
+_SCALING = 0.85  # between genes as loud as they are and genes all alike
 _SHARES = (0.15, 0.35, 0.5)  # of the cell itself, its neighbours, and their neighbours
 _MUTUAL, _ANCHORS, _ROUNDS = 20, 15, 3
 

@@ -127,7 +127,12 @@ def evaluate(
     check_adata(adata)
     if f1 not in ("macro", "seed"):
         raise ScbinInputError("E21", f"f1 is {f1!r}; choose 'macro' or 'seed'.")
-    network = {"device": device, "precision": precision, "token_budget": token_budget, "progress": progress}
+    network: dict[str, Any] = {
+        "device": device,
+        "precision": precision,
+        "token_budget": token_budget,
+        "progress": progress,
+    }
     if target == GENES:
         chosen = resolve_model(model, adata)
         scores, how = score_genes(
