@@ -110,6 +110,23 @@ def test_a_list_at_once_leaves_vectors(cells):
     assert "scbin_shift" not in adata.layers and table(adata)[0]["gene"].tolist() == ["GENE3,GENE1"]
 
 
+def test_what_a_list_leaves_lies_where_the_edited_cells_would_be_embedded(cells):
+    adata, model = cells
+    scbin.tl.perturb(adata, model, genes=["GENE3", "GENE1"], mode="delete", each=False, **QUIET)
+    columns = model.vocabulary.first_gene_position + np.array(
+        [model.vocabulary.genes.index(g) for g in ("GENE3", "GENE1")]
+    )
+    edited = adata.copy()
+    tokens = edited.obsm["X_tokens"].tolil()
+    tokens[:, columns] = 0
+    edited.obsm["X_tokens"] = tokens.tocsr()
+    scbin.tl.embed(edited, model, device="cpu", progress=False)
+    after = adata.obsm["X_scbin_perturbed"]
+    both = np.isfinite(after).all(axis=1)
+    assert both.any()
+    np.testing.assert_allclose(after[both], edited.obsm["X_scbin"][both], atol=1e-4)
+
+
 def test_pairs_and_anchors(cells):
     adata, model = cells
     scbin.tl.perturb(adata, model, genes=["GENE1", "GENE2", "GENE3"], combine=2, **QUIET)

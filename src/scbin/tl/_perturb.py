@@ -158,7 +158,8 @@ def perturb(
         CSR (cells, genes): effect of each gene on each cell, 1 - cosine, or the change of the cosine to the goal. What is stored
         was edited; the rest was not. With an anchor, of both genes together. Not for tuples, pairs or a list at once.
     `adata.obsm['X_scbin_perturbed']`
-        For a list at once: the vectors afterwards (cells, hidden size), NaN for cells that were not edited.
+        For a list at once: where the cells lie afterwards (cells, hidden size), beside `X_scbin`; NaN for cells that were not
+        edited. The shift itself is measured on the network's own vector, before the last step of the embedding.
     `adata.uns['scbin_perturb']`
         `table`, one row per gene or set of genes (see :func:`scbin.get.perturb_df`), and `params`, how it was made, as JSON.
         With `level="gene"` the table has a row per perturbed and affected gene. With `readout="expression"` also `expression`
@@ -263,7 +264,9 @@ def perturb(
         "anchor": [anchor] if isinstance(anchor, str) else list(anchor or ()),
         "seed": seed,
     }
-    write_results(adata, slots, plan, rows, named, measure, result, params, groupby, donors, null, affected)
+    write_results(
+        adata, slots, plan, rows, named, measure, result, params, groupby, donors, null, chosen.place, affected
+    )
     return adata if copy else None
 
 

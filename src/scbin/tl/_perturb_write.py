@@ -16,7 +16,7 @@ from scbin.tl._perturb_run import means_of
 from scbin.tl._perturb_stats import gene_statistics
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from anndata import AnnData
 
@@ -132,9 +132,10 @@ def write_results(
     groupby: str | None,
     donors: np.ndarray | None,
     null: str | Sequence[str],
+    place: Callable[[np.ndarray], np.ndarray],
     affected: pd.DataFrame | None = None,
 ) -> None:
-    """Make everything, then write it."""
+    """Make everything, then write it; `place` takes vectors to where the embedding puts them."""
     groups = None if groupby is None else read_obs(adata, groupby).astype(object).map(str).to_numpy()
     table = affected
     if affected is None:
@@ -165,7 +166,7 @@ def write_results(
     if measure.keep_vectors:
         vectors = np.full((adata.n_obs, result.values.shape[1] - len(measure.names)), np.nan, dtype=np.float32)
         vectors[plan.cells] = result.values[:, len(measure.names) :]
-        write_obsm(adata, slots.vectors, vectors)
+        write_obsm(adata, slots.vectors, place(vectors))
     entry: dict[str, Any] = {"table": table, "params": json.dumps(params)}
     if measure.readout == "expression":
         columns_of = (result.values[:, k] for k in range(1, len(measure.names)))
