@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
 
+SHOWN = {
+    "knn_f1": "macro-F1 of 15 nearest neighbours",
+    "kmeans_nmi": "NMI of k-means",
+    "leiden_nmi": "NMI of Leiden, best resolution",
+}
+_STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5}
 WITHOUT_BATCH = (PCA, PCA_ALL, HVG, SCVI, SCBIN)
 FOR_BATCHES = (PCA, SCBIN, HARMONY, SCVI_BATCH, SCBIN_BATCH)
 TITLES = {
@@ -160,88 +167,86 @@ def _facts() -> str:
 
 
 def _picture(rows: pd.DataFrame, path: Path) -> None:
-    """Draw scores without batches above, and conservation of labels against mixing of batches below."""
+    """Draw scores without batches above, and mixing of batches against conservation of labels below."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(rows.sort_values("n_cells", ascending=False)["set"]))
-    with_batches = [name for name in reversed(names) if rows.loc[rows["set"] == name, "mixing"].notna().any()]
-    columns = max(3, len(with_batches))
-    style = {
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": 10,
-        "axes.titleweight": "bold",
-    }
-    with plt.rc_context(style):
-        lower = 2.6 if with_batches else 0
-        figure = plt.figure(figsize=(11, 1.3 + 0.42 * len(names) + lower), layout="constrained")
-        upper, *rest = figure.subfigures(
-            2 if with_batches else 1,
-            1,
-            height_ratios=[1.3 + 0.42 * len(names), lower][: 2 if with_batches else 1],
-            squeeze=False,
-        ).ravel()
-        axes = upper.subplots(1, 3, sharey=True)
-        shown = {
-            "knn_f1": "macro-F1 of 15 nearest neighbours",
-            "kmeans_nmi": "NMI of k-means",
-            "leiden_nmi": "NMI of Leiden, best resolution",
-        }
-        for ax, (score, title) in zip(axes, shown.items(), strict=True):
-            _dots(ax, rows, names, score, title)
-        handles, labels = axes[0].get_legend_handles_labels()
-        upper.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-        if with_batches:
-            panels = rest[0].subplots(1, columns, squeeze=False)[0]
-            for ax, name in zip(panels, with_batches, strict=False):
+    batched = [name for name in reversed(names) if rows.loc[rows["set"] == name, "mixing"].notna().any()]
+    heights = [1.2 + 0.5 * len(names), *([3.1] if batched else [])]
+    with plt.rc_context(_STYLE):
+        figure = plt.figure(figsize=(11.5, sum(heights)), layout="constrained")
+        parts = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0.04, squeeze=False).ravel()
+        axes = parts[0].subplots(1, len(SHOWN), sharey=True)
+        for ax, (score, title) in zip(axes, SHOWN.items(), strict=True):
+            _dots(ax, rows, names, score)
+            ax.set_title(title, loc="left")
+        parts[0].suptitle("Without labels and without batches", x=0.01, ha="left", fontweight="bold")
+        _legend(parts[0], axes, WITHOUT_BATCH)
+        if batched:
+            panels = parts[1].subplots(1, max(len(batched), 3), sharex=True, sharey=True)
+            for ax, name in zip(panels, batched, strict=False):
                 _against(ax, rows, name)
-            for ax in panels[len(with_batches) :]:
+            for ax in panels[len(batched) :]:
                 ax.axis("off")
-            panels[0].set_ylabel("batch mixing")
-            rest[0].supxlabel("label conservation", fontsize=9)
-            found = {
-                text: handle for ax in panels for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)
-            }
-            rest[0].legend(found.values(), found.keys(), loc="outside upper center", ncols=len(found), frameon=False)
+            parts[1].suptitle("Batches brought together", x=0.01, ha="left", fontweight="bold")
+            _legend(parts[1], panels, FOR_BATCHES)
         figure.savefig(path, dpi=150)
         plt.close(figure)
 
 
-def _dots(ax: Axes, rows: pd.DataFrame, names: Sequence[str], score: str, title: str) -> None:
-    """Draw one row per set, one dot per method at its mean over seeds, and a line from the worst seed to the best."""
+def _legend(part: SubFigure, axes: Sequence[Axes], order: Sequence[str]) -> None:
+    found = {text: handle for ax in axes for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
+    there = [name for name in order if name in found]
+    handles = [found[name] for name in there]
+    part.legend(handles, there, loc="outside lower center", ncols=len(there), frameon=False, handletextpad=0.1)
+
+
+def _dots(ax: Axes, rows: pd.DataFrame, names: Sequence[str], score: str) -> None:
+    """Draw a band per set, a dot per method at its mean over seeds, and a line from the worst seed to the best."""
     for row, name in enumerate(names):
-        ax.axhline(row, color="#eeeeee", lw=1, zorder=0)
+        if row % 2 == 0:
+            ax.axhspan(row - 0.5, row + 0.5, color="#f4f4f4", lw=0, zorder=0)
         for place, method in enumerate(WITHOUT_BATCH):
             values = _of(rows, name, method, score)
-            if not len(values):
-                continue
-            height = row + 0.14 * (place - 2)
-            ax.plot([values.min(), values.max()], [height, height], color=COLOURS[method], lw=1.5, zorder=2)
-            label = method if row == len(names) - 1 or method not in ax.get_legend_handles_labels()[1] else None
-            known = ax.get_legend_handles_labels()[1]
-            ax.scatter(
-                values.mean(), height, s=46 if method == SCBIN else 30, color=COLOURS[method], zorder=3, edgecolor="white",
-                lw=0.6, label=label if method not in known else None,
-            )  # fmt: skip
-    counts = {name: int(rows.loc[rows["set"] == name, "n_cells"].iloc[0]) for name in names}
-    ax.set_yticks(range(len(names)), [f"{name}\n{counts[name]:,} cells" for name in names], fontsize=8)
+            if len(values):
+                height, size = row + 0.17 * (place - 2), 52 if method == SCBIN else 26
+                ax.plot([values.min(), values.max()], [height, height], color=COLOURS[method], lw=1.5, zorder=2)
+                ax.scatter(
+                    values.mean(),
+                    height,
+                    s=size,
+                    color=COLOURS[method],
+                    edgecolor="white",
+                    lw=0.6,
+                    zorder=3,
+                    label=method,
+                )
+    counts = [int(rows.loc[rows["set"] == name, "n_cells"].iloc[0]) for name in names]
+    ax.set_yticks(
+        range(len(names)), [f"{name}\n{n:,} cells" for name, n in zip(names, counts, strict=True)], fontsize=8
+    )
+    ax.set_ylim(-0.5, len(names) - 0.5)
     ax.tick_params(axis="y", length=0)
-    ax.set_title(title, loc="left")
+    ax.spines["left"].set_visible(False)
+    ax.grid(axis="x", color="#dddddd", lw=0.6)
+    ax.set_axisbelow(True)
 
 
 def _against(ax: Axes, rows: pd.DataFrame, name: str) -> None:
-    """Draw each method of a set with batches: right is better for labels, up is better for mixing."""
+    """Draw each method of a set with batches: to the right is better for labels, up is better for mixing."""
     for method in FOR_BATCHES:
         x, y = _of(rows, name, method, "conservation"), _of(rows, name, method, "mixing")
         if len(x) and len(y):
-            ax.errorbar(
-                x.mean(), y.mean(), xerr=[[x.mean() - x.min()], [x.max() - x.mean()]],
-                yerr=[[y.mean() - y.min()], [y.max() - y.mean()]], fmt="o", ms=7, color=COLOURS[method], mec="white",
-                label=method,
-            )  # fmt: skip
-    ax.set_title(name, loc="left", fontsize=8)
-    ax.margins(0.25)
+            colour = COLOURS[method]
+            ax.plot([x.min(), x.max()], [y.mean()] * 2, color=colour, lw=1.5)
+            ax.plot([x.mean()] * 2, [y.min(), y.max()], color=colour, lw=1.5)
+            ax.scatter(x.mean(), y.mean(), s=60, color=colour, edgecolor="white", lw=0.8, zorder=3, label=method)
+    ax.set_title(name, loc="left", fontsize=8.5)
+    ax.set_xlabel("label conservation")
+    if ax.get_subplotspec().is_first_col():
+        ax.set_ylabel("mixing of batches")
+    ax.grid(color="#eeeeee", lw=0.6)
+    ax.set_axisbelow(True)
