@@ -174,7 +174,7 @@ def pretrain(
     Notes
     -----
     Masked modelling follows BERT and Geneformer :cite:p:`theodoris2023`; the contrastive term is InfoNCE over two random
-    halves of a cell's genes, as in SimCLR.
+    halves of a cell's genes, as in SimCLR. Batches are brought together by mutual nearest neighbours :cite:p:`haghverdi2018`.
 
     Examples
     --------
