@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 
 from scbin import Model, Vocabulary
 from scbin._errors import ScbinInputError, ScbinModelError
-from scbin.encoding.bins import Bins
 from scbin.nn.bert import build_bert
 from scbin.nn.files import MANIFEST, manifest_bytes
 from scbin.nn.heads import HeadPlan, Target, build_head
 
 MEMORY, SECONDS = 512 * 2**20, 2.0
+ARCHIVED = Path(__file__).parents[1] / "archive" / "format_1" / "model_bins"
 CONFIG, WEIGHTS, SCBIN, HEAD = "config.json", "model.safetensors", "scbin.json", "head.safetensors"
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 JUNK = [None, True, -1, 0, 1, 7, 0.5, 10**6, 2**31, 2**63, 10**30, "", "x", "\ud800", [], {}, [[1]], {"a": 1}, [0] * 50]
@@ -39,10 +39,9 @@ JUNK = [None, True, -1, 0, 1, 7, 0.5, 10**6, 2**31, 2**63, 10**30, "", "x", "\ud
 def make_sound(folder: Path) -> dict[str, Path]:
     """Write a model, one with a head, and a published one."""
     genes = [f"GENE{k}" for k in range(12)]
-    bins = Vocabulary.build("bins", genes, phenotypes={"cell_type": ["a", "b"]}, bins=Bins((0.1, 1.0, 2.0)))
+    shutil.copytree(ARCHIVED, folder / "plain")  # with everything that training adds
     ranks = Vocabulary.build("rank", genes, medians=[1.0 + k for k in range(12)], max_length=16)
     plan = HeadPlan("linear", (Target("cell_type", classes=("a", "b", "c")),))
-    Model(build_bert(bins, "tiny", **SHAPE), bins, training={"steps": 3}).save(folder / "plain")
     Model(build_bert(ranks, "tiny", **SHAPE), ranks, head=build_head(plan, 16, 12)).save(folder / "head")
     published = folder / "geneformer"
     layout = Vocabulary.build("rank", genes, medians=[1.0] * 12, max_length=20, layout="geneformer_v2")
@@ -59,7 +58,7 @@ def make_sound(folder: Path) -> dict[str, Path]:
 def seal(path: Path) -> None:
     """Write a manifest that agrees with the files, as someone would who means harm."""
     entries = {}
-    for name in (CONFIG, WEIGHTS, SCBIN, HEAD):
+    for name in (CONFIG, WEIGHTS, SCBIN, HEAD, "decoder.safetensors", "projection.safetensors"):
         if (path / name).is_file() and not (path / name).is_symlink():
             content = (path / name).read_bytes()
             entries[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
