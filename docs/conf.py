@@ -28,7 +28,7 @@ default_role = "literal"
 nitpicky = True
 
 # types of other packages; linked where their inventories can be fetched, plain text elsewhere
-external = "anndata|dask|matplotlib|numpy|pandas|scanpy|scipy|torch|transformers"
+external = "anndata|dask|matplotlib|numpy|pandas|pd|scanpy|scipy|torch|transformers"
 if os.environ.get("READTHEDOCS"):
     extensions.append("sphinx.ext.intersphinx")
     intersphinx_mapping = {

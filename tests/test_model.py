@@ -13,8 +13,8 @@ import torch
 
 from scbin import Model, Vocabulary
 from scbin._errors import ScbinInputError
-from scbin.nn.readout import Readout
 from scbin.nn.bert import build_bert
+from scbin.nn.readout import Readout
 
 
 @pytest.fixture(scope="module")

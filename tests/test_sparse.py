@@ -41,7 +41,14 @@ def test_ranges_are_those_of_the_library(matrix, tmp_path, how, plain, reuse):
     with h5py.File(tmp_path / "a.h5", "r") as file, DiskRows(file, reuse=reuse) as rows:
         assert (_plain_pieces(file["data"])[1] is not None) == plain
         assert rows.n_stored == matrix.nnz
-        for low, high in [(0, matrix.nnz), (0, 0), (999, 1001), (1000, 2000), (matrix.nnz - 1, matrix.nnz), (5, 23_456)]:
+        for low, high in [
+            (0, matrix.nnz),
+            (0, 0),
+            (999, 1001),
+            (1000, 2000),
+            (matrix.nnz - 1, matrix.nnz),
+            (5, 23_456),
+        ]:
             data, indices = rows.read(low, high)
             np.testing.assert_array_equal(data, matrix.data[low:high])
             np.testing.assert_array_equal(indices, matrix.indices[low:high])

@@ -126,4 +126,6 @@ def distributed(out, n_steps, cells_per_step, save_dir, stop_after="0"):
 
 
 if __name__ == "__main__":
-    {"kill": lambda n, d: kill(int(n), d), "distributed": distributed, "pretrained": pretrained}[sys.argv[1]](*sys.argv[2:])
+    {"kill": lambda n, d: kill(int(n), d), "distributed": distributed, "pretrained": pretrained}[sys.argv[1]](
+        *sys.argv[2:]
+    )
