@@ -69,7 +69,7 @@ class Board:
         self.bar = tqdm(
             total=n_steps,
             initial=first_step,
-            desc="pretrain",
+            desc="training",
             unit="step",
             disable=not (settings.progress and is_first),
         )
