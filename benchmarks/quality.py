@@ -54,6 +54,7 @@ SETS = {
     "kang_control_8684": Labelled(batch="donor_id"),
     "kang_control_6donor_1287g": Labelled(batch="donor_id"),
 }
+METHODS = (*methods.METHODS, "CellTypist", "scANVI")  # the last two with --annotate
 QUICK = ("lung3cl_celseq2_dropseq", QUICKSTART, "pbmc_facs_garnett800")
 _SAME = {"B": "B cells", "Naive CD4 T": "CD4 T cells", "Memory CD4 T": "CD4 T cells", "CD8 T": "CD8 T cells"}
 
@@ -145,7 +146,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--files", nargs="+", default=[], help="files of yours, as FILE:label or FILE:label:batch")
     parser.add_argument("--sets", nargs="+", help="which built-in sets (default: all that are there)")
-    parser.add_argument("--methods", nargs="+", choices=methods.METHODS, help="which methods (default: all installed)")
+    parser.add_argument(
+        "--methods", nargs="+", help=f"which methods, of {', '.join(map(repr, METHODS))} (default: all installed)"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="how many (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one seed, three small sets")
     parser.add_argument("--annotate", action="store_true", help="annotation with labels instead of embeddings without")
@@ -157,6 +160,9 @@ def _arguments() -> argparse.Namespace:
     for name in arguments.sets or []:
         if name not in SETS:
             parser.error(f"there is no set {name!r}; choose from {', '.join(SETS)}")
+    for name in arguments.methods or []:
+        if name not in METHODS:
+            parser.error(f"there is no method {name!r}; choose from {', '.join(map(repr, METHODS))}")
     chosen = {name: SETS[name] for name in (arguments.sets or ([] if arguments.files else SETS))}
     arguments.chosen = {name: item for name, item in chosen.items() if _there(name, item, arguments.folder)}
     for text in arguments.files:
