@@ -79,7 +79,7 @@ class Projection:
 
 
 def fit_projection(
-    vectors: np.ndarray, places: np.ndarray, *, n_steps: int = 1_000, dropout: float = 0.2, seed: int = 0
+    vectors: np.ndarray, places: np.ndarray, *, n_steps: int = 3_000, dropout: float = 0.05, seed: int = 0
 ) -> Projection:
     """Fit the projection that takes vectors (cells, hidden) nearest to their places (cells, k), laid out in `hidden` numbers.
 

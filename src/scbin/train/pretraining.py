@@ -186,8 +186,8 @@ def _projection(
     def on_the_first() -> np.ndarray:
         seen = np.isfinite(vectors).all(axis=1)
         aim = places(own[seen], vocabulary, None if batches is None else batches[cells][seen], seed=settings.seed)
-        longer: dict[str, Any] = {} if batches is None else {"n_steps": 3_000, "dropout": 0.0}
-        fitted = fit_projection(vectors[seen], aim, seed=settings.seed, **longer)
+        closer: dict[str, Any] = {} if batches is None else {"dropout": 0.0}  # what tells batches apart is small
+        fitted = fit_projection(vectors[seen], aim, seed=settings.seed, **closer)
         return np.concatenate([array.ravel() for array in fitted.tensors().values()])[None]
 
     return Projection.from_flat(world.from_first(on_the_first), bert.config.hidden_size)
