@@ -184,7 +184,7 @@ def _names(target: str | Sequence[str] | None, model: Model) -> list[str]:
                 "model = scbin.tl.finetune(adata, model, target='cell_type').",
             )
         return names
-    names = [target] if isinstance(target, str) or not hasattr(target, "__iter__") else list(target)
+    names = [target] if isinstance(target, str) else list(target) if hasattr(target, "__iter__") else []
     if not names or not all(isinstance(name, str) for name in names):
         raise ScbinTypeError("F31", f"target is {target!r}; pass a name, or a list of names.")
     for name in names:
