@@ -27,7 +27,8 @@ _HALF = 5  # of SHARES
 _SHOW, _DEAL = range(2)
 _FITTING = -3  # stands where training has its epoch
 _NEWTON_STEPS = 4
-_STIFFNESS = 3.0  # cells' worth of belief that a gene does not depend on a score
+_STIFFNESS = 3.0  # cells' worth of belief that the odds of a gene do not depend on a score
+_BIN_STIFFNESS = 100.0  # and its bin: a gene seen in ten cells shall not have thirty slopes
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +233,7 @@ def _fit_weights(
     for scores, asked in halves:
         gradient += scores.T @ (asked * on * (levels - mean))
         curvature += (asked * on).mean(axis=0)
-    return odds_weights, _solve(typical, turn, curvature, gradient)
+    return odds_weights, _solve(typical, turn, curvature, gradient, _BIN_STIFFNESS)
 
 
 def _widening(odds_weights: np.ndarray, variance: np.ndarray) -> np.ndarray:
@@ -243,9 +244,11 @@ def _widening(odds_weights: np.ndarray, variance: np.ndarray) -> np.ndarray:
     return np.sqrt(1 + np.pi / 8 * (variance @ odds_weights**2))
 
 
-def _solve(typical: np.ndarray, turn: np.ndarray, curvature: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+def _solve(
+    typical: np.ndarray, turn: np.ndarray, curvature: np.ndarray, gradient: np.ndarray, stiffness: float = _STIFFNESS
+) -> np.ndarray:
     """Solve (curvature of the gene x the scores' own + stiffness) w = gradient for every gene at once."""
-    return turn @ ((turn.T @ gradient) / (np.maximum(typical, 0)[:, None] * curvature + _STIFFNESS))
+    return turn @ ((turn.T @ gradient) / (np.maximum(typical, 0)[:, None] * curvature + stiffness))
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------------
