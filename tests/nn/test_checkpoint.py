@@ -23,6 +23,7 @@ from scbin.nn.attention import PACKED
 from scbin.nn.bert import encode_pack, logits_at
 from scbin.nn.checkpoint import read_model_directory
 from scbin.nn.files import MANIFEST, manifest_bytes
+from scbin.nn.untrusted import make_config
 
 FILES = ("config.json", "model.safetensors", "scbin.json")
 
@@ -595,3 +596,12 @@ def test_weights_that_are_not_finite_are_not_written(trained, model_dir):
             model.save(path, overwrite=True)
     assert Model.load(model_dir).fingerprint == trained[1].fingerprint
     assert not (model_dir.parent / "new").exists()
+
+
+def test_whole_numbers_do_where_a_real_one_is_meant():
+    content = {
+        "vocab_size": 10, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+        "max_position_embeddings": 10, "hidden_act": "gelu", "initializer_range": 1, "layer_norm_eps": 1e-12,
+        "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0, "type_vocab_size": 2,
+    }  # fmt: skip
+    assert make_config(content, "config.json").initializer_range == 1.0

@@ -185,6 +185,9 @@ def make_config(content: Mapping[str, Any], name: str) -> BertConfig:
     for key, value in picked.items():
         if not CONFIG_KEYS[key](value):
             raise ScbinModelError("M11", f"{name} says {key}={str(value)[:40]!r}, which is out of range.")
+    for key in ("layer_norm_eps", "initializer_range"):  # 1 is a number too, but transformers wants 1.0
+        if key in picked:
+            picked[key] = float(picked[key])
     if picked["hidden_size"] % picked["num_attention_heads"]:
         raise ScbinModelError("M11", f"{name}: hidden_size is not a multiple of num_attention_heads.")
     if picked["intermediate_size"] > 8 * picked["hidden_size"]:
