@@ -123,13 +123,19 @@ def test_default_spaces_are_geneformers():
 
 
 @pytest.mark.parametrize(
-    "space",
-    [{"rate": (0, 1)}, {"dropout": (1.0, 0.0)}, {"dropout": []}, {"dropout": (0, 1, "log")}, {"dropout": 0.5}],
-    ids=["unknown", "reversed", "empty", "log_of_zero", "no_choice"],
+    ("space", "code"),
+    [
+        pytest.param({"rate": (0, 1)}, "E31", id="unknown"),
+        pytest.param({"epochs": [1]}, "E37", id="fixed_too"),
+        pytest.param({"dropout": (1.0, 0.0)}, "E38", id="reversed"),
+        pytest.param({"dropout": []}, "E38", id="empty"),
+        pytest.param({"dropout": (0, 1, "log")}, "E38", id="log_of_zero"),
+        pytest.param({"dropout": 0.5}, "E38", id="no_choice"),
+    ],
 )
-def test_spaces_that_cannot_be_meant(space):
-    with pytest.raises(ScbinInputError, match="E31"):
-        check_space(space, ["dropout"], {})
+def test_spaces_that_cannot_be_meant(space, code):
+    with pytest.raises(ScbinInputError, match=code):
+        check_space(space, ["dropout", "epochs"], {"epochs": 2})
 
 
 def test_errors(trained, monkeypatch):
@@ -138,6 +144,8 @@ def test_errors(trained, monkeypatch):
         run(adata, model=model, learning_speed=3)
     with pytest.raises(ScbinInputError, match="E32"):
         run(adata, model=model, n_trials=0)
+    with pytest.raises(ScbinInputError, match="E40"):
+        run(adata, model=model, validation_share=0.6)
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ScbinInputError, match=r"E30.*pip install \"scbin\[search\]\""):
         run(adata, model=model)

@@ -72,7 +72,7 @@ def _folds(adata: AnnData, tokens: csr_matrix, model: Model, split_key: str | No
     """Take the split of `obs`, else the cells that pretraining held out, else cut the cells."""
     filled = np.flatnonzero(np.diff(tokens.indptr))
     if len(filled) < 2:
-        raise ScbinInputError("E24", "fewer than two cells have tokens. See obs['scbin_status'].")
+        raise ScbinInputError("E36", "fewer than two cells have tokens. See obs['scbin_status'].")
     folds = plan_folds(adata, filled, None, split_key, seed=seed)
     own = adata.uns.get(_keys.UNS, {}).get(_keys.MODEL_ID) == model.fingerprint
     stored = model.training.get("settings")

@@ -176,7 +176,7 @@ def search(
     kinds = _kinds(weights, fixed)
     metric = metric or (("macro_f1" if kinds[0] == "class" else "r2") if len(kinds) == 1 else "loss")
     if metric != "loss" and len(set(kinds)) > 1:
-        raise ScbinInputError("E32", f"metric={metric!r} cannot score classes and numbers at once; use 'loss'.")
+        raise ScbinInputError("E39", f"metric={metric!r} cannot score classes and numbers at once; use 'loss'.")
     sides = sides_of_search(adata, next(iter(weights)), kinds[0], split_key, validation_share, seed)
     cells = light_copy(adata, fixed.get("tokens_key"), sides)
     identity = identity_of(cells, start, weights, space, fixed, metric, seed)

@@ -44,7 +44,7 @@ def check_space(space: Mapping[str, Any], known: Sequence[str], fixed: Mapping[s
             )
         if name in fixed:
             raise ScbinInputError(
-                "E31", f"{name!r} is in space= and given as a fixed argument; leave one of the two out."
+                "E37", f"{name!r} is in space= and given as a fixed argument; leave one of the two out."
             )
         if isinstance(choices, list) and choices:
             continue
@@ -53,7 +53,7 @@ def check_space(space: Mapping[str, Any], known: Sequence[str], fixed: Mapping[s
         as_log = isinstance(choices, tuple) and len(choices) == 3
         if not numbers or low_high[0] > low_high[1] or (as_log and (choices[2] != "log" or low_high[0] <= 0)):
             raise ScbinInputError(
-                "E31",
+                "E38",
                 f"{name!r} in space= is {choices!r}; pass (low, high), (low, high, 'log') with positive numbers, or a list of "
                 "values.",
             )

@@ -60,7 +60,7 @@ def sides_of_search(
     Test cells of the data's own split stand on no side.
     """
     if not 0 < share < 0.5:
-        raise ScbinInputError("E32", f"validation_share is {share}; it needs to be above 0 and below 0.5.")
+        raise ScbinInputError("E40", f"validation_share is {share}; it needs to be above 0 and below 0.5.")
     given = given_sides(adata, split_key)
     groups = read_groups(adata, split_key) if given is None else None
     usable = np.ones(adata.n_obs, dtype=bool) if given is None else given.training | given.held_out
