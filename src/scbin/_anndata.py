@@ -6,7 +6,6 @@ import difflib
 import json
 import warnings
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-BLOCK = 1_000_000  # stored values per row block: a few megabytes, which a core holds close
+BLOCK = 500_000  # stored values per row block: a few megabytes, which a core holds close
 OWN = (_keys.TOKENS, _keys.EMBEDDING, "scbin_", "X_umap_", "X_scbin_")
 
 
@@ -162,11 +161,12 @@ def iter_blocks(
 
 
 def raw_blocks(
-    adata: ad.AnnData, layer: str | None = None, *, block_values: int | None = None, passing: bool = False
+    adata: ad.AnnData, layer: str | None = None, *, block_values: int | None = None, passing: int = 0
 ) -> Iterator[Block]:
     """Go through the matrix as it is stored: explicit zeros, order and duplicates are left as they are.
 
-    `passing`: the caller makes sure that no column index points outside, and lets go of each block before the next but one.
+    `passing`: the caller makes sure that no column index points outside, and lets go of each block before so many more are asked
+    for; 0: the columns are checked here, and blocks may be kept.
     """
     block_values = block_values or BLOCK
     if adata.is_view:  # the parent's matrix is read a block at a time; a view of a backed view does not exist
@@ -195,7 +195,7 @@ def raw_blocks(
         yield _block(matrix, start, 0, min(rows, n_rows - start))
 
 
-def _disk_blocks(matrix: CSRDataset, block_values: int, passing: bool) -> Iterator[Block]:
+def _disk_blocks(matrix: CSRDataset, block_values: int, passing: int) -> Iterator[Block]:
     n_rows, n_vars = matrix.shape
     with DiskRows(matrix.group, reuse=passing) as stored:
         check_offsets(stored.indptr, n_rows, stored.n_stored)
@@ -206,15 +206,6 @@ def _disk_blocks(matrix: CSRDataset, block_values: int, passing: bool) -> Iterat
             if not passing:
                 check_columns(indices, n_vars)
             yield _arrays(start, data, indices, indptr - indptr[0], n_vars)
-
-
-def ahead(blocks: Iterator[Block]) -> Iterator[Block]:
-    """Read the next block in a thread while this one is worked on."""
-    with ThreadPoolExecutor(1, thread_name_prefix="scbin-read") as reader:
-        coming = reader.submit(next, blocks, None)
-        while (block := coming.result()) is not None:
-            coming = reader.submit(next, blocks, None)
-            yield block
 
 
 def _rows_per_block(values_per_row: int, block_values: int) -> int:

@@ -47,11 +47,11 @@ class DiskRows:
     Where HDF5 keeps the arrays as they are, neither compressed nor filtered, their bytes are read from the file without
     the library in between: half the time, and other threads run meanwhile. Everything else goes through the library.
 
-    With `reuse`, what `read` returns is overwritten by the third call from then on: fresh memory for every block would cost as
+    With `reuse`, what `read` returns is overwritten by that many calls from then on: fresh memory for every block would cost as
     much time as filling it.
     """
 
-    def __init__(self, group: Any, *, reuse: bool = False):
+    def __init__(self, group: Any, *, reuse: int = 0):
         self.indptr: np.ndarray = np.asarray(group["indptr"][:])  # as stored; one number per row
         self._data, self._indices = _Flat(group["data"], reuse=reuse), _Flat(group["indices"], reuse=reuse)
 
@@ -75,12 +75,13 @@ class DiskRows:
 class _Flat:
     """A one-dimensional array in a file, read by ranges."""
 
-    def __init__(self, array: Any, *, reuse: bool):
+    def __init__(self, array: Any, *, reuse: int):
         self._array = array
-        self._spare: list[np.ndarray] | None = [] if reuse else None  # the longest unused first
+        self._reuse = reuse
+        self._spare: list[np.ndarray] = []  # the longest unused first
         self.size = int(array.shape[0])
-        self._piece, self._offsets = _plain_pieces(array)
-        self._file = None if self._offsets is None else os.open(array.file.filename, os.O_RDONLY)
+        self._runs = _plain_runs(array)
+        self._file = None if self._runs is None else os.open(array.file.filename, os.O_RDONLY)
 
     def close(self) -> None:
         """Let go of the file."""
@@ -96,46 +97,54 @@ class _Flat:
         return out
 
     def _room(self, n: int) -> np.ndarray:
-        if self._spare is None:
+        if not self._reuse:
             return np.empty(n, dtype=self._array.dtype)
-        kept = self._spare.pop(0) if len(self._spare) == 3 else np.empty(0, dtype=self._array.dtype)
+        kept = self._spare.pop(0) if len(self._spare) == self._reuse else np.empty(0, dtype=self._array.dtype)
         kept = kept if len(kept) >= n else np.empty(n + n // 8, dtype=self._array.dtype)
         self._spare.append(kept)
         return kept[:n]
 
     def _read_plain(self, out: np.ndarray, low: int) -> bool:
-        """Fill `out` from the pieces of the file; False where one of them does not exist, or is not read whole."""
-        if self._file is None or self._offsets is None:
+        """Fill `out` from the runs in the file; False where one of them does not exist, or is not read whole."""
+        if self._file is None or self._runs is None:
             return False
+        starts, offsets = self._runs
         width, place, stop = out.itemsize, low, low + len(out)
         view = out.view(np.uint8).data
+        number = int(np.searchsorted(starts, low, side="right")) - 1
         while place < stop:
-            number, inside = divmod(place, self._piece)
-            n = min(self._piece - inside, stop - place)
-            offset = int(self._offsets[number])
-            goal = view[(place - low) * width : (place - low + n) * width]
-            if offset < 0 or os.preadv(self._file, [goal], offset + inside * width) != len(goal):
+            end = min(int(starts[number + 1]), stop)
+            offset = int(offsets[number])
+            goal = view[(place - low) * width : (end - low) * width]
+            if offset < 0 or os.preadv(self._file, [goal], offset + (place - int(starts[number])) * width) != len(goal):
                 return False
-            place += n
+            place, number = end, number + 1
         return True
 
 
-def _plain_pieces(array: Any) -> tuple[int, np.ndarray | None]:
-    """Return the length of the pieces of an HDF5 array and where in the file each begins (-1: nowhere); None if not plain."""
+def _plain_runs(array: Any) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return where the runs of an HDF5 array that lie in one piece begin, and where in the file (-1: nowhere); None if not plain.
+
+    The first array has one number more, which lies behind the last run.
+    """
     layout = _layout(array)
     if layout is None:
-        return 1, None
+        return None
+    size = int(array.shape[0])
     if array.chunks is None:
         start = array.id.get_offset()
-        return max(1, int(array.shape[0])), None if start is None else np.array([start], dtype=np.int64)
+        return None if start is None else (np.array([0, size]), np.array([start], dtype=np.int64))
     piece = int(array.chunks[0])
-    offsets = np.full(-(-int(array.shape[0]) // piece), -1, dtype=np.int64)
+    offsets = np.full(-(-size // piece), -1, dtype=np.int64)
 
     def note(chunk: Any) -> None:
         offsets[chunk.chunk_offset[0] // piece] = chunk.byte_offset
 
     array.id.chunk_iter(note)
-    return piece, offsets
+    follows = np.zeros(len(offsets), dtype=bool)
+    follows[1:] = (np.diff(offsets) == piece * array.dtype.itemsize) & (offsets[1:] > 0)
+    first = np.flatnonzero(~follows)
+    return np.append(first * piece, max(size, len(offsets) * piece)), offsets[first]
 
 
 def _layout(array: Any) -> Any | None:

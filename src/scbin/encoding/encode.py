@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,12 +34,13 @@ class Encoder:
     """Encodes row blocks with one vocabulary: tables are made once, blocks are independent of each other.
 
     `columns` says which gene of the vocabulary each column is (-1: none, -2: not a gene count). Rows are CSR arrays with
-    sorted, unique columns; several columns of one gene are added up first.
+    sorted, unique columns; several columns of one gene are added up first. `threads` share the rows of a block.
     """
 
-    def __init__(self, vocabulary: Vocabulary, columns: np.ndarray, reading: Reading):
+    def __init__(self, vocabulary: Vocabulary, columns: np.ndarray, reading: Reading, *, threads: int | None = None):
         self.vocabulary = vocabulary
         self.reading = reading
+        self._over_rows = partial(over_rows, threads=threads)
         self.columns, self._sum = unique_columns(columns, len(vocabulary.genes), reading)
         self._all_used = bool((self.columns > -2).all())
         self._all_known = bool((self.columns >= 0).all())
@@ -71,10 +73,19 @@ class Encoder:
             prefix[:, phenotype.position] = phenotype_ids[:, k]
         return prefix
 
-    def encode(self, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, phenotype_ids: np.ndarray) -> Encoded:
-        """Encode the rows of a block; the arrays are only read."""
+    def encode(
+        self,
+        data: np.ndarray,
+        indices: np.ndarray,
+        indptr: np.ndarray,
+        phenotype_ids: np.ndarray,
+        *,
+        positive: bool | None = None,
+    ) -> Encoded:
+        """Encode the rows of a block; the arrays are only read. `positive`: whether all values are, if that is known."""
         if self._sum is not None:
             data, indices, indptr = self._sum(data, indices, indptr)
+            positive = None
         vocabulary = self.vocabulary
         n_rows = len(indptr) - 1
         prefix = self.prefix(phenotype_ids)
@@ -83,10 +94,12 @@ class Encoder:
         rows = (frozen(indptr), frozen(data), frozen(indices), frozen(self.columns))
         room = np.full(n_rows, len(vocabulary.genes)) if keep else np.diff(indptr)
         max_genes = vocabulary.max_length - prefix.shape[1] - (end_id > 0)
-        all_known = self._all_known and (not len(data) or bool(data.min() > 0))
+        if positive is None:
+            positive = not len(data) or bool(data.min() > 0)
+        all_known = self._all_known and positive
         if vocabulary.encoding == "rank":  # the length of a row is known beforehand: no gaps to close
             if not all_known:
-                over_rows(count_known, *rows, room)
+                self._over_rows(count_known, *rows, room)
             room = np.minimum(room, max_genes)
         frame = prefix.shape[1] + (end_id > 0)
         offsets = np.concatenate([[0], np.cumsum(np.where(room > 0, room + frame, 0))])
@@ -96,7 +109,7 @@ class Encoder:
         out = (frozen(prefix), end_id, frozen(offsets), ids, positions, lengths, totals, matched)
         if vocabulary.bins is None:
             log_factor = self.reading.log_factor
-            over_rows(
+            self._over_rows(
                 rank_rows,
                 *rows,
                 log_factor,
@@ -110,7 +123,7 @@ class Encoder:
             )
         else:
             tables = (self._target, self._factor, self._edges, self._table, self._bases, keep)
-            over_rows(bin_rows, *rows, *tables, *out, vocabulary.bins.per == "cell", self._all_used)
+            self._over_rows(bin_rows, *rows, *tables, *out, vocabulary.bins.per == "cell", self._all_used)
         tokens = self._matrix(ids, positions, offsets, lengths, n_missing=(prefix == 0).sum(axis=1))
         if vocabulary.position_is_gene and lengths.max(initial=0) > vocabulary.max_length:
             tokens, cut = self._shorten(tokens, data, indices, indptr)
@@ -128,7 +141,7 @@ class Encoder:
             data = np.empty(indptr[-1], dtype=vocabulary.dtype)
             indices = np.empty(indptr[-1], dtype=np.int32)
             rows = (frozen(offsets), frozen(lengths), frozen(ids), frozen(positions))
-            over_rows(compact, frozen(indptr), *rows, data, indices)
+            self._over_rows(compact, frozen(indptr), *rows, data, indices)
         tokens = _rows(data, indices, indptr, vocabulary)
         if vocabulary.position_is_gene and not self._in_order:
             tokens.has_sorted_indices = False

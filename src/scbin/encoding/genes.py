@@ -50,18 +50,15 @@ class GeneMatch:
 
 def clean_names(names: Sequence[object], *, where: str, is_column: bool) -> list[str | None]:
     """Return names as text without Ensembl versions; None for an empty name in an id column, an error in var_names."""
-    bad = [k for k, name in enumerate(names) if not isinstance(name, str) or not name.strip()]
-    wrong = [k for k in bad if not (is_column and _is_missing(names[k]))]
+    texts = [str(name) if isinstance(name, str) and name.strip() else None for name in names]
+    wrong = [k for k, text in enumerate(texts) if text is None and not (is_column and _is_missing(names[k]))]
     if wrong:
         raise ScbinInputError(
             "I25",
             f"{count(len(wrong), 'gene name')} in {where} not text or empty (the first at place {wrong[0]}: "
             f"{names[wrong[0]]!r}); var_names must be strings. Use adata.var_names = adata.var['...'].astype(str).",
         )
-    cleaned: list[str | None] = (
-        [None if k in set(bad) else str(name) for k, name in enumerate(names)] if bad else [str(name) for name in names]
-    )
-    return [name if name is None else strip_version(name) for name in cleaned]
+    return [strip_version(text) if text is not None and text.startswith("ENS") else text for text in texts]
 
 
 def _is_missing(name: object) -> bool:
@@ -136,10 +133,12 @@ def _mapped(
 
 
 def _undo_made_unique(names: list[str | None], vocabulary: Sequence[str] | None, match: GeneMatch) -> list[str | None]:
-    present, known = set(names), set(vocabulary or ())
+    with_dash = [k for k, name in enumerate(names) if name is not None and "-" in name]
+    present, known = (set(names), set(vocabulary or ())) if with_dash else (set(), set())
     out, changed = list(names), []
-    for k, name in enumerate(names):
-        if name is None or name in known or "-" not in name:
+    for k in with_dash:
+        name = names[k]
+        if name is None or name in known:
             continue
         found = MADE_UNIQUE.fullmatch(name)
         if found and found[1] in present:
@@ -157,6 +156,8 @@ def _undo_made_unique(names: list[str | None], vocabulary: Sequence[str] | None,
 
 
 def _note_duplicates(names: list[str | None], used: np.ndarray, match: GeneMatch, duplicates: str) -> None:
+    if not match.repeated:
+        return
     counts = Counter(
         name for name, use, c in zip(names, used, match.columns, strict=True) if use and name is not None and c >= 0
     )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SMALL = 100_000  # stored values below which threads cost more than they bring
 RADIX = 10
 BUCKETS = 1 << RADIX
+STEP = 32  # neighbours compared at a time, without a branch
 LONGEST_SHORT = 1 << (32 - 2 * RADIX)  # keys of a row whose places fit beside 20 bits of the key into 32 bits
 
 
@@ -41,10 +42,13 @@ def frozen(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def over_rows(kernel: Callable[..., Any], indptr: np.ndarray, *arguments: Any) -> list[Any]:
-    """Call `kernel(first, last, indptr, *arguments)` for ranges of rows that hold about equally many values each."""
+def over_rows(kernel: Callable[..., Any], indptr: np.ndarray, *arguments: Any, threads: int | None = None) -> list[Any]:
+    """Call `kernel(first, last, indptr, *arguments)` for ranges of rows that hold about equally many values each.
+
+    `threads`: how many ranges, unless there is too little to do; all that may be used by default.
+    """
     n_rows = len(indptr) - 1
-    parts = n_threads() if indptr[-1] - indptr[0] > SMALL else 1
+    parts = (threads or n_threads()) if indptr[-1] - indptr[0] > SMALL else 1
     goals = indptr[0] + (indptr[-1] - indptr[0]) * np.arange(1, parts) // parts
     cuts = np.concatenate([[0], np.searchsorted(indptr, goals), [n_rows]])
     ranges = [(int(a), int(b)) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
@@ -143,7 +147,8 @@ def rank_rows(  # type: ignore[no-untyped-def]
     width = 1
     for row in range(first, last):
         width = max(width, indptr[row + 1] - indptr[row])
-    keys, where = np.empty(width, dtype=np.float64), np.arange(width, dtype=np.int32)
+    keys, tokens = np.empty(width, dtype=np.float64), np.empty(width, dtype=ids.dtype)
+    where = np.arange(width, dtype=np.int32)
     short, spare_short = np.empty(width, dtype=np.uint32), np.empty(width, dtype=np.uint32)
     wide = width if width > LONGEST_SHORT else 1
     long, spare_long = np.empty(wide, dtype=np.uint64), np.empty(wide, dtype=np.uint64)
@@ -162,23 +167,31 @@ def rank_rows(  # type: ignore[no-untyped-def]
         total = row_sum(values) if all_used else _sum_used(data, indices, columns, indptr[row], indptr[row + 1])
         known = total if all_known else known
         totals[row], matched[row] = total, known
-        _set_keys(keys, values, places, where, n, medians, log_factor, all_known)
+        _set_keys(keys, tokens, values, places, where, n, medians, columns, first_id, log_factor, all_known)
         kept = min(n, max_genes)
         start = offsets[row] + n_prefix
         if n <= LONGEST_SHORT:
-            _sort(keys, n, kept, short, spare_short, low_count, high_count, where, places, columns)
-            lost = _write_ranks(short, n, kept, values, places, where, columns, first_id, start, ids)
+            _sort(keys, n, kept, short, spare_short, low_count, high_count, tokens)
+            cut[row] = _write_ranks(short, n, kept, tokens, values, where, ids[start : start + kept])
         else:
-            _sort(keys, n, kept, long, spare_long, low_count, high_count, where, places, columns)
-            lost = _write_ranks(long, n, kept, values, places, where, columns, first_id, start, ids)
+            _sort(keys, n, kept, long, spare_long, low_count, high_count, tokens)
+            cut[row] = _write_ranks(long, n, kept, tokens, values, where, ids[start : start + kept])
+        here = positions[start : start + kept]
         for i in range(kept):
-            positions[start + i] = n_prefix + i
-        cut[row] = lost
+            here[i] = n_prefix + i
         lengths[row] = _frame(row, start, start + kept, known, prefix, end_id, n_prefix + kept, offsets, ids, positions)
 
 
-@njit(nogil=True, cache=True)
-def _set_keys(keys, values, places, where, n, medians, log_factor, all_known):  # type: ignore[no-untyped-def]
+@njit(nogil=True, cache=True, forceinline=True)
+def _set_keys(  # type: ignore[no-untyped-def]
+    keys, tokens, values, places, where, n, medians, columns, first_id, log_factor, all_known
+):  # fmt: skip
+    if all_known:  # `where` would say 0, 1, 2 ...
+        for i in range(n):
+            tokens[i] = first_id + columns[np.uint32(places[i])]
+    else:
+        for i in range(n):
+            tokens[i] = first_id + columns[np.uint32(places[where[i]])]
     if log_factor > 0.0:
         for i in range(n):
             keys[i] = np.expm1(values[where[i]] * log_factor) / medians[np.uint32(places[where[i]])]
@@ -190,8 +203,8 @@ def _set_keys(keys, values, places, where, n, medians, log_factor, all_known):  
             keys[i] = values[where[i]] / medians[np.uint32(places[where[i]])]
 
 
-@njit(nogil=True, cache=True)
-def _sort(keys, n, kept, items, spare, low_count, high_count, where, places, columns):  # type: ignore[no-untyped-def]
+@njit(nogil=True, cache=True, forceinline=True)
+def _sort(keys, n, kept, items, spare, low_count, high_count, tokens):  # type: ignore[no-untyped-def]
     """Bring `items`, (20 bits of the key, place in `keys`), into the order of the ranks, as far as they are `kept`."""
     low_digit = np.uint32(12 if items.itemsize == 4 else 32)  # where the place in `keys` ends
     high_digit = low_digit + np.uint32(RADIX)
@@ -220,27 +233,37 @@ def _sort(keys, n, kept, items, spare, low_count, high_count, where, places, col
         b = (items[i] >> low_digit) & digit
         place = low_count[b]
         low_count[b] = place + 1
-        spare[place] = items[i]
+        spare[np.uint32(place)] = items[i]
     for i in range(n):
         b = spare[i] >> high_digit
         place = high_count[b]
         high_count[b] = place + 1
-        items[place] = spare[i]
-    i = 0
-    while i < min(n - 1, kept):
-        if items[i] >> low_digit != items[i + 1] >> low_digit:
-            i += 1
-            continue
-        stop = i + 2
-        while stop < n and items[stop] >> low_digit == items[i] >> low_digit:
-            stop += 1
-        _order_run(items, i, stop, keys, where, places, columns)
-        i = stop
+        items[np.uint32(place)] = spare[i]
+    done = 0
+    for first in range(0, min(n - 1, kept), STEP):
+        last = min(first + STEP, n - 1)
+        if last == first + STEP:
+            equal = np.int32(0)
+            for i in range(STEP):
+                equal += np.int32(items[first + i] >> low_digit == items[first + i + 1] >> low_digit)
+            if equal == 0:
+                continue
+        i = max(first, done)
+        while i < last:
+            if items[i] >> low_digit != items[i + 1] >> low_digit:
+                i += 1
+                continue
+            stop = i + 2
+            while stop < n and items[stop] >> low_digit == items[i] >> low_digit:
+                stop += 1
+            _order_run(items, i, stop, keys, tokens)
+            i = stop
+        done = i
 
 
 @njit(nogil=True, cache=True)
-def _order_run(items, first, last, keys, where, places, columns):  # type: ignore[no-untyped-def]
-    """Sort a run by key descending, then by gene: Shell's sort, so that long runs of equal values stay cheap."""
+def _order_run(items, first, last, keys, tokens):  # type: ignore[no-untyped-def]
+    """Sort a run by key descending, then by token: Shell's sort, so that long runs of equal values stay cheap."""
     mask = np.int64((1 << 12) - 1 if items.itemsize == 4 else (1 << 32) - 1)
     gap = 1
     while gap < (last - first) // 9:
@@ -254,7 +277,7 @@ def _order_run(items, first, last, keys, where, places, columns):  # type: ignor
                 other = np.int64(items[j - gap]) & mask
                 if keys[other] > keys[here]:
                     break
-                if keys[other] == keys[here] and columns[places[where[other]]] < columns[places[where[here]]]:
+                if keys[other] == keys[here] and tokens[other] < tokens[here]:
                     break
                 items[j] = items[j - gap]
                 j -= gap
@@ -262,12 +285,12 @@ def _order_run(items, first, last, keys, where, places, columns):  # type: ignor
         gap //= 3
 
 
-@njit(nogil=True, cache=True)
-def _write_ranks(items, n, kept, values, places, where, columns, first_id, start, ids):  # type: ignore[no-untyped-def]
+@njit(nogil=True, cache=True, forceinline=True)
+def _write_ranks(items, n, kept, tokens, values, where, ids):  # type: ignore[no-untyped-def]
     """Write the token ids of the first `kept` items; return the sum of the values of the others."""
     mask = np.uint32((1 << 12) - 1 if items.itemsize == 4 else (1 << 32) - 1)
     for i in range(kept):
-        ids[start + i] = first_id + columns[np.uint32(places[where[np.uint32(items[i] & mask)]])]
+        ids[i] = tokens[np.uint32(items[i] & mask)]
     lost = 0.0
     for i in range(kept, n):
         lost += values[where[np.uint32(items[i] & mask)]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -17,11 +18,21 @@ SAMPLE = 500
 NOT_FINITE = 0x7F800000  # bits of a float32 from which on it is infinite, no number, or negative
 
 
+@lru_cache(8)
+def _sampled(n_obs: int) -> np.ndarray:
+    """Return the cells that are looked at closely, evenly spaced."""
+    return np.unique(np.linspace(0, n_obs - 1, min(SAMPLE, n_obs)).astype(np.int64))
+
+
+Place = tuple[int, int, float]  # row, column, value
+
+
 @dataclass
 class Scan:
     """Everything one pass over the stored values finds, added up over blocks of rows."""
 
     n_obs: int
+    threads: int | None = None  # that share the rows of a block
     not_finite: int = 0
     negative: int = 0
     negative_fraction: int = 0
@@ -31,7 +42,8 @@ class Scan:
     stored: int = 0
     largest: float = 0.0
     largest_at: int = -1  # row of the first block that holds the largest value
-    places: list[tuple[int, int, float]] = field(default_factory=list)  # first bad values: row, column, value
+    not_finite_at: list[Place] = field(default_factory=list)  # the first ones
+    negative_at: list[Place] = field(default_factory=list)
     sums: list[np.ndarray] = field(default_factory=list)
     rows: list[np.ndarray] = field(default_factory=list)  # positive values of the sampled cells
 
@@ -40,7 +52,8 @@ class Scan:
     ) -> bool:
         """Take in a block of rows; say whether its columns were unsorted or repeated within a row."""
         sums = np.zeros(len(indptr) - 1)
-        found = over_rows(scan_rows, frozen(indptr), frozen(data), frozen(indices), n_vars, frozen(used), sums)
+        rows = (frozen(indptr), frozen(data), frozen(indices))
+        found = over_rows(scan_rows, *rows, n_vars, frozen(used), sums, threads=self.threads)
         names = ("not_finite", "negative", "negative_fraction", "fractions", "zeros", "unsorted")
         for part in found:
             for name, value in zip(names, part, strict=False):
@@ -49,7 +62,7 @@ class Scan:
         largest = max((float(part[9]) for part in found), default=0.0)
         if largest > self.largest:
             self.largest, self.largest_at = largest, start
-        if len(self.places) < 3 and any(part[0] or part[1] for part in found):
+        if any(part[0] or part[1] for part in found):
             self._note_bad(start, data, indices, indptr, used)
         self.sums.append(sums)
         self._sample(start, data, indices, indptr, used)
@@ -63,7 +76,8 @@ class Scan:
             return False
         sums = np.zeros(len(indptr) - 1)
         bits = frozen(data.view(np.uint32))
-        found = over_rows(scan_rows_fast, frozen(indptr), frozen(data), bits, frozen(indices), sums, seen)
+        rows = (frozen(indptr), frozen(data), bits, frozen(indices))
+        found = over_rows(scan_rows_fast, *rows, sums, seen, threads=self.threads)
         highest = max((int(part[0]) for part in found), default=0)
         if highest >= NOT_FINITE or any(part[3] for part in found):
             return False
@@ -77,16 +91,35 @@ class Scan:
         self._sample(start, data, indices, indptr, used)
         return True
 
+    @property
+    def positive(self) -> bool:
+        """Whether every value of the used columns is finite and above 0."""
+        return not (self.not_finite or self.negative or self.zeros)
+
+    def merge(self, other: Scan) -> None:
+        """Take in what was found in later rows."""
+        for name in ("not_finite", "negative", "negative_fraction", "fractions", "zeros", "unsorted", "stored"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        if other.largest > self.largest:
+            self.largest, self.largest_at = other.largest, other.largest_at
+        self.not_finite_at = (self.not_finite_at + other.not_finite_at)[:3]
+        self.negative_at = (self.negative_at + other.negative_at)[:3]
+        self.sums += other.sums
+        self.rows += other.rows
+
     def _note_bad(
         self, start: int, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, used: np.ndarray
     ) -> None:
-        bad = np.flatnonzero((~np.isfinite(data) | (data < 0)) & used[indices])[: 3 - len(self.places)]
-        rows = np.searchsorted(indptr, bad, side="right") - 1
-        self.places += [(start + int(r), int(indices[k]), float(data[k])) for r, k in zip(rows, bad, strict=True)]
+        finite = np.isfinite(data)
+        for bad, noted in ((~finite, self.not_finite_at), (finite & (data < 0), self.negative_at)):
+            first = np.flatnonzero(bad & used[indices])[: 3 - len(noted)]
+            rows = np.searchsorted(indptr, first, side="right") - 1
+            noted += [(start + int(r), int(indices[k]), float(data[k])) for r, k in zip(rows, first, strict=True)]
 
     def _sample(self, start: int, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, used: np.ndarray) -> None:
-        every = np.unique(np.linspace(0, self.n_obs - 1, min(SAMPLE, self.n_obs)).astype(np.int64))
-        for row in every[(every >= start) & (every < start + len(indptr) - 1)] - start:
+        every = _sampled(self.n_obs)
+        low, high = np.searchsorted(every, [start, start + len(indptr) - 1])
+        for row in every[low:high] - start:
             part = slice(indptr[row], indptr[row + 1])
             values = data[part][used[indices[part]]]
             values = values[(values > 0) & np.isfinite(values)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -17,6 +18,7 @@ from scbin.encoding.encode import Encoded, Encoder, join_rows
 from scbin.encoding.genes import GeneMatch, clean_names, match_genes
 from scbin.encoding.values import Values
 from scbin.encoding.vocabulary import Vocabulary
+from scbin.pp._ahead import in_order
 from scbin.pp._fit import Fit, fit_vocabulary
 from scbin.pp._phenotypes import age_widths, cell_labels, phenotype_columns, phenotype_ids
 from scbin.pp._source import Source
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from scipy import sparse
 
-    from scbin.encoding.values import Reading
+    from scbin._anndata import Block
+    from scbin.encoding.values import Reading, Scan
 
 WARN_OVERLAP, LEAST_OVERLAP = 0.8, 0.2
 CHOICES = {
@@ -88,10 +91,13 @@ class Plan:
 
     def encode(self) -> Iterator[Encoded]:
         """Yield the tokens of consecutive row blocks."""
-        encoder = Encoder(self.vocabulary, self.match.columns, self.reading)
-        for block in self.source.blocks():
+        encoder = Encoder(self.vocabulary, self.match.columns, self.reading, threads=self.source.threads)
+
+        def work(block: Block) -> Encoded:
             ids = self.phenotype_ids[block.start : block.start + block.n_rows]
-            yield encoder.encode(block.data, block.indices, block.indptr, ids)
+            return encoder.encode(block.data, block.indices, block.indptr, ids)
+
+        return in_order(work, self.source.blocks(), self.source.workers)
 
     def finish(self, encoded: Sequence[Encoded]) -> Result:
         """Join the blocks, say which cells have no tokens and how much of the counts the vocabulary covers."""
@@ -216,22 +222,25 @@ def stream(adata: AnnData, like: Any, options: Options) -> Iterator[Encoded]:
     widths = age_widths(columns, options.age_groups, given)
     labels = {name: cell_labels(adata, column, widths.get(name)) for name, column in columns.items()}
     ids = phenotype_ids(given, labels, adata.n_obs, known=True)
-    first: Reading | None = None
-    encoder: Encoder | None = None
+    blocks = source.unsorted_blocks()
+    block = next(blocks, None)
+    if block is None:
+        return
+    first = source.read(source.look(block)[0], options.values)
+    _check_bins(first, given, Fit())
+    encoder = Encoder(given, match.columns, first, threads=source.threads)
+
+    def work(block: Block) -> tuple[Scan, Encoded]:
+        part, block = source.look(block)
+        rows = slice(block.start, block.start + block.n_rows)
+        return part, encoder.encode(block.data, block.indices, block.indptr, ids[rows], positive=part.positive)
+
     scan = source.new_scan()
     totals = matched = 0.0
-    for block in source.unsorted_blocks():
-        block = source.look(scan, block)
-        if encoder is None:
-            first = source.read(scan, options.values)
-            _check_bins(first, given, Fit())
-            encoder = Encoder(given, match.columns, first)
-        rows = slice(block.start, block.start + block.n_rows)
-        part = encoder.encode(block.data, block.indices, block.indptr, ids[rows])
-        totals, matched = totals + part.totals.sum(), matched + part.matched.sum()
-        yield part
-    if first is None:
-        return
+    for part, encoded in in_order(work, chain([block], blocks), source.workers):
+        scan.merge(part)
+        totals, matched = totals + encoded.totals.sum(), matched + encoded.matched.sum()
+        yield encoded
     reading = source.read(scan, options.values)
     if (reading.kind, reading.base) != (first.kind, first.base):
         raise ScbinInputError(

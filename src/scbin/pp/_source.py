@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scbin._anndata import Block, ahead, matrix_of, raw_blocks
+from scbin._anndata import Block, matrix_of, raw_blocks
 from scbin._errors import ScbinInputError
 from scbin._sparse import check_columns
 from scbin.encoding.values import Reading, Scan, Values, read_values
+from scbin.pp._ahead import ahead, held, in_order, workers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +28,7 @@ class Source:
         self.layer = layer
         self.name = "X" if layer is None else f"layers[{layer!r}]"
         self.used, self.left_out = _used_columns(adata)
+        self.workers, self.threads = workers()
         self._unsorted: set[int] = set()
         self._seen = np.zeros(adata.n_vars, dtype=bool)
         self._scan: Scan | None = None
@@ -54,32 +56,33 @@ class Source:
         """Look at every stored value, once."""
         if self._scan is None:
             scan = self.new_scan()
-            for block in self.unsorted_blocks():
-                self.look(scan, block)
+            for part, _ in in_order(self.look, self.unsorted_blocks(), self.workers):
+                scan.merge(part)
             self._scan = scan
         return self._scan
 
     def new_scan(self) -> Scan:
         """Begin to look."""
-        return Scan(self.adata.n_obs)
+        return Scan(self.adata.n_obs, self.threads)
 
     def unsorted_blocks(self) -> Iterator[Block]:
         """Go through the rows as they are stored; `look` makes sure that nothing points outside."""
-        blocks = raw_blocks(self.adata, self.layer, passing=True)
+        blocks = raw_blocks(self.adata, self.layer, passing=held(self.workers))
         return ahead(blocks) if self.adata.isbacked else blocks
 
-    def look(self, scan: Scan, block: Block) -> Block:
-        """Take a block into the scan, and return it sorted."""
+    def look(self, block: Block) -> tuple[Scan, Block]:
+        """Return what is found in a block, and the block sorted."""
+        scan = self.new_scan()
         rows = (block.data, block.indices, block.indptr)
         if scan.add_fast(block.start, *rows, self.used, self._seen):
-            return block
+            return scan, block
         check_columns(block.indices, block.n_vars)
         if _out_of_order(block):
             self._unsorted.add(block.start)
             block = self._sorted(block)
         self._seen[block.indices] = True
         scan.add(block.start, block.data, block.indices, block.indptr, block.n_vars, self.used)
-        return block
+        return scan, block
 
     def read(self, scan: Scan, values: Values) -> Reading:
         """Decide what the values are; the errors name places and the layer that would do."""
@@ -104,7 +107,7 @@ class Source:
         adata = self.adata
         return ", ".join(
             f"cell {str(adata.obs_names[row])!r}, gene {str(adata.var_names[column])!r}: {value:.4g}"
-            for row, column, value in scan.places
+            for row, column, value in scan.not_finite_at or scan.negative_at
         )
 
     def suggest_counts(self) -> str | None:
