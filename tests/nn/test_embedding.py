@@ -171,5 +171,5 @@ def test_poolings_that_there_are_not(cells):
     vocabulary = Vocabulary.build("rank", ["A"], layout="geneformer_v1")
     with pytest.raises(ScbinInputError, match="T16"):
         pooling_weights(vocabulary, "cls")
-    with pytest.raises(ScbinInputError, match="T16"):
+    with pytest.raises(ScbinInputError, match="A02.*'weighted', 'mean', 'cls'"):
         pooling_weights(vocabulary, "max")

@@ -815,7 +815,9 @@ def test_edges_of_any_sequence(edges):
 
 def test_like_another_encoding():
     fails(cells(), "E02", "leave it out", like=VOCABULARY, encoding="rank")
-    fails(cells(), "E01", "vocabulary", like=3)
+    fails(cells(), "E01", "like is a int", like=3)
+    with pytest.raises(ScbinTypeError, match="E01.*like is None"):
+        next(iter_tokens(cells(), like=None))
 
 
 def test_check_reports_errors_as_rows(capsys):

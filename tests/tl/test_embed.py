@@ -221,7 +221,7 @@ def test_no_genes_in_common(toy, trained, untouched):
 @pytest.mark.parametrize(
     ("code", "arguments"),
     [
-        ("T16", {"pooling": "max"}),
+        ("A02", {"pooling": "max"}),
         ("T14", {"layer": 9}),
         ("T14", {"layer": -4}),
         ("T17", {"phenotypes": "some"}),
@@ -232,7 +232,7 @@ def test_no_genes_in_common(toy, trained, untouched):
         ("A01", {"copy": 1}),
         ("A01", {"tokens_key": 1}),
         ("A01", {"device": 0}),
-        ("T16", {"pooling": 3}),
+        ("A02", {"pooling": 3}),
         ("T21", {"precision": 32}),
         ("T20", {"device": "quantum"}),
         ("T21", {"precision": "float8"}),

@@ -146,7 +146,7 @@ def test_held_out_cells_do_not_influence_what_is_learned(tokenized, quick, denoi
         ("T10", {"preset": "huge"}),
         ("T10", {"preset": None}),
         ("T12", {"hidden_size": 30}),
-        ("T16", {"pooling": "max"}),
+        ("A02", {"pooling": "max"}),
         ("T20", {"device": "quantum"}),
         ("T21", {"precision": "float8"}),
         ("T30", {"max_steps": 0}),

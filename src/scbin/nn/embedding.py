@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from scbin._arguments import choices
 from scbin._errors import ScbinInputError
 from scbin.data.packing import make_pack, plan_packs
 from scbin.encoding.vocabulary import CLS
@@ -54,6 +55,7 @@ def pooling_weights(vocabulary: Vocabulary, pooling: Pooling, gene_weights: np.n
     gene_weights
         One weight per gene (genes,), for `"weighted"`. Default: 1.
     """
+    choices({"pooling": get_args(Pooling)}, pooling=pooling)
     ids = np.arange(vocabulary.n_tokens)
     positions = np.ones(vocabulary.n_positions, dtype=np.float32)
     if pooling == "weighted":
@@ -65,8 +67,6 @@ def pooling_weights(vocabulary: Vocabulary, pooling: Pooling, gene_weights: np.n
         return Weights(tokens, positions)
     if pooling == "mean":
         return Weights(vocabulary.is_gene_token(ids).astype(np.float32), positions)
-    if pooling != "cls":
-        raise ScbinInputError("T16", f"pooling is {pooling!r}; choose 'weighted', 'mean' or 'cls'.")
     if CLS not in vocabulary.specials:
         raise ScbinInputError("T16", "this vocabulary has no [CLS] token; use pooling='mean'.")
     return Weights((ids == vocabulary.specials[CLS]).astype(np.float32), positions)

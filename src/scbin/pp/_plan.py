@@ -213,9 +213,7 @@ def prepare(adata: AnnData, like: Any, fit: Fit, options: Options) -> Plan:
 
 def stream(adata: AnnData, like: Any, options: Options) -> Iterator[Encoded]:
     """Encode with a given vocabulary in one pass: what the values are is read off the first block and checked at the end."""
-    given = vocabulary_of(like)
-    if given is None:
-        raise ScbinInputError("E01", "like is None; pass a scbin model or a vocabulary.")
+    given = _vocabulary(like)
     columns = phenotype_columns(adata, options.phenotypes, given)
     source = Source(adata, options.layer)
     match = _match(adata, source, given, options)
@@ -259,20 +257,24 @@ def vocabulary_of(like: Any, fit: Fit | None = None) -> Vocabulary | None:
     """Return the vocabulary of a model, or the one given; refuse what asks for another encoding than it has."""
     if like is None:
         return None
+    vocabulary = _vocabulary(like)
+    if fit is not None and fit.encoding not in ("bins", vocabulary.encoding):
+        raise ScbinInputError(
+            "E02",
+            f"encoding={fit.encoding!r} was asked for, but like= has encoding {vocabulary.encoding!r}; leave it out.",
+        )
+    return vocabulary
+
+
+def _vocabulary(like: Any) -> Vocabulary:
     if isinstance(like, str | PathLike):
         from scbin.model import Model  # brings torch, which tokenizing itself does not need
 
         like = Model.load(like)
     vocabulary = getattr(like, "vocabulary", like)
     if not isinstance(vocabulary, Vocabulary):
-        raise ScbinTypeError(
-            "E01", f"like is a {type(like).__name__}; pass a scbin model, the directory of one, or a vocabulary."
-        )
-    if fit is not None and fit.encoding not in ("bins", vocabulary.encoding):
-        raise ScbinInputError(
-            "E02",
-            f"encoding={fit.encoding!r} was asked for, but like= has encoding {vocabulary.encoding!r}; leave it out.",
-        )
+        kind = "None" if like is None else f"a {type(like).__name__}"
+        raise ScbinTypeError("E01", f"like is {kind}; pass a scbin model, the directory of one, or a vocabulary.")
     return vocabulary
 
 
