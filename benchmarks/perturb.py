@@ -111,13 +111,19 @@ class Naive:
         return np.concatenate(found)
 
 
+def _in_order(rows: GeneRows, cells: np.ndarray, genes: np.ndarray) -> np.ndarray:
+    """Genes of a cell as their tokens stand in it: the order in which `tl.perturb` edits them."""
+    return genes[np.argsort(rows.find(cells, genes)[0])]
+
+
 def exact_beside_naive(setting: Setting, name: str, n_edits: int, rounds: int) -> dict:
     """CPU-seconds per edit of one cell, naive and ours in both precisions."""
     cells, genes = setting.rows.expressed()
     n = setting.rows.n_genes
     cell = int(np.argsort(n)[len(n) // 2])
-    mine = genes[cells == cell]
-    mine = mine[np.linspace(0, len(mine) - 1, min(n_edits, len(mine))).astype(int)]
+    mine = _in_order(setting.rows, np.full((cells == cell).sum(), cell), genes[cells == cell])
+    middle = max(0, (len(mine) - n_edits) // 2)
+    mine = mine[middle : middle + n_edits]  # neighbours, as `tl.perturb` takes them
     tokens = edit_rows(setting.rows, Edit(), np.full(len(mine), cell), mine).tokens
     naive = Naive(setting)
 
@@ -184,8 +190,8 @@ def screen_beside_exact(setting: Setting, n_cells: int, most_pairs: int, seed: i
         rho: dict[str, list[float]] = {way: [] for way in ways}
         ratios: dict[str, list[float]] = {way: [] for way in ways}
         for cell in chosen:
-            mine = genes[at == cell]
-            cells = np.full(len(mine), cell)
+            cells = np.full((at == cell).sum(), cell)
+            mine = _in_order(setting.rows, cells, genes[at == cell])
             drawn = np.sort(rng.choice(len(mine), min(most_pairs, len(mine)), replace=False))
             start = time.process_time()
             parts = list(edited_vectors(encoder, setting.rows, Edit(), cells[drawn], mine[drawn], originals))

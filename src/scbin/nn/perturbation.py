@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from scbin.data.packing import make_pack, plan_packs
 from scbin.encoding.edits import edit_rows, shortened
 from scbin.encoding.vocabulary import CLS
+from scbin.nn.alike import attend_alike
 from scbin.nn.attention import PACKED, Layout, pack_layout, packed_attention, to_device
 from scbin.nn.bert import encode_pack
 from scbin.nn.device import resolve_device, resolve_precision
@@ -35,10 +37,11 @@ CPU_PACK = 6_144  # tokens: a pack whose hidden states stay in the cache of a co
 FEWEST_DENSE = 4  # equally long rows that are worth a batch of their own
 
 
-def plan_equal(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
+def plan_equal(lengths: np.ndarray, token_budget: int, alike_budget: int = 0) -> list[np.ndarray]:
     """Share rows out over packs as `plan_packs` does, but keep rows of one length together where there are several.
 
-    Rows of one length need no mask and no loop over cells: one dense call of attention takes them all.
+    Rows of one length need no mask and no loop over cells: one dense call of attention takes them all. With an `alike_budget` as
+    many stay together as share most in the first layer, about the root of their length, if so many tokens fit into it.
 
     Examples
     --------
@@ -48,7 +51,8 @@ def plan_equal(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
     packs, rest = [], []
     for length in np.unique(lengths[lengths > 0])[::-1]:
         rows = np.flatnonzero(lengths == length)
-        each = max(1, token_budget // int(length))
+        alike = min(math.isqrt(length), alike_budget // int(length))
+        each = max(1, alike, token_budget // int(length))
         if len(rows) < FEWEST_DENSE:
             rest.append(rows)
         else:
@@ -94,7 +98,9 @@ class RowEncoder:
         self.bert, self.vocabulary, self.weights, self.layer = bert, vocabulary, weights, layer
         self.device = resolve_device(device)
         self.dtype = resolve_precision(precision, self.device, bert.config)
-        self.token_budget = min(token_budget, CPU_PACK) if self.device.type == "cpu" else token_budget
+        on_cpu = self.device.type == "cpu"
+        self.token_budget = min(token_budget, CPU_PACK) if on_cpu else token_budget
+        self._alike_budget = token_budget if on_cpu else 0  # a GPU attends faster than it shares
         n_layers = len(bert.bert.encoder.layer)
         self.n_layers = layer if layer >= 0 else n_layers + 1 + layer
         cls = vocabulary.specials.get(CLS, -1)
@@ -135,7 +141,7 @@ class RowEncoder:
         totals = np.add.reduceat(np.append(self.weights.of(tokens.data, tokens.indices), 0), tokens.indptr[:-1])
         lengths = np.where((totals > 0) | every_token, np.diff(tokens.indptr), 0)
         with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            for rows in plan_equal(lengths, self.token_budget):
+            for rows in plan_equal(lengths, self.token_budget, self._alike_budget):
                 pack = make_pack(tokens, rows)
                 layout = pack_layout(pack.cu_seqlens, self.device, None if n_seen is None else n_seen[rows])
                 yield rows, pack, self._encode(pack, layout, only_cls=self._only_cls and not every_token), layout
@@ -144,18 +150,25 @@ class RowEncoder:
         blocks = self.bert.bert.encoder.layer[: self.n_layers]
         length = int(pack.lengths[0])
         dense = pack.n_rows > 1 and layout.key_lengths is None and bool((pack.lengths == length).all())
-        shape = (pack.n_rows, length) if dense else (1, pack.n_tokens)
         extra: dict[str, Any] = {} if dense else {"layout": layout}
         hidden, where = self._embedded(pack)
         if not len(blocks):
             return hidden[where]
+        where = where.view((pack.n_rows, length) if dense else (1, pack.n_tokens))
         only_cls = only_cls and (dense or pack.n_rows == 1)
         if len(blocks) == 1 and only_cls:
-            return _first_token(blocks[0], hidden[where].view(*shape, -1))
-        hidden = _shared_layer(blocks[0], hidden, where, shape, extra)
-        for block in blocks[1:-1] if only_cls else blocks[1:]:
-            hidden = block(hidden, None, **extra)
-        return _first_token(blocks[-1], hidden) if only_cls else hidden.flatten(0, 1)
+            return _first_token(blocks[0], hidden[where])
+        context = _shared_context(blocks[0], hidden, where) if dense and self._alike_budget else None
+        step = max(1, self.token_budget // length) if dense else 1
+        found = []
+        for start in range(0, len(where), step):
+            some = where[start : start + step]
+            seen = None if context is None else context[start : start + step]
+            states = _first_layer(blocks[0], hidden, some, seen, extra)
+            for block in blocks[1:-1] if only_cls else blocks[1:]:
+                states = block(states, None, **extra)
+            found.append(_first_token(blocks[-1], states) if only_cls else states.flatten(0, 1))
+        return torch.cat(found)
 
     def _embedded(self, pack: Pack) -> tuple[Tensor, Tensor]:
         """Return the embeddings of the different tokens of a pack (U, H) and which of them each token is (T,)."""
@@ -169,17 +182,28 @@ class RowEncoder:
         return embeddings.dropout(hidden), to_device(where.reshape(-1), self.device)
 
 
-def _shared_layer(block: Any, hidden: Tensor, where: Tensor, shape: tuple[int, int], extra: dict[str, Any]) -> Tensor:
-    """Run the first layer: what goes into attention is computed once for each different token, then laid out."""
-    attention = block.attention.self
+def _projected(attention: Any, hidden: Tensor) -> Iterator[Tensor]:
+    """Query, key and value of the different tokens of a pack (U, heads, d), each computed once."""
     heads, width = attention.num_attention_heads, attention.attention_head_size
-    query, key, value = (
-        project(hidden).index_select(0, where).view(*shape, heads, width).transpose(1, 2)
-        for project in (attention.query, attention.key, attention.value)
-    )
-    context, _ = packed_attention(attention, query, key, value, None, scaling=attention.scaling, **extra)
-    hidden = hidden.index_select(0, where).view(*shape, -1)
-    return block.feed_forward_chunk(block.attention.output(context.reshape(*shape, -1), hidden))
+    for project in (attention.query, attention.key, attention.value):
+        yield project(hidden).view(-1, heads, width)
+
+
+def _shared_context(block: Any, hidden: Tensor, where: Tensor) -> Tensor | None:
+    """What the tokens of alike rows attend to in the first layer (rows, N, H), `None` where the rows are too different."""
+    attention = block.attention.self
+    query, key, value = _projected(attention, hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return attend_alike(query, key, value, where, attention.scaling)
+
+
+def _first_layer(block: Any, hidden: Tensor, where: Tensor, context: Tensor | None, extra: dict[str, Any]) -> Tensor:
+    """Run the first layer over the different tokens (U, H) laid out in rows (rows, N)."""
+    if context is None:
+        attention = block.attention.self
+        query, key, value = (tensor[where].transpose(1, 2) for tensor in _projected(attention, hidden))
+        context, _ = packed_attention(attention, query, key, value, None, scaling=attention.scaling, **extra)
+    return block.feed_forward_chunk(block.attention.output(context.reshape(*where.shape, -1), hidden[where]))
 
 
 def _first_token(block: Any, hidden: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ ALL_AT_ONCE = 2_000_000  # lookups of (cell, set) pairs held in memory at a time
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """All (cell, set of genes) pairs to run, sorted so that equally long cells follow each other."""
+    """All (cell, set of genes) pairs to run, sorted so that equally long cells, and edits that are most alike, follow each other."""
 
     sets: np.ndarray  # (sets, m) genes of the model that are edited together
     names: tuple[str, ...]  # of the sets
@@ -160,7 +160,8 @@ def make_plan(
     names = tuple(",".join(genes.names[gene] for gene in row) for row in sets)
     _check_found(rows, genes, pairs[1], sets, names, edit, wanted is not None, len(cells))
     lengths = np.diff(rows.tokens.indptr)[pairs[0]]
-    order = np.lexsort((pairs[1], pairs[0], lengths))
+    place, _ = rows.find(pairs[0], sets[pairs[1], -1])  # neighbours in a row leave rows that are most alike
+    order = np.lexsort((pairs[1], place, pairs[0], lengths))
     return Plan(sets, names, pairs[0][order], pairs[1][order], together=len(sets) == 1 and sets.shape[1] > 1)
 
 
