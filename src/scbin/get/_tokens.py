@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def tokens_df(
-    adata: AnnData | csr_matrix, cell: int | str = 0, *, vocabulary: Vocabulary | None = None
+    adata: AnnData | csr_matrix,
+    cell: int | str = 0,
+    *,
+    vocabulary: Vocabulary | None = None,
+    tokens_key: str | None = None,
 ) -> pd.DataFrame:
     """Return what the model reads of one cell: one row per token, in the order of the positions.
 
@@ -30,6 +34,8 @@ def tokens_df(
         The cell, by number or by name.
     vocabulary
         What the tokens mean. Default: the one stored in `adata`.
+    tokens_key
+        The slot of `obsm` with the tokens. Default: `"X_tokens"`.
 
     Returns
     -------
@@ -58,7 +64,7 @@ def tokens_df(
     """
     names = None
     if hasattr(adata, "obsm"):
-        tokens, vocabulary = read_tokens(adata, vocabulary)
+        tokens, vocabulary = read_tokens(adata, vocabulary, key=tokens_key)
         names = adata.obs_names
     else:
         tokens = adata

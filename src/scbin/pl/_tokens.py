@@ -34,6 +34,7 @@ def tokens(
     *,
     n_genes: int = 30,
     vocabulary: Vocabulary | None = None,
+    tokens_key: str | None = None,
     cmap: str = "YlGnBu",
     ax: Axes | None = None,
 ) -> Axes:
@@ -49,6 +50,8 @@ def tokens(
         How many genes to show: the first ones by rank, or those with the highest bins.
     vocabulary
         What the tokens mean. Default: the one stored in `adata`.
+    tokens_key
+        The slot of `obsm` with the tokens. Default: `"X_tokens"`.
     cmap
         Colours for bins and ranks.
     ax
@@ -71,10 +74,10 @@ def tokens(
     """
     if n_genes < 1:
         raise ScbinInputError("P11", f"n_genes={n_genes}; at least one gene is needed for a picture.")
-    table = tokens_df(adata, cell, vocabulary=vocabulary)
+    table = tokens_df(adata, cell, vocabulary=vocabulary, tokens_key=tokens_key)
     name = str(cell)
     if hasattr(adata, "obsm"):
-        matrix, vocabulary = read_tokens(adata, vocabulary)
+        matrix, vocabulary = read_tokens(adata, vocabulary, key=tokens_key)
         name = str(adata.obs_names[cell_number(cell, matrix.shape[0], adata.obs_names)])
     if vocabulary is None or table.empty:
         raise ScbinInputError("P12", f"cell {name!r} has no tokens: obs['scbin_status'] says why.")

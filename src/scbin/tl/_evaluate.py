@@ -50,6 +50,7 @@ def evaluate(
     gene_mask_prob: float = 0.15,
     high_bin: int = 8,
     seed: int = 0,
+    tokens_key: str | None = None,
     device: str = "auto",
     precision: Precision = "float32",
     token_budget: int = 32_768,
@@ -94,7 +95,7 @@ def evaluate(
         Bins above it count as high expression, for `target="genes"`.
     seed
         Of folds and masks.
-    device, precision, token_budget, progress
+    tokens_key, device, precision, token_budget, progress
         As in :func:`scbin.tl.predict`.
 
     Returns
@@ -128,6 +129,7 @@ def evaluate(
     if f1 not in ("macro", "seed"):
         raise ScbinInputError("E21", f"f1 is {f1!r}; choose 'macro' or 'seed'.")
     network: dict[str, Any] = {
+        "tokens_key": tokens_key,
         "device": device,
         "precision": precision,
         "token_budget": token_budget,
@@ -145,7 +147,7 @@ def evaluate(
     folds = plan_folds(adata, truth.rows, labels, split_key, seed=seed)
     pair = None
     if reference is None:
-        _warn_if_seen(adata, asked, folds)
+        _warn_if_seen(adata, asked, folds, tokens_key)
     else:
         other_key = None if asked.target in check_adata(reference).obs.columns else truth_key
         pair = (reference, read_truth(_truth_column(reference, asked.target, other_key), asked.target, asked.kind))
@@ -229,7 +231,7 @@ def _chosen_baselines(baselines: Sequence[str] | str, kind: str) -> tuple[str, .
     return tuple(baselines)
 
 
-def _warn_if_seen(adata: AnnData, asked: _Asked, folds: Folds) -> None:
+def _warn_if_seen(adata: AnnData, asked: _Asked, folds: Folds, tokens_key: str | None) -> None:
     """Say so where the model may have learned the labels it is scored on."""
     if folds.cut and _learned_here(adata, asked):
         warn(
@@ -237,7 +239,7 @@ def _warn_if_seen(adata: AnnData, asked: _Asked, folds: Folds) -> None:
             f"the model learned from these cells, and no split says which it did not see: its score says how well it remembers "
             f"{asked.target!r}. Call scbin.tl.split before fine-tuning, or pass split_key=.",
         )
-    elif asked.model is not None and _shown_to_pretraining(adata, asked.model, asked.target, folds.test):
+    elif asked.model is not None and _shown_to_pretraining(adata, asked.model, asked.target, folds.test, tokens_key):
         warn(
             "E17",
             f"the tokens of test cells carry their {asked.target!r}, and a model was pretrained on these cells: it may have "
@@ -253,12 +255,13 @@ def _learned_here(adata: AnnData, asked: _Asked) -> bool:
     return bool(trained is not None and trained == predicted_by(adata, asked.target))
 
 
-def _shown_to_pretraining(adata: AnnData, model: Model, target: str, test: np.ndarray) -> bool:
+def _shown_to_pretraining(adata: AnnData, model: Model, target: str, test: np.ndarray, tokens_key: str | None) -> bool:
     places = [phenotype for phenotype in model.vocabulary.phenotypes if phenotype.name == target]
     trained_here = _keys.PRETRAIN in adata.uns.get(_keys.UNS, {})
-    if not places or not trained_here or _keys.TOKENS not in adata.obsm:
+    key = _keys.TOKENS if tokens_key is None else tokens_key
+    if not places or not trained_here or key not in adata.obsm:
         return False
-    tokens = csr_matrix(adata.obsm[_keys.TOKENS])[test][:, [places[0].position]]
+    tokens = csr_matrix(adata.obsm[key])[test][:, [places[0].position]]
     return bool(((tokens.data >= places[0].first_id) & (tokens.data < places[0].stop_id)).any())
 
 

@@ -39,13 +39,14 @@ def score_genes(
     gene_mask_prob: float,
     high_bin: int,
     seed: int,
+    tokens_key: str | None,
     **network: Any,
 ) -> tuple[dict[str, dict[str, float]], str]:
     """Hide genes of test cells and score what the model and the baselines put there; return the scores and on what.
 
     All hidden genes are `[MASK]`, phenotypes are hidden too, and the masks depend on the seed and the tokens of a cell alone.
     """
-    tokens, vocabulary = read_tokens(adata, model.vocabulary)
+    tokens, vocabulary = read_tokens(adata, model.vocabulary, key=tokens_key)
     tokens = hide_phenotypes(tokens, vocabulary)
     scheme = evaluation_scheme(model, gene_mask_prob)
     folds = _folds(adata, tokens, model, split_key, seed)

@@ -44,6 +44,7 @@ def impute(
     genes: Sequence[str] | None = None,
     observed: Literal["keep", "hide"] = "keep",
     phenotypes: Literal["hide", "show"] = "hide",
+    tokens_key: str | None = None,
     device: str = "auto",
     token_budget: int = 32_768,
     progress: bool = True,
@@ -70,6 +71,8 @@ def impute(
     phenotypes
         `"show"` lets the phenotypes that were tokenized decide too how often a gene is expressed. By default cells with other
         labels are treated alike.
+    tokens_key
+        The slot of `obsm` with the tokens. Default: `"X_tokens"`.
     device
         `"auto"` takes cuda, then mps, then cpu.
     token_budget
@@ -116,7 +119,7 @@ def impute(
     check_writable(adata, "layers", key)
     adata = copied(adata) if copy else adata
     chosen = resolve_model(model, adata)
-    tokens, vocabulary = read_tokens(adata, chosen.vocabulary)
+    tokens, vocabulary = read_tokens(adata, chosen.vocabulary, key=tokens_key)
     if not vocabulary.position_is_gene:
         raise ScbinInputError(
             "S02",
