@@ -813,6 +813,32 @@ def test_edges_of_any_sequence(edges):
     np.testing.assert_array_equal(tokens(cells(), bins=edges), tokens(cells(), bins=[0.5, 5.0]))
 
 
+def test_scaled_values_beside_unscaled_ones():
+    """What was scaled is often still there: as a layer, or as `.raw`, which holds logs."""
+    scaled = LOGS - LOGS.mean(axis=0)
+    adata = cells(scaled)
+    adata.raw = cells(LOGS)
+    fails(adata, "I03", "adata.raw.to_adata()")
+    adata.layers["scaled"], adata.layers["data"] = scaled, LOGS
+    fails(adata, "I03", 'layer="data"')
+    adata.layers["counts"] = COUNTS
+    fails(adata, "I03", 'layer="counts"')
+    del adata.layers["data"], adata.layers["counts"], adata.raw
+    with pytest.raises(ScbinInputError, match=r"I03.*log1p values\.$"):
+        tokenize(adata)
+
+
+def test_genes_that_cannot_be_chosen():
+    adata = cells()
+    adata.var["mine"], adata.var["text"], adata.var["none"] = True, "yes", False
+    fails(adata, "E04", "'yes'", mask_var="text")
+    fails(adata, "E05", "mask_var=None", mask_var="none")
+    fails(adata, "E06", "True and False: 'mine', 'none'", mask_var="hvg")
+    fails(adata, "E07", "n_genes is 0", n_genes=0)
+    fails(cells(np.zeros((4, 5))), "E03", "empty", encoding="rank")
+    fails(cells(), "E08", "median", encoding="rank", medians={"GENEA0": -1.0})
+
+
 def test_like_another_encoding():
     fails(cells(), "E02", "leave it out", like=VOCABULARY, encoding="rank")
     fails(cells(), "E01", "like is a int", like=3)

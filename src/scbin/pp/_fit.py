@@ -8,6 +8,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+import pandas as pd
 
 from scbin._arguments import choices, instances, numbers, texts, whole_numbers
 from scbin._errors import ScbinInputError, count
@@ -112,7 +113,10 @@ def _chosen_genes(source: Source, match: GeneMatch, moments: GeneMoments, fit: F
     if fit.mask_var is not None and fit.mask_var in var.columns:
         marked = var[fit.mask_var]
         if marked.isna().any() or not set(marked.unique()) <= {True, False}:
-            raise ScbinInputError("E04", f"var[{fit.mask_var!r}] must hold True and False only.")
+            found = ", ".join(repr(value) for value in marked.unique()[:3])
+            raise ScbinInputError(
+                "E04", f"var[{fit.mask_var!r}] must hold True and False only; it holds {found}. Use its .astype(bool)."
+            )
         genes = match.columns[marked.to_numpy(dtype=bool)]
         if not (genes >= 0).any():
             raise ScbinInputError(
@@ -120,7 +124,10 @@ def _chosen_genes(source: Source, match: GeneMatch, moments: GeneMoments, fit: F
             )
         return np.unique(genes[genes >= 0])
     if fit.mask_var not in (None, "highly_variable"):
-        raise ScbinInputError("E06", f"{fit.mask_var!r} is not a column of adata.var.")
+        there = ", ".join(repr(str(name)) for name in var.columns if pd.api.types.is_bool_dtype(var[name])) or "none"
+        raise ScbinInputError(
+            "E06", f"mask_var={fit.mask_var!r} is not a column of adata.var. Columns of True and False: {there}."
+        )
     if fit.n_genes < 1:
         raise ScbinInputError("E07", f"n_genes is {fit.n_genes}; at least one gene is needed.")
     return moments.most_variable(fit.n_genes)

@@ -13,7 +13,7 @@ from scbin.encoding.values import Reading, Scan, Values, read_values
 from scbin.pp._ahead import ahead, held, in_order, workers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from anndata import AnnData
 
@@ -98,7 +98,7 @@ class Source:
                 places=self._places(scan),
             )
         except ScbinInputError as error:
-            hint = self.suggest_counts()
+            hint = self.suggest_counts() or (self._suggest_unscaled() if error.code == "I03" else None)
             if hint is None:
                 raise
             raise ScbinInputError(error.code, f"{str(error).split('] ', 1)[1]} {hint}") from None
@@ -113,11 +113,21 @@ class Source:
     def suggest_counts(self) -> str | None:
         """Name a layer, or `.raw`, that holds whole, non-negative numbers, if there is one beside this matrix."""
         for layer in COUNT_LAYERS:
-            if layer != self.layer and layer in self.adata.layers and _holds_counts(self.adata, layer):
+            if layer != self.layer and layer in self.adata.layers and _passes(self.adata, layer, _whole):
                 return f'layers[{layer!r}] holds counts: pass layer="{layer}" to use them.'
         raw = None if self.adata.isbacked else self.adata.raw
         if raw is not None and _whole(raw.X):
             return ".raw holds counts: adata.raw.to_adata() gives them as an AnnData of its own."
+        return None
+
+    def _suggest_unscaled(self) -> str | None:
+        """Name a layer, or `.raw`, without negative values, as scaling left them there."""
+        for layer in self.adata.layers:
+            if layer != self.layer and _passes(self.adata, layer, _not_negative):
+                return f'layers[{layer!r}] has no negative values: pass layer="{layer}" to read it.'
+        raw = None if self.adata.isbacked else self.adata.raw
+        if raw is not None and _not_negative(raw.X):
+            return ".raw has no negative values: adata.raw.to_adata() gives them as an AnnData of its own."
         return None
 
 
@@ -131,18 +141,21 @@ def _out_of_order(block: Block) -> bool:
     return bool(down.any())
 
 
-def _holds_counts(adata: AnnData, layer: str) -> bool:
+def _passes(adata: AnnData, layer: str, rule: Callable[[Any], bool]) -> bool:
     try:
-        return all(_whole(block.data) for block in raw_blocks(adata, layer))
+        return all(rule(block.data) for block in raw_blocks(adata, layer))
     except ScbinInputError:
         return False
 
 
+def _not_negative(matrix: Any) -> bool:
+    values = np.asarray(getattr(matrix, "data", matrix)) if hasattr(matrix, "nnz") else np.asarray(matrix)
+    return values.dtype.kind in "biuf" and bool(((values >= 0) & np.isfinite(values)).all())
+
+
 def _whole(matrix: Any) -> bool:
     values = np.asarray(getattr(matrix, "data", matrix)) if hasattr(matrix, "nnz") else np.asarray(matrix)
-    return values.dtype.kind in "biuf" and bool(
-        ((values >= 0) & (values == np.rint(values)) & np.isfinite(values)).all()
-    )
+    return _not_negative(values) and bool((values == np.rint(values)).all())
 
 
 def _used_columns(adata: AnnData) -> tuple[np.ndarray, int]:
