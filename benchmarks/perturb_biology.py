@@ -83,6 +83,7 @@ def interferon(arguments: argparse.Namespace) -> None:
         scores = {
             "scbin: shift towards IFN-beta": table["shift"].to_numpy(),
             "scbin: the same in SDs of genes alike": table["effect_size"].fillna(0).to_numpy(),
+            "scbin: alignment, however far": table["alignment"].fillna(0).to_numpy(),
             "mean expression in control cells": log1p[start].mean(axis=0),
             "mean expression in all cells": log1p.mean(axis=0),
             **_in_pca(log1p, stimulated.to_numpy(), start.to_numpy(), drawn, model.vocabulary),
@@ -114,11 +115,14 @@ def _in_pca(
     places = scaled @ axes
     goal = _unit(places[stimulated].mean(axis=0) - places[start | stimulated].mean(axis=0))
     top = float(vocabulary.bins.centres[-1])
-    result = {"PCA: pushed to the top bin": np.zeros(len(axes)), "PCA: pushed by one SD": np.zeros(len(axes))}
+    names = ("PCA: pushed to the top bin", "PCA: pushed by one SD", "PCA: alignment")
+    result = {name: np.zeros(len(axes)) for name in names}
+    way = _unit(places[stimulated].mean(axis=0) - places[start].mean(axis=0))
+    result["PCA: alignment"] = _unit(axes) @ way  # a push of a gene goes the same way in every cell
     for cell in np.flatnonzero(drawn):
         here = places[cell] - places[start | stimulated].mean(axis=0)
         pushes = ((top - log1p[cell]) / scale, np.ones(len(axes)))
-        for name, push in zip(result, pushes, strict=True):
+        for name, push in zip(names[:2], pushes, strict=True):
             result[name] += (_unit(here + push[:, None] * axes) - _unit(here)) @ goal
     return result
 

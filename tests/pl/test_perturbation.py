@@ -72,6 +72,18 @@ def test_ranking_of_lengths_names_the_longest_only():
     assert "further than genes alike: 8" in legend_of(ax) and "1 - cosine" in ax.get_ylabel()
 
 
+def test_ranking_by_alignment():
+    adata = perturbed()
+    with pytest.raises(ScbinInputError, match="P58.*alignment"):
+        scbin.pl.perturbation(adata, value="alignment")
+    table = adata.uns["scbin_perturb"]["table"]
+    adata.uns["scbin_perturb"]["table"] = table.assign(alignment=np.linspace(-0.5, 0.9, len(table)))
+    ax = scbin.pl.perturbation(adata, value="alignment", n_genes=2)
+    assert set(words(ax)) == {"G119", "G118", "G0", "G1"}
+    assert ax.get_xlabel() == "genes in order of their alignment" and "cosine" in ax.get_ylabel()
+    assert "95 %" not in legend_of(ax)
+
+
 @pytest.mark.parametrize("plot", [scbin.pl.perturbation, scbin.pl.perturbation_volcano])
 @pytest.mark.parametrize("size", [(6.4, 4.2), (3.0, 2.4)])
 def test_names_do_not_lie_on_each_other(plot, size):

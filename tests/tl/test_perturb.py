@@ -96,6 +96,10 @@ def test_towards_a_goal(cells):
         truth = cosine(after, state) - cosine(embedding[at], state)
         assert frame[column].iloc[0] == pytest.approx(truth.mean(), abs=1e-5)
     assert params["goal"] == "T cell" and params["alternatives"] == ["monocyte"]
+    way, goal = after - embedding[at], np.nanmean(embedding[kind == "T cell"], axis=0)
+    goal -= np.nanmean(embedding[kind == "B cell"], axis=0)
+    truth = way @ goal / np.linalg.norm(way, axis=1) / np.linalg.norm(goal)
+    assert frame["alignment"].iloc[0] == pytest.approx(truth.mean(), abs=1e-4)
 
 
 def test_a_list_at_once_leaves_vectors(cells):
@@ -132,6 +136,16 @@ def test_pairs_and_anchors(cells):
     scbin.tl.perturb(adata, model, genes=["GENE1", "GENE2", "GENE3"], combine=2, **QUIET)
     pairs = table(adata)[0].set_index("gene")["shift"]
     assert pairs.index.tolist() == ["GENE1,GENE2", "GENE1,GENE3", "GENE2,GENE3"]
+    beyond = table(adata)[0].set_index("gene")
+    scbin.tl.perturb(adata, model, genes=["GENE1", "GENE2", "GENE3"], **QUIET)
+    alone = {name: adata.layers["scbin_shift"][:, adata.var_names.get_loc(name)] for name in ("GENE1", "GENE2")}
+    both = np.flatnonzero((alone["GENE1"].toarray() > 0) & (alone["GENE2"].toarray() > 0))
+    total = sum(float(column.toarray()[both].mean()) for column in alone.values())
+    row = beyond.loc["GENE1,GENE2"]
+    assert row["n_cells"] == len(both) and row["sum_of_shifts"] == pytest.approx(total, rel=1e-4)
+    assert row["combined_minus_sum"] == pytest.approx(row["shift"] - total, abs=1e-6)
+    assert row["combined_minus_sum_ci_low"] < row["combined_minus_sum"] < row["combined_minus_sum_ci_high"]
+    assert beyond["combined_minus_sum_fdr"].between(0, 1).all()
     scbin.tl.perturb(adata, model, genes=[("GENE1", "GENE2"), ("GENE2", "GENE3")], **QUIET)
     assert table(adata)[0]["shift"].tolist() == pytest.approx([pairs.iloc[0], pairs.iloc[2]])
     scbin.tl.perturb(adata, model, genes=["GENE1", "GENE2", "GENE3"], anchor="GENE2", **QUIET)

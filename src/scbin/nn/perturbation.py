@@ -308,6 +308,19 @@ def state_shift(
     return (_unit(edited, centre) - _unit(original, centre)) @ _unit(states, centre).T
 
 
+def alignment(original: np.ndarray, edited: np.ndarray, direction: np.ndarray) -> np.ndarray:
+    """Return the cosine of the way that each row went with a direction: 1 is straight there, however far; NaN for no way.
+
+    Examples
+    --------
+    >>> alignment(np.array([[1.0, 0.0]]), np.array([[1.0, 0.01]]), np.array([0.0, 2.0]))
+    array([1.])
+    """
+    way = np.asarray(edited, dtype=np.float64) - original
+    length = np.linalg.norm(way, axis=-1) * np.linalg.norm(direction)
+    return np.where(length > 0, way @ direction / np.maximum(length, 1e-30), np.nan)
+
+
 def _unit(vectors: np.ndarray, centre: np.ndarray | None) -> np.ndarray:
     vectors = np.asarray(vectors, dtype=np.float64)
     vectors = vectors if centre is None else vectors - np.asarray(centre, dtype=np.float64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -27,6 +27,7 @@ def perturbation(
     *,
     key: str | None = None,
     group: str | None = None,
+    value: Literal["shift", "alignment"] = "shift",
     n_genes: int = 8,
     genes: list[str] | tuple[str, ...] | None = None,
     fdr: float = SIGNIFICANT,
@@ -46,6 +47,8 @@ def perturbation(
         Entry of `uns`. Default: `"scbin_perturb"`.
     group
         Which group of cells, where there are several.
+    value
+        `"alignment"`, after a perturbation towards a goal, draws how straight each gene moves cells there, however far.
     n_genes
         How many genes to name at either end.
     genes
@@ -71,17 +74,20 @@ def perturbation(
     'genes in order of their shift'
     """
     params = read_perturbation(adata, key)[1]
-    table = shared.one_group(perturb_df(adata, key=key, group=group), group)
-    table = shared.checked(table, ("gene", "shift"))
+    if value not in ("shift", "alignment"):
+        raise ScbinInputError("P64", f"value is {value!r}; choose 'shift' or 'alignment'.")
+    table = shared.one_group(perturb_df(adata, key=key, group=group, sort_by=value), group)
+    table = shared.checked(table, ("gene", value))
     signed = shared.is_signed(table, params)
-    chosen = _chosen(table, n_genes, genes, signed=signed)
+    chosen = _chosen(table, value, n_genes, genes, signed=signed)
     ax = shared.new_axes(6.4, 4.2) if ax is None else ax
-    x, y = np.arange(1, len(table) + 1), table["shift"].to_numpy(dtype=float)
-    has_band = _draw_band(ax, x, table)
+    x, y = np.arange(1, len(table) + 1), table[value].to_numpy(dtype=float)
+    has_band = value == "shift" and _draw_band(ax, x, table)
     if signed:
         ax.axhline(0, color=_style.QUIET_COLOUR, linewidth=0.6, zorder=1)
     colours, counts = colour_by_direction(table, fdr)
-    _draw_intervals(ax, x, table, chosen, colours)
+    if value == "shift":
+        _draw_intervals(ax, x, table, chosen, colours)
     exact = exact_of(table)
     for shown, face in ((exact, colours), (~exact, np.full(len(table), "white", dtype=object))):
         ax.scatter(
@@ -89,8 +95,11 @@ def perturbation(
         )
     ax.margins(x=0.03, y=0.16)
     _style.frame(ax)
-    ax.set_xlabel("genes in order of their shift", fontsize=9, color=_style.TEXT_COLOUR)
-    ax.set_ylabel(shared.shift_label(params), fontsize=9, color=_style.TEXT_COLOUR)
+    ax.set_xlabel(f"genes in order of their {value}", fontsize=9, color=_style.TEXT_COLOUR)
+    label = (
+        shared.shift_label(params) if value == "shift" else "alignment: cosine of the shift with the way to the goal"
+    )
+    ax.set_ylabel(label, fontsize=9, color=_style.TEXT_COLOUR)
     ax.set_title(shared.title_of(params) if title is None else title, fontsize=11, loc="left", parse_math=False)
     legend(ax, counts, signed=signed, screened=bool((~exact).any()), band=has_band, fdr=fdr)
     names = table["gene"].to_numpy()
@@ -146,7 +155,7 @@ def legend(ax: Axes, counts: tuple[int, int, int], *, signed: bool, screened: bo
 
 
 def _chosen(
-    table: pd.DataFrame, n_genes: int, genes: list[str] | tuple[str, ...] | None, *, signed: bool
+    table: pd.DataFrame, value: str, n_genes: int, genes: list[str] | tuple[str, ...] | None, *, signed: bool
 ) -> np.ndarray:
     """Rows of the genes to name, the most important first."""
     if genes is not None:
@@ -161,7 +170,7 @@ def _chosen(
     if not signed:
         return top
     bottom = np.arange(n - 1, max(n - 1 - n_genes, len(top) - 1), -1)
-    bottom = bottom[table["shift"].to_numpy()[bottom] < 0]
+    bottom = bottom[table[value].to_numpy()[bottom] < 0]
     return np.concatenate([top, bottom])
 
 

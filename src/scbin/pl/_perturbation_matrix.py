@@ -107,7 +107,8 @@ def _matrix(table: pd.DataFrame, value: str, fdr: float) -> tuple[list[str], lis
     """
     anchors, partners = (table[name].astype(str).to_numpy() for name in ("anchor", "gene"))
     values = table[value].to_numpy(dtype=float)
-    level = table["fdr"].to_numpy(dtype=float) if "fdr" in table.columns else np.full(len(table), np.nan)
+    name = f"{value}_fdr" if f"{value}_fdr" in table.columns else "fdr"
+    level = table[name].to_numpy(dtype=float) if name in table.columns else np.full(len(table), np.nan)
     if set(anchors) & set(partners):
         anchors, partners = np.concatenate([anchors, partners]), np.concatenate([partners, anchors])
         values, level = np.tile(values, 2), np.tile(level, 2)

@@ -75,7 +75,7 @@ def perturbation_volcano(
         sides = [order[x[order] > 0][:n_genes], order[x[order] < 0][:n_genes]]
         chosen = np.concatenate([side[table["fdr"].to_numpy()[side] < fdr] for side in sides])
     else:
-        chosen = _chosen(table, 0, genes, signed=True)
+        chosen = _chosen(table, "effect_size", 0, genes, signed=True)
     ax = shared.new_axes(6.4, 4.2) if ax is None else ax
     ax.axvline(0, color=_style.QUIET_COLOUR, linewidth=0.6, zorder=1)
     colours, counts = colour_by_direction(table, fdr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from scbin._anndata import check_adata, copied, read_obs, read_tokens
@@ -14,9 +15,9 @@ from scbin.tl._model import resolve_model
 from scbin.tl._perturb_affected import run_affected
 from scbin.tl._perturb_genes import gene_names
 from scbin.tl._perturb_measure import Readout, expression_measure, measure_for, phenotype_measure
-from scbin.tl._perturb_plan import chosen_cells, make_plan, read_states
+from scbin.tl._perturb_plan import chosen_cells, make_plan, read_states, singles_of
 from scbin.tl._perturb_run import Job, run_job
-from scbin.tl._perturb_write import Slots, write_results
+from scbin.tl._perturb_write import Alone, Slots, write_results
 
 if TYPE_CHECKING:
     import os
@@ -98,7 +99,7 @@ def perturb(
     anchor
         A gene that is edited along with each of the others, in the cells that express it.
     combine
-        2 edits all pairs of `genes`, 3 all triples.
+        2 edits all pairs of `genes`, 3 all triples. The table of pairs says what each does beyond the sum of both genes alone.
     readout
         What is read off a cell: its vector, `"embedding"`; the probabilities that the model gives to the values of a
         `"phenotype"`, named by `target`, or just to its value `goal`; or the `"expression"` that it expects of every gene, given
@@ -240,11 +241,16 @@ def perturb(
             measure = expression_measure(encoder, rows, cells, named.names)
         else:
             measure = measure_for(encoder, rows, plan, cells, states, centre)
-        affected = None
+        affected = alone = None
         if level == "gene":
             result, affected = run_affected(job, encoder, named.names)
         else:
             result = run_job(job, encoder, measure, chosen.fingerprint)
+            if plan.sets.shape[1] == 2 and readout == "embedding":
+                single = singles_of(plan, rows, named)
+                each_alone = replace(job, plan=single, method="exact", label="each gene of the pairs alone: ")
+                own = replace(measure, keep_vectors=False)
+                alone = Alone(single, run_job(each_alone, encoder, own, chosen.fingerprint))
     params = {
         "mode": mode,
         "k": k,
@@ -265,7 +271,7 @@ def perturb(
         "seed": seed,
     }
     write_results(
-        adata, slots, plan, rows, named, measure, result, params, groupby, donors, null, chosen.place, affected
+        adata, slots, plan, rows, named, measure, result, params, groupby, donors, null, chosen.place, affected, alone
     )
     return adata if copy else None
 

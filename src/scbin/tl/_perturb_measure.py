@@ -11,7 +11,7 @@ import numpy as np
 
 from scbin._errors import ScbinInputError
 from scbin.nn.effects import phenotype_probabilities, predicted_expression
-from scbin.nn.perturbation import cosine_shift, edited_vectors, state_shift
+from scbin.nn.perturbation import alignment, cosine_shift, edited_vectors, state_shift
 from scbin.nn.screen import screen_vectors
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Clock:
 class Measure:
     """Vectors of the cells as they are, and of the states, with the numbers that compare an edited vector with them."""
 
-    names: tuple[str, ...]  # of the numbers: "shift", or with states "shift", "shift_to_start" and one per alternative
+    names: tuple[str, ...]  # of the numbers: "shift"; with states "shift_to_start", one per alternative, "alignment"
     originals: (
         np.ndarray | None
     )  # (rows, H) what was read off the cells, NaN where not needed; None: read for each edit
@@ -82,6 +82,9 @@ class Measure:
             values = cosine_shift(original, edited, self.centre)[:, None]
         else:
             values = state_shift(original, edited, self.states, self.centre)
+            if "alignment" in self.names:
+                along = alignment(original, edited, self.states[0] - self.states[1])
+                values = np.column_stack([values, along])
         return np.concatenate([values, edited], axis=1) if self.keep_vectors else values
 
     def __call__(self, moved: Moved) -> np.ndarray:
@@ -122,7 +125,8 @@ def measure_for(
     names: tuple[str, ...] = ("shift",)
     if states is not None:
         means = np.stack([np.nanmean(originals[of].astype(np.float64), axis=0) for of in states.members])
-        names = ("shift", "shift_to_start", *(f"shift_to_{name.replace('/', '-')}" for name in states.names[2:]))
+        others = (f"shift_to_{name.replace('/', '-')}" for name in states.names[2:])
+        names = ("shift", "shift_to_start", *others, "alignment")
     within = readable if centre == "cells" or states is None else np.unique(np.concatenate(states.members))
     origin = None if centre is None else np.nanmean(originals[within].astype(np.float64), axis=0)
     return Measure(names, originals, means, origin, plan.together, clock)

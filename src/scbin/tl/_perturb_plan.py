@@ -159,10 +159,25 @@ def make_plan(
         pairs = _pairs_of(rows, cells, sets, edit, max_edits)
     names = tuple(",".join(genes.names[gene] for gene in row) for row in sets)
     _check_found(rows, genes, pairs[1], sets, names, edit, wanted is not None, len(cells))
-    lengths = np.diff(rows.tokens.indptr)[pairs[0]]
-    place, _ = rows.find(pairs[0], sets[pairs[1], -1])  # neighbours in a row leave rows that are most alike
-    order = np.lexsort((pairs[1], place, pairs[0], lengths))
-    return Plan(sets, names, pairs[0][order], pairs[1][order], together=len(sets) == 1 and sets.shape[1] > 1)
+    return _sorted(rows, sets, names, *pairs, together=len(sets) == 1 and sets.shape[1] > 1)
+
+
+def singles_of(plan: Plan, rows: GeneRows, genes: GeneNames) -> Plan:
+    """Each gene of the pairs alone, in the cells in which one of its pairs is edited."""
+    single, place = np.unique(plan.sets, return_inverse=True)
+    place = place.reshape(plan.sets.shape)
+    edits = np.unique(plan.cells[:, None] * len(single) + place[plan.which])
+    cells, which = np.divmod(edits, len(single))
+    return _sorted(rows, single[:, None], tuple(genes.names[gene] for gene in single), cells, which, together=False)
+
+
+def _sorted(
+    rows: GeneRows, sets: np.ndarray, names: tuple[str, ...], cells: np.ndarray, which: np.ndarray, *, together: bool
+) -> Plan:
+    lengths = np.diff(rows.tokens.indptr)[cells]
+    place, _ = rows.find(cells, sets[which, -1])  # neighbours in a row leave rows that are most alike
+    order = np.lexsort((which, place, cells, lengths))
+    return Plan(sets, names, cells[order], which[order], together)
 
 
 def _each_expressed(

@@ -90,6 +90,7 @@ class Job:
     seed: int
     save_dir: str | os.PathLike[str] | None
     progress: bool
+    label: str = ""  # what is said before the number of edits
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +111,8 @@ def run_job(job: Job, encoder: RowEncoder, measure: Measure, fingerprint: str) -
         raise ScbinInputError(
             "P29",
             f"there is no screen for mode={job.edit.mode!r} of {count(plan.sets.shape[1], 'gene')} at once in "
-            f"{job.rows.vocabulary.encoding!r}; read by {measure.readout}; it takes effects of single genes on the embedding, and for 'rank' deletions. Use method=\"exact\".",
+            f"{job.rows.vocabulary.encoding!r}, read by {measure.readout}: only for effects of single genes on the embedding, and in "
+            "'rank' only for deletions. Use method=\"exact\"; genes=, groups= and fewer cells make it shorter.",
         )
     screen = job.method == "screen" or (job.method == "auto" and possible and plan.n_pairs > AUTO_EXACT)
     tokens, states = job.rows.tokens, "none" if measure.states is None else measure.states
@@ -248,7 +250,7 @@ def announce(job: Job, measure: Measure, screen: bool) -> None:
         n_forwards = len(cells) * each + share * plan.n_pairs
         tokens = (lengths[cells].sum() + inserted) * each + share * tokens
     line = (
-        f"scbin: {count(plan.n_pairs, 'edit')} in {count(len(cells), 'cell')}, {'screen' if screen else 'exact'}: "
+        f"scbin: {job.label}{count(plan.n_pairs, 'edit')} in {count(len(cells), 'cell')}, {'screen' if screen else 'exact'}: "
         f"{'about ' if screen else ''}{count(round(n_forwards), 'forward')}, about {_duration(measure.clock.until(tokens))}."
     )
     if job.progress:

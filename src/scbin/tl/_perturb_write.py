@@ -12,6 +12,7 @@ from scipy import sparse
 
 from scbin import _keys
 from scbin._anndata import check_writable, make_real, read_obs, write_entry, write_layer, write_obsm
+from scbin.tl._perturb_compare import pair_statistics
 from scbin.tl._perturb_run import means_of
 from scbin.tl._perturb_stats import gene_statistics
 
@@ -83,6 +84,36 @@ def matrix_of(values: np.ndarray, rows: np.ndarray, columns: np.ndarray, shape: 
     return matrix
 
 
+@dataclass(frozen=True, eq=False)
+class Alone:
+    """What each gene of the pairs does alone in the same cells."""
+
+    plan: Plan
+    result: Result
+
+
+def beyond_the_sum(
+    plan: Plan, result: Result, alone: Alone, cells: np.ndarray, donors: np.ndarray | None
+) -> pd.DataFrame:
+    """Return by how much each pair does more than the sum of both genes alone, in some cells; one row per pair."""
+    both, single = (
+        matrix_of(
+            np.where(inside, values[:, 0], np.nan),
+            np.searchsorted(cells, of.cells).clip(max=len(cells) - 1),
+            of.which,
+            (len(cells), len(of.sets)),
+        )
+        for of, values, inside in (
+            (p, r.values, np.isin(p.cells, cells)) for p, r in ((plan, result), (alone.plan, alone.result))
+        )
+    )
+    pairs = np.searchsorted(alone.plan.sets[:, 0], plan.sets)
+    found = pair_statistics(single, both, pairs, names=alone.plan.names, donors=donors)
+    columns = {"sum_of_shifts": "sum_of_shifts", "combined_minus_sum": "combined_minus_sum"}
+    columns |= {name: f"combined_minus_sum_{name}" for name in ("ci_low", "ci_high", "p_value", "fdr")}
+    return found[list(columns)].rename(columns=columns)
+
+
 def make_table(
     plan: Plan,
     rows: GeneRows,
@@ -92,8 +123,9 @@ def make_table(
     donors: np.ndarray | None,
     null: str | Sequence[str],
     seed: int,
+    alone: Alone | None = None,
 ) -> pd.DataFrame:
-    """Return the statistics of every gene or set, by group where there are groups."""
+    """Return the statistics of every gene or set, by group where there are groups; pairs beside the sum of both `alone`."""
     n_sets = len(plan.sets)
     expression = set_expression(rows, plan)
     tables = []
@@ -114,6 +146,9 @@ def make_table(
         )
         for k, name in enumerate(measure.names[1:] if measure.readout != "expression" else (), start=1):
             table[name] = means_of(values[:, k], which, n_sets)
+        if alone is not None:
+            own = None if donors is None else donors[chosen]
+            table = table.join(beyond_the_sum(plan, result, alone, chosen, own))
         if group is not None:
             table.insert(0, "group", pd.Series([str(group)] * len(table), dtype=object))
         tables.append(table)
@@ -134,12 +169,13 @@ def write_results(
     null: str | Sequence[str],
     place: Callable[[np.ndarray], np.ndarray],
     affected: pd.DataFrame | None = None,
+    alone: Alone | None = None,
 ) -> None:
     """Make everything, then write it; `place` takes vectors to where the embedding puts them."""
     groups = None if groupby is None else read_obs(adata, groupby).astype(object).map(str).to_numpy()
     table = affected
     if affected is None:
-        table = make_table(plan, rows, measure, result, groups, donors, null, params["seed"])
+        table = make_table(plan, rows, measure, result, groups, donors, null, params["seed"], alone)
     changed = np.isfinite(result.values[:, 0])
     params = {
         **params,
