@@ -259,10 +259,15 @@ def _dask_blocks(matrix: Any) -> Iterator[Block]:
         start += n_rows
 
 
+def layer_names(adata: ad.AnnData) -> list[str]:
+    """Return the names of the layers; from anndata 0.13 on `X` is one of them, without a name."""
+    return [name for name in adata.layers if name is not None]
+
+
 def matrix_of(adata: ad.AnnData, layer: str | None) -> Any:
     """Return X or the layer as it is stored, if it is of a kind that can be read."""
     if layer is not None and layer not in adata.layers:
-        there = ", ".join(repr(key) for key in adata.layers) or "none"
+        there = ", ".join(map(repr, layer_names(adata))) or "none"
         raise ScbinInputError("I35", f"layers has no {layer!r}. Available: {there}.")
     matrix = adata.X if layer is None else adata.layers[layer]
     if matrix is None:

@@ -96,9 +96,7 @@ def test_i01_line_names_counts_layer(caplog):
 def test_i01_by_range_only():
     noise = np.abs(np.random.default_rng(0).normal(size=COUNTS.shape)).astype(np.float32)
     warns(cells(noise), "I01", "by its range only", 'values="log1p"')
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        tokenize(cells(noise), values="log1p")
+    tokenize(cells(noise), values="log1p")  # warnings are errors
 
 
 def test_i01_by_note_in_uns():
@@ -244,19 +242,27 @@ def test_i13_other_kinds():
         fails(adata, "I13", "filled", layer="m")
 
 
+def set_x(adata: ad.AnnData, value) -> None:
+    """Put something into X that anndata itself would not take."""
+    if hasattr(adata, "_X"):
+        adata._X = value
+    else:  # from 0.13 on, X is the layer None
+        adata.layers._data[None] = value
+
+
 @pytest.mark.parametrize("kind", [sparse.coo_matrix, sparse.coo_array, sparse.lil_matrix, sparse.dok_matrix])
 def test_i13_other_sparse_formats(kind):
     with pytest.raises(ValueError, match="CSR"):  # anndata itself refuses them
         ad.AnnData(kind(COUNTS))
     adata = cells()
-    adata._X = kind(COUNTS)  # should one get past it
-    fails(adata, "I13", f"sparse {adata._X.format}", "csr_matrix(X)")
+    set_x(adata, kind(COUNTS))  # should one get past it
+    fails(adata, "I13", f"sparse {kind(COUNTS).format}", "csr_matrix(X)")
 
 
 @pytest.mark.parametrize("value", [COUNTS.tolist(), COUNTS[0]], ids=["list", "one row"])
 def test_i13_no_matrix(value):
     adata = cells()
-    adata._X = value
+    set_x(adata, value)
     fails(adata, "I13", type(value).__name__, "csr_matrix(X)")
 
 
@@ -268,7 +274,7 @@ def test_i13_numpy_matrix_and_lists():
         warnings.simplefilter("ignore")  # numpy and anndata both remark on it
         adata.layers["m"] = np.matrix(COUNTS)
         np.testing.assert_array_equal(tokens(adata, layer="m"), EXPECTED)
-        adata._X = np.matrix(COUNTS)
+        set_x(adata, np.matrix(COUNTS))
         fails(adata, "I13", "numpy matrix", "np.asarray(X)")
 
 
@@ -365,9 +371,7 @@ def test_i23_made_unique():
     out = warns(cells(names=names), "I23", repr(names[9]))
     assert out.shape[1] == EXPECTED.shape[1] - 1
     vocabulary = Vocabulary.build("bins", names, bins=VOCABULARY.bins)  # here GENE-1 is a gene of its own
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        tokenize(cells(names=names), like=vocabulary)
+    tokenize(cells(names=names), like=vocabulary)  # warnings are errors
 
 
 def test_i24_duplicate_cells():
@@ -821,6 +825,8 @@ def test_scaled_values_beside_unscaled_ones():
     fails(adata, "I03", "adata.raw.to_adata()")
     adata.layers["scaled"], adata.layers["data"] = scaled, LOGS
     fails(adata, "I03", 'layer="data"')
+    with pytest.raises(ScbinInputError, match=r"I35.*Available: 'scaled', 'data'\."):
+        tokenize(adata, layer="absent")
     adata.layers["counts"] = COUNTS
     fails(adata, "I03", 'layer="counts"')
     del adata.layers["data"], adata.layers["counts"], adata.raw

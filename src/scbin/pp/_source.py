@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scbin._anndata import Block, matrix_of, raw_blocks
+from scbin._anndata import Block, layer_names, matrix_of, raw_blocks
 from scbin._errors import ScbinInputError
 from scbin._sparse import check_columns
 from scbin.encoding.values import Reading, Scan, Values, read_values
@@ -122,7 +122,7 @@ class Source:
 
     def _suggest_unscaled(self) -> str | None:
         """Name a layer, or `.raw`, without negative values, as scaling left them there."""
-        for layer in self.adata.layers:
+        for layer in layer_names(self.adata):
             if layer != self.layer and _passes(self.adata, layer, _not_negative):
                 return f'layers[{layer!r}] has no negative values: pass layer="{layer}" to read it.'
         raw = None if self.adata.isbacked else self.adata.raw
