@@ -117,11 +117,10 @@ class Checker:
             )
             return int(self.array(where).shape[0])
         index = self.stored.attribute(where, "_index")
-        names = self.array(f"{where}/{index}") if isinstance(index, str) and index else None
-        if names is None or len(names.shape) != 1:
+        rows = self.length(f"{where}/{index}") if isinstance(index, str) and index else None
+        if rows is None or rows < 0:
             self.wrong("M47", where, f"names {shown(index)} as its index, which is not there")
             return None
-        rows = int(names.shape[0])
         if n is not None and rows != n:
             self.wrong("M48", where, f"has {rows:,} rows, but {n:,} belong there")
         order = self.stored.attribute(where, "column-order")
@@ -134,25 +133,27 @@ class Checker:
 
     def column(self, where: str, n: int) -> None:
         self.say(where)
-        length: int | None
-        if self.kind(where) == "categorical":
-            length = self.categorical(where)
-        elif self.kind(where) in NULLABLE:
-            parts = [self.array(f"{where}/{name}") for name in ("values", "mask")]
-            lengths = {-1 if part is None else int(part.shape[0]) for part in parts}
-            length = lengths.pop() if len(lengths) == 1 else -1
-        else:
-            array = self.array(where)
-            length = None if array is None else int(array.shape[0]) if len(array.shape) else -1
+        length = self.length(where)
         if length is not None and length != n:
             self.wrong("M48", where, f"has {max(length, 0):,} values, but {n:,} belong there")
 
+    def length(self, where: str) -> int | None:
+        """Return how many values a column, or an index, has: None if it is no column, -1 if its parts do not fit."""
+        if self.kind(where) == "categorical":
+            return self.categorical(where)
+        if self.kind(where) in NULLABLE:  # text too, from anndata 0.13 on
+            parts = [self.array(f"{where}/{name}") for name in ("values", "mask")]
+            lengths = {-1 if part is None or len(part.shape) != 1 else int(part.shape[0]) for part in parts}
+            return lengths.pop() if len(lengths) == 1 else -1
+        array = self.array(where)
+        return None if array is None else int(array.shape[0]) if len(array.shape) else -1
+
     def categorical(self, where: str) -> int:
-        codes, categories = self.array(f"{where}/codes"), self.array(f"{where}/categories")
-        if codes is None or categories is None or codes.dtype.kind not in "iu" or len(codes.shape) != 1:
+        codes, most = self.array(f"{where}/codes"), self.length(f"{where}/categories")
+        if codes is None or most is None or codes.dtype.kind not in "iu" or len(codes.shape) != 1:
             self.wrong("M47", where, "is a categorical without codes or categories")
             return -1
-        most = int(categories.shape[0]) if len(categories.shape) else 0
+        most = max(most, 0)
         low, high = self.extremes(f"{where}/codes")
         if low < -1 or high >= most:
             self.wrong("M49", where, f"has codes from {low} to {high}, but {most:,} categories")
