@@ -11,7 +11,8 @@ the two states.
 knockouts: a model trained on control cells alone. Each gene that was knocked out in the experiment is deleted from control cells that
 express it; the change of all other genes, as the model expects them when they are hidden and as regression reads them off the
 cell's vector, is compared with the change that was observed. Beside it: no change, the mean change under the other
-knock-outs, and regression on the gene's expression in control cells.
+knock-outs, and regression on the gene's expression in control cells; and how well two halves of the cells agree, since some
+knock-outs change nothing that can be seen.
 """
 
 from __future__ import annotations
@@ -203,7 +204,7 @@ def _report(
     log1p: np.ndarray,
 ) -> None:
     print("\nPearson correlation over the other genes | sign agreement over those that changed (rank-sum, FDR .05)")
-    print("".ljust(40) + "".join(name.rjust(14) for name in tested) + "mean".rjust(14))
+    print("".ljust(40) + "".join(name.rjust(14) for name in (*tested, "mean", "of changed")))
     changed, genes = {}, {}
     for name in tested:
         genes[name] = shown & (adata.var_names != name)
@@ -212,6 +213,9 @@ def _report(
         fdr[genes[name]] = stats.false_discovery_control(p_values[genes[name]])
         changed[name] = fdr < 0.05
     print("genes that changed".ljust(40) + "".join(str(int(changed[name].sum())).rjust(14) for name in tested))
+    halves = [_halves_agree(log1p, perturbed, name, genes[name]) for name in tested]
+    print("two halves of the cells agree".ljust(40) + "".join(f"{r:.2f}".rjust(14) for r in halves))
+    affected = np.array([changed[name].any() for name in tested])  # knock-outs that changed anything at all
     for method, predicted in methods.items():
         correlations, signs = [], []
         for name in tested:
@@ -221,9 +225,19 @@ def _report(
             agree = np.sign(ours[changed[name]]) == np.sign(theirs[changed[name]])
             signs.append(agree.mean() if len(agree) else np.nan)
         cells = [f"{r:.2f} | {s:.2f}" for r, s in zip(correlations, signs, strict=True)]
-        known = [np.array(values)[np.isfinite(values)] for values in (correlations, signs)]
-        mean = [values.mean() if len(values) else np.nan for values in known]
-        print(method.ljust(40) + "".join(cell.rjust(14) for cell in cells) + f"{mean[0]:.2f} | {mean[1]:.2f}".rjust(14))
+        for those in (np.ones(len(tested), dtype=bool), affected):
+            known = [np.array(values)[those & np.isfinite(values)] for values in (correlations, signs)]
+            mean = [values.mean() if len(values) else np.nan for values in known]
+            cells.append(f"{mean[0]:.2f} | {mean[1]:.2f}")
+        print(method.ljust(40) + "".join(cell.rjust(14) for cell in cells))
+
+
+def _halves_agree(log1p: np.ndarray, perturbed: np.ndarray, name: str, genes: np.ndarray) -> float:
+    """Correlation of the change seen in one half of the cells with that in the other: no prediction can be nearer to it."""
+    rng = np.random.default_rng(0)
+    there, control = (rng.permutation(np.flatnonzero(perturbed == kind)) for kind in (name, "control"))
+    first, second = (log1p[there[k::2]].mean(axis=0) - log1p[control[k::2]].mean(axis=0) for k in (0, 1))
+    return float(np.corrcoef(first[genes], second[genes])[0, 1])
 
 
 # ---- both -----------------------------------------------------------------------------------------------------------

@@ -207,9 +207,18 @@ def test_no_pairs_and_empty_rows():
     assert none.tokens.shape == (0, v.n_positions)
 
 
-@pytest.mark.parametrize("fields", [{"mode": "remove"}, {"k": 0}, {"k": 1.5}, {"fraction": 0.0}, {"fraction": 1.1}])
-def test_edits_that_there_are_not(fields):
-    with pytest.raises(ScbinInputError, match="P20"):
+@pytest.mark.parametrize(
+    "fields, code",
+    [
+        ({"mode": "remove"}, "P20"),
+        ({"k": 0}, "P47"),
+        ({"k": 1.5}, "P47"),
+        ({"fraction": 0.0}, "P48"),
+        ({"fraction": 1.1}, "P48"),
+    ],
+)
+def test_edits_that_there_are_not(fields, code):
+    with pytest.raises(ScbinInputError, match=code):
         Edit(**fields)
 
 

@@ -56,15 +56,17 @@ def test_another_key_and_groups(table):
     adata.uns["mine"] = adata.uns.pop("scbin_perturb")
     frame = scbin.get.perturb_df(adata, key="mine", group="B/NK")
     assert len(frame) == 4 and (frame["shift"] == 0).all()
-    with pytest.raises(ScbinInputError, match=r"P58.*'T cell', 'B/NK'"):
+    with pytest.raises(ScbinInputError, match=r"P71.*'T cell', 'B/NK'"):
         scbin.get.perturb_df(adata, key="mine", group="monocyte")
     with pytest.raises(ScbinInputError, match=r"P57.*tl\.perturb"):
         scbin.get.perturb_df(adata)
 
 
-@pytest.mark.parametrize("wrong", [{"group": "T"}, {"sort_by": "nothing"}, {"style": "seed"}])
-def test_what_is_not_there_is_named(table, wrong):
-    with pytest.raises(ScbinInputError, match="P58"):
+@pytest.mark.parametrize(
+    "wrong, code", [({"group": "T"}, "P70"), ({"sort_by": "nothing"}, "P58"), ({"style": "seed"}, "P69")]
+)
+def test_what_is_not_there_is_named(table, wrong, code):
+    with pytest.raises(ScbinInputError, match=code):
         scbin.get.perturb_df(cells(table), **wrong)
 
 
@@ -92,7 +94,7 @@ def test_geneformer_reports_cosines_without_a_goal(table):
 
 
 def test_geneformer_knows_no_other_readouts(table):
-    with pytest.raises(ScbinInputError, match=r"P58.*expression"):
+    with pytest.raises(ScbinInputError, match=r"P72.*expression"):
         scbin.get.perturb_df(cells(table, readout="expression"), style="geneformer")
 
 

@@ -102,7 +102,7 @@ def test_chosen_genes_and_groups(plot):
         plot(adata)
     with pytest.raises(ScbinInputError, match=r"P63.*'TP53'"):
         plot(adata, group="B", genes=["TP53"])
-    with pytest.raises(ScbinInputError, match="P58"):
+    with pytest.raises(ScbinInputError, match="P71"):
         plot(adata, group="NK")
 
 
@@ -230,10 +230,10 @@ def test_map_says_when_nothing_moves_and_what_is_missing(shifted):
     assert "no cell moves" in scbin.pl.perturbation_map(shifted).get_xlabel()
     with pytest.raises(ScbinInputError, match="P64"):
         scbin.pl.perturbation_map(shifted, arrows="stream")
-    with pytest.raises(ScbinInputError, match="P64"):
+    with pytest.raises(ScbinInputError, match="P74"):
         scbin.pl.perturbation_map(shifted, scale=0)
     shifted.obsm["X_scbin_perturbed"] = np.zeros((60, 3), dtype=np.float32)
-    with pytest.raises(ScbinInputError, match=r"P59.*\(60, 3\)"):
+    with pytest.raises(ScbinInputError, match=r"P73.*\(60, 3\)"):
         scbin.pl.perturbation_map(shifted)
     del shifted.obsm["X_scbin_perturbed"]
     with pytest.raises(ScbinInputError, match=r"P59.*together"):
@@ -277,7 +277,7 @@ def test_matrix_refuses_what_cannot_be_read():
         scbin.pl.perturbation_matrix(perturbed())
     with pytest.raises(ScbinInputError, match=r"P65.*61"):
         scbin.pl.perturbation_matrix(paired([("A", f"G{i}", 0.1, 1.0) for i in range(61)]))
-    with pytest.raises(ScbinInputError, match="P64"):
+    with pytest.raises(ScbinInputError, match="P75"):
         scbin.pl.perturbation_matrix(paired([("A", "B", 0.1, 1.0)]), value="shift")
 
 

@@ -62,8 +62,8 @@ def test_mixture_and_vs_null_are_those_of_the_arrays(shifted, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        pytest.param({"statistic": "vs_null"}, "P67", id="no_group"),
-        pytest.param({"groupby": "cell_type"}, "P67", id="half"),
+        pytest.param({"statistic": "vs_null"}, "P77", id="no_group"),
+        pytest.param({"groupby": "cell_type"}, "P77", id="half"),
         pytest.param({"groupby": "cell_type", "group": "NK"}, "P67", id="empty"),
         pytest.param({"key": "mine"}, "P57", id="no_table"),
         pytest.param({"donor_key": "who"}, "I35", id="no_donors"),
@@ -97,5 +97,5 @@ def test_pairs_with_an_anchor(shifted):
     with pytest.raises(ScbinInputError, match="P68"):
         scbin.tl.perturb_statistics(shifted, statistic="pairs")
     shifted.uns["both_perturb"]["params"] = json.dumps({"anchor": ["GENE39"]})
-    with pytest.raises(ScbinInputError, match=r"P68.*GENE39"):
+    with pytest.raises(ScbinInputError, match=r"P79.*GENE39"):
         scbin.tl.perturb_statistics(shifted, statistic="pairs", anchored="both_perturb")

@@ -39,9 +39,9 @@ class Edit:
         if self.mode not in get_args(Mode):
             raise ScbinInputError("P20", f"mode is {self.mode!r}; choose one of {list(get_args(Mode))}.")
         if type(self.k) is not int or self.k < 1:
-            raise ScbinInputError("P20", f"k is {self.k!r}; it is a number of bins or quartiles, 1 or more.")
+            raise ScbinInputError("P47", f"k is {self.k!r}; it is a number of bins or quartiles, 1 or more.")
         if not 0 < self.fraction <= 1:
-            raise ScbinInputError("P20", f"fraction is {self.fraction!r}; it lies above 0 and is at most 1.")
+            raise ScbinInputError("P48", f"fraction is {self.fraction!r}; it lies above 0 and is at most 1.")
 
     @property
     def inserts(self) -> bool:

@@ -67,7 +67,7 @@ def perturb_df(
     if group is not None:
         table = _of_group(table, group)
     if style not in ("scbin", "geneformer"):
-        raise ScbinInputError("P58", f"style is {style!r}; choose 'scbin' or 'geneformer'.")
+        raise ScbinInputError("P69", f"style is {style!r}; choose 'scbin' or 'geneformer'.")
     if sort_by is not None and sort_by not in table.columns and sort_by != "shift":
         known = ", ".join(map(repr, table.columns))
         raise ScbinInputError("P58", f"the table has no column {sort_by!r}. Available: {known}.")
@@ -104,11 +104,11 @@ def pairs_of(table: pd.DataFrame) -> pd.DataFrame:
 
 def _of_group(table: pd.DataFrame, group: str) -> pd.DataFrame:
     if "group" not in table.columns:
-        raise ScbinInputError("P58", f"group={group!r}, but the perturbation was not made by groups of cells.")
+        raise ScbinInputError("P70", f"group={group!r}, but the perturbation was not made by groups of cells.")
     groups = table["group"].astype(str)
     if not (groups == str(group)).any():
         known = ", ".join(repr(name) for name in dict.fromkeys(groups))
-        raise ScbinInputError("P58", f"the table has no group {group!r}. It has: {known}.")
+        raise ScbinInputError("P71", f"the table has no group {group!r}. It has: {known}.")
     return table[(groups == str(group)).to_numpy()]
 
 
@@ -121,7 +121,7 @@ def _geneformer(table: pd.DataFrame, params: Mapping[str, Any], adata: AnnData) 
     readout = params.get("readout", "embedding")
     if readout != "embedding":
         raise ScbinInputError(
-            "P58", f"Geneformer has no table for effects on the {readout} that a model predicts. Use style='scbin'."
+            "P72", f"Geneformer has no table for effects on the {readout} that a model predicts. Use style='scbin'."
         )
     if {"anchor", "combined_shift"} <= columns:
         return _pairs(table, adata)

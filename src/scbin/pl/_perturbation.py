@@ -75,7 +75,7 @@ def perturbation(
     """
     params = read_perturbation(adata, key)[1]
     if value not in ("shift", "alignment"):
-        raise ScbinInputError("P64", f"value is {value!r}; choose 'shift' or 'alignment'.")
+        raise ScbinInputError("P76", f"value is {value!r}; choose 'shift' or 'alignment'.")
     table = shared.one_group(perturb_df(adata, key=key, group=group, sort_by=value), group)
     table = shared.checked(table, ("gene", value))
     signed = shared.is_signed(table, params)

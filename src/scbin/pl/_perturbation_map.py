@@ -82,7 +82,7 @@ def perturbation_map(
     if arrows not in ("grid", "cells"):
         raise ScbinInputError("P64", f"arrows is {arrows!r}; choose 'grid' or 'cells'.")
     if n_neighbors < 1 or (scale is not None and scale <= 0):
-        raise ScbinInputError("P64", f"n_neighbors={n_neighbors} and scale={scale} need to be above 0.")
+        raise ScbinInputError("P74", f"n_neighbors={n_neighbors} and scale={scale} need to be above 0.")
     before = read_embedding(adata, basis)
     after = _read_perturbed(adata, perturbed, before)
     coordinates = before if before.shape[1] == 2 else umap_of(adata, basis)
@@ -207,7 +207,7 @@ def _read_perturbed(adata: AnnData, slot: str, before: np.ndarray) -> np.ndarray
     after = np.asarray(adata.obsm[slot], dtype=np.float32)
     if after.shape != before.shape:
         raise ScbinInputError(
-            "P59",
+            "P73",
             f"adata.obsm[{slot!r}] has shape {after.shape}, the embedding {before.shape}: they are of two models.",
         )
     return after

@@ -76,7 +76,7 @@ def perturbation_matrix(
     ['B', 'C']
     """
     if value not in (None, *VALUES):
-        raise ScbinInputError("P64", f"value is {value!r}; choose one of {', '.join(map(repr, VALUES))}.")
+        raise ScbinInputError("P75", f"value is {value!r}; choose one of {', '.join(map(repr, VALUES))}.")
     params = read_perturbation(adata, key)[1]
     table = shared.one_group(perturb_df(adata, key=key, group=group, sort_by=None), group)
     table = pairs_of(table)
@@ -90,7 +90,8 @@ def perturbation_matrix(
             f"a matrix of {values.shape[0]} x {values.shape[1]} genes cannot be read; the most is {MOST_GENES}. Perturb fewer pairs, "
             "or sort scbin.get.perturb_df(adata).",
         )
-    ax = shared.new_axes(2.6 + 0.3 * len(partners), 1.6 + 0.3 * len(anchors)) if ax is None else ax
+    size = (max(4.8, 2.6 + 0.3 * len(partners)), 1.6 + 0.3 * len(anchors))  # room for the title
+    ax = shared.new_axes(*size) if ax is None else ax
     _draw(ax, values, rings, cmap, value)
     _label(ax, anchors, partners)
     if rings.any():

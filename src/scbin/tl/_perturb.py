@@ -202,12 +202,12 @@ def perturb(
             f"verify={verify}, combine={combine}, token_budget={token_budget}: a share, and numbers of 1 or more.",
         )
     if centre == "states" and state_key is None:
-        raise ScbinInputError("P23", 'centre="states" needs states: pass state_key= and goal=, or another centre.')
+        raise ScbinInputError("P33", 'centre="states" needs states: pass state_key= and goal=, or another centre.')
     if level == "gene" and method == "screen":
-        raise ScbinInputError("P29", 'there is no screen for level="gene". Use method="exact".')
+        raise ScbinInputError("P46", 'there is no screen for level="gene". Use method="exact".')
     if (readout == "phenotype") != (target is not None) or (level == "gene" and (readout != "embedding" or state_key)):
         raise ScbinInputError(
-            "P23",
+            "P34",
             f"readout={readout!r}, target={target!r}, level={level!r} do not go together: target= is the phenotype to read, and "
             'level="gene" is about vectors without states.',
         )
@@ -280,13 +280,13 @@ def _check_expression(vocabulary: Vocabulary, plan: Plan) -> None:
     """Refuse what has no expression to predict, or more of it than memory."""
     if not vocabulary.position_is_gene:
         raise ScbinInputError(
-            "P23",
+            "P35",
             'readout="expression" needs tokens that say how much of a gene there is; these are ranks. Use "bins".',
         )
     n = plan.n_pairs * len(vocabulary.genes)
     if n > MOST_EXPRESSION:
         raise ScbinInputError(
-            "P27",
+            "P45",
             f"{plan.n_pairs:,} edits times {len(vocabulary.genes):,} predicted genes are {n:,} numbers, more than the "
             f"{MOST_EXPRESSION:,} that are held at once. Name fewer genes, or restrict the cells.",
         )

@@ -57,7 +57,7 @@ def run_affected(job: Job, encoder: RowEncoder, genes: Sequence[str]) -> tuple[R
     shape = (len(plan.sets), len(genes))
     if shape[0] * shape[1] > MOST_TABLE:
         raise ScbinInputError(
-            "P27",
+            "P44",
             f"{shape[0]:,} perturbed times {shape[1]:,} affected genes are more than the {MOST_TABLE:,} pairs that fit into a "
             "table. Name fewer genes to perturb.",
         )

@@ -34,7 +34,7 @@ class GeneNames:
         found, unknown = [], []
         for name in wanted:
             if not isinstance(name, str):
-                raise ScbinTypeError("P22", f"{what} holds a {type(name).__name__}; pass names of genes.")
+                raise ScbinTypeError("P30", f"{what} holds a {type(name).__name__}; pass names of genes.")
             place = self.places.get(name, self.places.get(strip_version(name)))
             if place is None:
                 unknown.append(name)

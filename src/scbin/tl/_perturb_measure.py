@@ -138,7 +138,7 @@ def phenotype_measure(
     """Measure how the probabilities of a phenotype's values change; the shift is that of the goal, or the total variation."""
     if goal is not None and goal not in phenotype.values:
         known = ", ".join(map(repr, phenotype.values[:6])) + (" ..." if len(phenotype.values) > 6 else "")
-        raise ScbinInputError("P26", f"{goal!r} is no value of {phenotype.name!r}, which has: {known}.")
+        raise ScbinInputError("P43", f"{goal!r} is no value of {phenotype.name!r}, which has: {known}.")
 
     def read(tokens: csr_matrix, genes: np.ndarray) -> np.ndarray:
         return phenotype_probabilities(encoder, tokens, phenotype)

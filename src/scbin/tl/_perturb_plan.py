@@ -63,7 +63,7 @@ def chosen_cells(
     chosen = readable.copy()
     if groups is not None and groupby is None:
         raise ScbinInputError(
-            "P25", "groups= names groups of cells; pass groupby= with the column of adata.obs they are in."
+            "P36", "groups= names groups of cells; pass groupby= with the column of adata.obs they are in."
         )
     if groupby is not None:
         labels = read_obs(adata, groupby).astype(object).map(str).to_numpy()
@@ -81,13 +81,13 @@ def chosen_cells(
         start[states.members[1]] = True
         if not (chosen & start).any():
             raise ScbinInputError(
-                "P25",
+                "P37",
                 f"none of the {count(int(chosen.sum()), 'cell')} of the groups is in the start state {states.names[1]!r}. Choose "
                 "groups that have such cells.",
             )
         chosen &= start
     if not chosen.any():
-        raise ScbinInputError("P25", "no cell has tokens (see adata.obs['scbin_status']). Tokenize cells with counts.")
+        raise ScbinInputError("P38", "no cell has tokens (see adata.obs['scbin_status']). Tokenize cells with counts.")
     return np.flatnonzero(chosen)
 
 
@@ -103,16 +103,16 @@ def read_states(
     if state_key is None:
         if start is not None or goal is not None or alternatives is not None:
             raise ScbinInputError(
-                "P26", "start, goal and alternatives are states; pass state_key= with their column of adata.obs."
+                "P39", "start, goal and alternatives are states; pass state_key= with their column of adata.obs."
             )
         return None
     labels = read_obs(adata, state_key).astype(object).map(str).to_numpy()
     if goal is None:
-        raise ScbinInputError("P26", f"pass the state to go to, goal=. {_with_counts(labels, readable, state_key)}")
+        raise ScbinInputError("P40", f"pass the state to go to, goal=. {_with_counts(labels, readable, state_key)}")
     others = [alternatives] if isinstance(alternatives, str) else list(alternatives or ())
     named = [str(goal), *([] if start is None else [str(start)]), *(str(other) for other in others)]
     if len(set(named)) < len(named):
-        raise ScbinInputError("P26", f"goal, start and alternatives must be different states; these are {named}.")
+        raise ScbinInputError("P41", f"goal, start and alternatives must be different states; these are {named}.")
     for name in named:
         if not (readable & (labels == name)).any():
             raise ScbinInputError(
@@ -122,7 +122,7 @@ def read_states(
     if start is None:
         rest = readable & ~np.isin(labels, named)
         if not rest.any():
-            raise ScbinInputError("P26", f"all cells are in the goal state {goal!r}: none is left to be perturbed.")
+            raise ScbinInputError("P42", f"all cells are in the goal state {goal!r}: none is left to be perturbed.")
         members[""] = np.flatnonzero(rest)
     names = (str(goal), "" if start is None else str(start), *(str(other) for other in others))
     return States(state_key, names, tuple(members[name] for name in names))
@@ -216,7 +216,7 @@ def _listed(
         items = [wanted] if isinstance(wanted, str) else list(wanted)
         if not items:
             raise ScbinInputError(
-                "P22", "genes is empty; name at least one gene, or leave it out for every expressed gene."
+                "P31", "genes is empty; name at least one gene, or leave it out for every expressed gene."
             )
         single = [] if any(isinstance(item, tuple) for item in items) else genes.resolve(items)
     if items and not single:
@@ -232,7 +232,7 @@ def _listed(
         rows_of = [row for row in rows_of if len(row) == max(widths)]
     elif len(widths) > 1:
         raise ScbinInputError(
-            "P22", f"the combinations in genes have different sizes ({sorted(widths)}); run each size by itself."
+            "P32", f"the combinations in genes have different sizes ({sorted(widths)}); run each size by itself."
         )
     return np.array(list(dict.fromkeys(rows_of)), dtype=np.int64)
 

@@ -181,14 +181,14 @@ def _pairs(
     missing = [name for name in anchors if name not in single]
     if len(anchors) != 1 or missing:
         raise ScbinInputError(
-            "P68",
+            "P79",
             f"adata.uns[{anchored!r}] was made with the anchors {anchors}; one is needed, and its shifts alone too: perturb it one by "
             "one with the other genes.",
         )
     names = adata.var_names[partners].astype(str)
     kept = [i for i, name in enumerate(names) if name in single]
     if not kept:
-        raise ScbinInputError("P68", "none of the genes with the anchor has been perturbed alone.")
+        raise ScbinInputError("P80", "none of the genes with the anchor has been perturbed alone.")
     pairs = [(single[anchors[0]], single[names[i]]) for i in kept]
     return pair_statistics(
         shifts[cells],
@@ -211,7 +211,7 @@ def _cells(
     """Perturbed cells that count, and those that are the null."""
     if (groupby is None) != (group is None) or (statistic == "vs_null" and group is None):
         raise ScbinInputError(
-            "P67", "groupby= (a column of adata.obs) and group= (one of its values) go together; 'vs_null' needs both."
+            "P77", "groupby= (a column of adata.obs) and group= (one of its values) go together; 'vs_null' needs both."
         )
     if groupby is None or group is None:
         return np.flatnonzero(perturbed), np.empty(0, dtype=np.int64)
@@ -229,7 +229,7 @@ def _cells(
     cells = members(group)
     rest = np.flatnonzero(perturbed & (labels != group)) if null_group is None else members(null_group)
     if statistic == "vs_null" and not len(rest):
-        raise ScbinInputError("P67", f"all perturbed cells are {group!r}: none is left to compare with.")
+        raise ScbinInputError("P78", f"all perturbed cells are {group!r}: none is left to compare with.")
     return cells, rest
 
 
