@@ -235,6 +235,8 @@ def test_map_says_when_nothing_moves_and_what_is_missing(shifted):
     shifted.obsm["X_scbin_perturbed"] = np.zeros((60, 3), dtype=np.float32)
     with pytest.raises(ScbinInputError, match=r"P73.*\(60, 3\)"):
         scbin.pl.perturbation_map(shifted)
+    shifted.obsm["X_mine_perturbed"] = shifted.obsm["X_scbin"].copy()
+    assert "no cell moves" in scbin.pl.perturbation_map(shifted, key="mine_perturb").get_xlabel()
     del shifted.obsm["X_scbin_perturbed"]
     with pytest.raises(ScbinInputError, match=r"P59.*together"):
         scbin.pl.perturbation_map(shifted)

@@ -27,8 +27,9 @@ def perturbation_map(
     adata: AnnData,
     *,
     color: str | None = None,
+    key: str | None = None,
     basis: str = _keys.EMBEDDING,
-    perturbed: str = _keys.PERTURBED,
+    perturbed: str | None = None,
     arrows: Literal["grid", "cells"] = "grid",
     scale: float | None = None,
     n_neighbors: int = N_NEIGHBORS,
@@ -47,10 +48,12 @@ def perturbation_map(
         Cells after `scbin.tl.perturb` of a set of genes together.
     color
         A column of `obs` or a gene, drawn in pale dots under the arrows.
+    key
+        Entry of `uns` with the perturbation, whose vectors are drawn. Default: `"scbin_perturb"`.
     basis
         The embedding in `obsm` that was perturbed. One with two columns is drawn as it is, a wider one through its UMAP.
     perturbed
-        The slot in `obsm` that holds the vectors after the perturbation.
+        The slot in `obsm` that holds the vectors after the perturbation. Default: that of `key`.
     arrows
         `"grid"`: means over the cells around each point of a grid; `"cells"`: one arrow a cell (at most 1,500 of them).
     scale
@@ -84,6 +87,8 @@ def perturbation_map(
     if n_neighbors < 1 or (scale is not None and scale <= 0):
         raise ScbinInputError("P74", f"n_neighbors={n_neighbors} and scale={scale} need to be above 0.")
     before = read_embedding(adata, basis)
+    if perturbed is None:
+        perturbed = _keys.PERTURBED if key is None else f"X_{key.removesuffix('_perturb')}_perturbed"
     after = _read_perturbed(adata, perturbed, before)
     coordinates = before if before.shape[1] == 2 else umap_of(adata, basis)
     moved = np.isfinite(after).all(axis=1) & np.isfinite(before).all(axis=1)
