@@ -13,6 +13,7 @@ import torch
 
 import scbin
 from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinTypeError
+from scbin.tl._splits import Sides, donors_kept_apart, given_sides
 
 HOW = {"device": "cpu", "progress": False}
 FIT = {**HOW, "max_steps": 0}  # the regression alone
@@ -288,6 +289,20 @@ def test_a_model_that_knows_nothing_says_how_to_teach_it(toy):
 
 
 # ---- splitting ------------------------------------------------------------------------------------------------------
+
+
+def test_a_split_by_donor_is_recognised_by_its_donors(ready):
+    donor = ready.obs["donor_id"].astype(str).to_numpy()
+    scbin.tl.split(ready, split_key="donor_id", test_share=0.3, validation_share=0.2)
+    sides = given_sides(ready, None)
+    assert (donors_kept_apart(ready, sides) == donor).all()
+    one_side = Sides(np.ones(60, dtype=bool), np.zeros(60, dtype=bool), np.zeros(60, dtype=bool))
+    assert donors_kept_apart(ready, one_side) is None
+    with pytest.warns(ScbinInputWarning, match="F22"):
+        scbin.tl.split(ready)
+    assert donors_kept_apart(ready, given_sides(ready, None)) is None
+    ready.obs["donor_id"] = "d0"
+    assert donors_kept_apart(ready, sides) is None
 
 
 def test_donors_stand_on_one_side(ready):

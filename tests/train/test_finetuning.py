@@ -73,6 +73,16 @@ def test_the_start_is_a_fit_to_all_cells_where_training_does_not_help(small, les
     np.testing.assert_allclose(result.head.genes.detach(), whole.genes.detach(), atol=1e-6)
 
 
+def test_donors_are_judged_by_others(small, lesson):
+    donors = np.repeat(["a", "b", "c", "d", "e"], 20)
+    start = ConvexStart(small.bert(), replace(lesson, groups=donors), PLAN, device="cpu")
+    folds = start._folds(0, lesson.training)
+    here = donors[lesson.training]
+    assert len(np.unique(folds)) == 4 and all(len(np.unique(folds[here == name])) == 1 for name in np.unique(here))
+    one = ConvexStart(small.bert(), replace(lesson, groups=np.repeat("a", 100)), PLAN, device="cpu")
+    assert len(np.unique(one._folds(0, lesson.training))) == 4
+
+
 def test_pretrained_weights_count(small, lesson):
     other = small.bert()
     with torch.no_grad():

@@ -17,7 +17,7 @@ from scbin.nn.bert import build_bert, init_gene_table
 from scbin.nn.prediction import has_genes
 from scbin.nn.presets import preset_for
 from scbin.nn.readout import Readout
-from scbin.tl._splits import Sides, given_sides, read_groups, warn_of_donors
+from scbin.tl._splits import Sides, donors_kept_apart, given_sides, read_groups, warn_of_donors
 from scbin.tl._targets import Labels, read_cells, read_genes
 
 if TYPE_CHECKING:
@@ -72,12 +72,12 @@ class Reading:
         if self.level == "cell":
             usable &= np.isfinite(np.stack([label.values for label in labels])).any(axis=0)
         given = given_sides(self.adata, self.split_key)
-        groups = None if given is not None else read_groups(self.adata, self.split_key)
+        groups = read_groups(self.adata, self.split_key) if given is None else donors_kept_apart(self.adata, given)
         if given is not None:
             test, open_to = given.test, (given.training | given.held_out) & usable
             held_out = given.held_out & usable
             if held_out.any() or not validation_share:
-                return self._checked(Sides(open_to & ~held_out, held_out, test))
+                return self._checked(Sides(open_to & ~held_out, held_out, test, groups))
         else:
             test, open_to = np.zeros(len(usable), dtype=bool), usable
         cells = np.flatnonzero(open_to)

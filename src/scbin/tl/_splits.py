@@ -136,9 +136,11 @@ def split(
 
 def read_groups(adata: AnnData, split_key: str | None) -> np.ndarray | None:
     """Return the donor or batch of each cell as text; a cell without one is a group of its own."""
-    if split_key is None:
-        return None
-    column = read_obs(adata, split_key).astype(object)
+    return None if split_key is None else _groups(adata, split_key)
+
+
+def _groups(adata: AnnData, key: str) -> np.ndarray:
+    column = read_obs(adata, key).astype(object)
     return np.array(
         [f"\0{row}" if pd.isna(value) else str(value) for row, value in enumerate(column)], dtype=object
     ).astype(str)
@@ -155,6 +157,17 @@ def given_sides(adata: AnnData, split_key: str | None) -> Sides | None:
     if not set(names) - {""} <= set(SIDES) or (own and "test" not in names):
         return None
     return Sides(names == "train", names == "validation", names == "test")
+
+
+def donors_kept_apart(adata: AnnData, sides: Sides) -> np.ndarray | None:
+    """Return the donor of each cell as text, if the sides evidently go by donor: there are two or more, none is on two."""
+    used = np.stack([sides.training, sides.held_out, sides.test])
+    donor_key = evident_donors(adata, np.flatnonzero(used.any(axis=0)))
+    if donor_key is None or used.any(axis=1).sum() < 2:
+        return None
+    donors = _groups(adata, donor_key)
+    on_sides = [set(donors[side]) for side in used]
+    return donors if sum(map(len, on_sides)) == len(set.union(*on_sides)) else None
 
 
 def warn_of_donors(adata: AnnData, sides: Sides, split_key: str | None) -> None:

@@ -1,8 +1,8 @@
-"""The convex start of a head: penalties chosen by cross-validation, then one fit per target on the frozen network."""
+"""The convex start of a head: regressions chosen by cross-validation, then fitted to the frozen network, and added up."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +13,8 @@ from scbin.data.splitting import folds_of, share_of
 from scbin.nn.embedding import embed_tokens
 from scbin.nn.heads import build_head, gene_values
 from scbin.nn.prediction import calibrated
-from scbin.train.linear import Features, choose_classes, choose_numbers, fit_linear, log_prior
+from scbin.train.choosing import by_folds, choose_classes, choose_numbers, log_prior, rebalanced
+from scbin.train.linear import Features, blended, fit_linear, spread_of
 
 if TYPE_CHECKING:
     from transformers import BertForMaskedLM
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
     from scbin.nn.embedding import Weights
     from scbin.nn.heads import Head, HeadPlan
     from scbin.train.answers import Answers
-    from scbin.train.linear import Choice, Linear
+    from scbin.train.choosing import Choice
+    from scbin.train.linear import Linear
 
 _FOLDS = 4
-_MOST_CELLS = 3_000  # more change the choice of penalties little
+_MOST_CELLS = 3_000  # more change the choice of regressions little
+_MOST_TO_BALANCE = 20_000  # but how far they lean towards frequent classes depends on the number of cells
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +97,7 @@ class ConvexStart:
         self.places[self.cells] = np.arange(len(self.cells))
         self.hidden_size = self.z.shape[1]
         self.centre, self.scale = self._spread(lesson.training)
+        self.spread = None if self.x is None else spread_of(self.x[self.places[lesson.training]])
         self.choices = tuple(self._choose(number) for number in range(len(plan.targets)))
 
     @property
@@ -105,13 +109,18 @@ class ConvexStart:
     def report(self) -> dict[str, dict[str, object]]:
         """What was chosen, by target."""
         return {
-            target.name: {"variances": list(c.variances), "rebalance": c.prior_share, "cross_validated_loss": c.loss}
+            target.name: {
+                "regressions": [{**asdict(strength), "weight": weight} for strength, weight in c.members],
+                "rebalance": c.prior_share,
+                "cross_validated_loss": c.loss,
+            }
             for target, c in zip(self.plan.targets, self.choices, strict=True)
         }
 
     def head(self, cells: np.ndarray) -> Head:
         """Return the head that is fitted to some cells, its temperatures those of the cross-validation."""
-        targets = tuple(replace(t, temperature=self._temperature(n)) for n, t in enumerate(self.plan.targets))
+        pairs = zip(self.plan.targets, self.choices, strict=True)
+        targets = tuple(replace(target, temperature=choice.temperature) for target, choice in pairs)
         head = build_head(replace(self.plan, targets=targets), self.hidden_size, len(self.lesson.vocabulary.genes))
         fits = [self._fit(number, cells) for number in range(len(targets))]
         with torch.no_grad():
@@ -128,45 +137,58 @@ class ConvexStart:
     def _fit(self, number: int, cells: np.ndarray) -> Linear:
         values, choice = self.lesson.answers.values[number], self.choices[number]
         rows = cells[np.isfinite(values[cells])]
-        fit = fit_linear(
-            self._features(rows),
-            self._answers(number, rows),
-            choice.variances,
-            cell_weights=self._weights(number, rows),
-        )
+        features, answers, weights = self._features(rows), self._answers(number, rows), self._weights(number, rows)
+        fits = [(fit_linear(features, answers, s, cell_weights=weights), weight) for s, weight in choice.members]
         shift = self._shift(number, rows)
+        fit = blended(fits)
         return fit if shift is None else replace(fit, bias=fit.bias - shift)
 
     def _choose(self, number: int) -> Choice:
-        target, values = self.plan.targets[number], self.lesson.answers.values[number]
-        rows = self._rows(number)
-        classes = values[rows].astype(np.int64) if target.kind == "class" else np.zeros(len(rows), dtype=np.int64)
-        groups = None if self.lesson.groups is None else self.lesson.groups[rows]
-        folds = folds_of(classes, _FOLDS, groups=groups, seed=self.seed)
-        if len(np.unique(folds)) < 2:
-            folds = folds_of(classes, _FOLDS, seed=self.seed)
-        if target.kind == "number":
-            return choose_numbers(self._features(rows), values[rows], folds)
-        class_weights = self.lesson.answers.class_weights[number]
-        return choose_classes(
-            self._features(rows), classes, len(target.classes), folds,
-            class_weights=class_weights, rebalance=self.rebalance,
+        rows = self._rows(number, _MOST_CELLS)
+        folds = self._folds(number, rows)
+        if self.plan.targets[number].kind == "number":
+            return choose_numbers(self._features(rows), self.lesson.answers.values[number][rows], folds)
+        choice = choose_classes(
+            self._features(rows), self._codes(number, rows), len(self.plan.targets[number].classes), folds,
+            class_weights=self.lesson.answers.class_weights[number],
         )  # fmt: skip
+        return self._balanced(number, choice)
 
-    def _rows(self, number: int) -> np.ndarray:
+    def _balanced(self, number: int, choice: Choice) -> Choice:
+        """Choose how far rare classes are favoured, and the temperature that then fits, on as many cells as can be."""
+        rows = self._rows(number, _MOST_TO_BALANCE)
+        classes, target = self._codes(number, rows), self.plan.targets[number]
+        outputs = by_folds(
+            self._features(rows), self._answers(number, rows), choice.members, self._folds(number, rows),
+            cell_weights=self._weights(number, rows),
+        )  # fmt: skip
+        prior = log_prior(classes, len(target.classes), self.lesson.answers.class_weights[number])
+        share = rebalanced(outputs, classes, prior) if self.rebalance is None else self.rebalance
+        return replace(choice, prior_share=share, temperature=calibrated(outputs - share * prior, classes))
+
+    def _rows(self, number: int, most: int) -> np.ndarray:
         """The training cells that a choice is made on."""
         values = self.lesson.answers.values[number]
         rows = self.lesson.training[np.isfinite(values[self.lesson.training])]
-        if len(rows) <= _MOST_CELLS:
+        if len(rows) <= most:
             return rows
-        classes = values[rows] if self.plan.targets[number].kind == "class" else np.zeros(len(rows))
-        return rows[share_of(classes.astype(np.int64), _MOST_CELLS / len(rows), seed=self.seed)]
+        return rows[share_of(self._codes(number, rows), most / len(rows), seed=self.seed)]
 
-    def _temperature(self, number: int) -> float:
-        if self.plan.targets[number].kind != "class":
-            return 1.0
-        values = self.lesson.answers.values[number]
-        return calibrated(self.choices[number].outputs, values[self._rows(number)].astype(np.int64))
+    def _folds(self, number: int, rows: np.ndarray) -> np.ndarray:
+        """The fold of each cell, by donor where donors are known."""
+        classes = self._codes(number, rows)
+        groups = None if self.lesson.groups is None else self.lesson.groups[rows]
+        folds = folds_of(classes, _FOLDS, groups=groups, seed=self.seed)
+        return folds if len(np.unique(folds)) > 1 else folds_of(classes, _FOLDS, seed=self.seed)
+
+    def _codes(self, number: int, cells: np.ndarray) -> np.ndarray:
+        """The class of each cell, 0 where the answer is a number."""
+        values = self.lesson.answers.values[number][cells]
+        return (
+            np.zeros(len(cells), dtype=np.int64)
+            if self.plan.targets[number].kind == "number"
+            else values.astype(np.int64)
+        )
 
     def _shift(self, number: int, cells: np.ndarray) -> np.ndarray | None:
         """Return what is taken off the outputs of classes for the frequent ones' sake (classes,)."""
@@ -179,7 +201,8 @@ class ConvexStart:
 
     def _features(self, cells: np.ndarray) -> Features:
         places = self.places[cells]
-        return Features((self.z[places] - self.centre) * self.scale, None if self.x is None else self.x[places])
+        z = (self.z[places] - self.centre) * self.scale
+        return Features(z, None if self.x is None else self.x[places], self.spread)
 
     def _answers(self, number: int, cells: np.ndarray) -> np.ndarray:
         values, target = self.lesson.answers.values[number][cells], self.plan.targets[number]
