@@ -1,6 +1,6 @@
 """Macro-F1 of cell types by scbin and by simple methods, on the same splits; with --age, R2 of donors' ages.
 
-    python benchmarks/annotate.py ../shared/data [--sets pbmc3k_labelled ...] [--seeds 5] [--age] [--quick] [--out annotate]
+    python benchmarks/annotate.py ../shared/data [--sets pbmc3k_labelled ...] [--seeds 5] [--age] [--max-steps 0] [--out annotate]
 
 Every split is made by `scbin.tl.split` from its seed, by donor where the set has donors. Everything is learned from training cells
 alone: genes, bins, pretraining, the head, the simple methods' genes and components; test cells are tokenized with the model's
@@ -89,10 +89,10 @@ def _run(adata: ad.AnnData, task: Task, seed: int, arguments: argparse.Namespace
         model = scbin.tl.pretrain(
             train, seed=seed, max_steps=20 if arguments.quick else None, progress=False, device=arguments.device
         )
-    quick = {"max_steps": 10} if arguments.quick else {}
+    steps = {"max_steps": 10 if arguments.quick else arguments.max_steps}
     tuned = scbin.tl.finetune(
         train, model, target=task.target, kind=task.kind, split_key="scbin_split", seed=seed, progress=False,
-        device=arguments.device, **quick,
+        device=arguments.device, **steps,
     )  # fmt: skip
     scbin.pp.tokenize(adata, like=tuned)
     learned = time.perf_counter() - start
@@ -138,6 +138,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--genes", type=int, default=2000, help="variable genes of scbin's vocabulary (default: %(default)s)"
     )
+    parser.add_argument("--max-steps", type=int, help="steps of fine-tuning; 0: the regression it starts from, alone")
     parser.add_argument("--no-pretrain", dest="pretrain", action="store_false", help="fine-tune from a new network")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quick", action="store_true", help="600 cells and a few steps: does it run?")

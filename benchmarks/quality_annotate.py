@@ -51,7 +51,10 @@ def _run(adata: ad.AnnData, task: annotate.Task, seed: int, arguments: Namespace
     rows = []
     if wanted("scbin"):
         rows += annotate._run(
-            adata.copy(), task, seed, Namespace(quick=arguments.quick, genes=2000, pretrain=True, device="auto")
+            adata.copy(),
+            task,
+            seed,
+            Namespace(quick=arguments.quick, genes=2000, pretrain=True, max_steps=None, device="auto"),
         )
     for method, package, learn in (("CellTypist", "celltypist", _celltypist), ("scANVI", "scvi", _scanvi)):
         if find_spec(package) and wanted(method) and (method != "scANVI" or whole(adata)):

@@ -95,11 +95,11 @@ def finetune(
     """Teach a model to answer what a column says: the type of a cell, its donor's age, the class of a gene.
 
     The head is linear in two things at once: the vector that the network makes of a cell, and the expression of each of its
-    genes. It starts from a logistic (or ridge) regression on both, whose strengths are chosen by cross-validation on the
-    training cells; then network and head are trained together, with some genes of every cell left out at random. What that
-    gives is kept only where the loss on the held-out cells is better than the start's by more than two standard errors. That
+    genes. It starts from logistic (or ridge) regressions on either or both, up to three of them added up, which are chosen by
+    cross-validation on the training cells, by donor where donors are kept apart; then network and head are trained together,
+    with some genes of every cell left out at random. What that gives is kept only where the loss on the held-out cells is better than the start's by more than two standard errors. That
     guards against losing what the regression knows, but a few dozen held-out cells can err: compare on test cells
-    (:func:`scbin.tl.split`, :func:`scbin.tl.evaluate`); `max_steps=0` keeps to the regression. Phenotype tokens are hidden: a
+    (:func:`scbin.tl.split`, :func:`scbin.tl.evaluate`); `max_steps=0` keeps to the regressions. Phenotype tokens are hidden: a
     label cannot leak through its own slot.
 
     Parameters
@@ -121,9 +121,10 @@ def finetune(
         the first token; `"mlp"`: PerturbGene's hidden layer on the first token; `"attention"`: a learned weight per token. The
         last three start at random.
     split_key
-        Column of `obs` with donors or batches, none of which is then both in training and validation; or with `"train"`,
-        `"validation"` and `"test"`. Default: `"scbin_split"`, where :func:`scbin.tl.split` named test cells there. Test cells
-        are never looked at.
+        Column of `obs` with donors or batches, none of which is then both in training and validation, and whose cells are not
+        judged by their own in the cross-validation; or with `"train"`, `"validation"` and `"test"` (a column of donors that
+        stand on one side each is then taken into account). Default: `"scbin_split"`, where :func:`scbin.tl.split` named test
+        cells there. Test cells are never looked at.
     validation_share
         Share of the labelled cells that are held out, to stop early and to calibrate. The regression is fitted to all
         labelled cells again where it is what is kept.
@@ -134,8 +135,8 @@ def finetune(
     sampling
         `"balanced"`: cells of rare classes are drawn more often while training.
     rebalance
-        How much rare classes are favoured over their frequency, from 0 to 1. Default: what gives the best macro-F1 in the
-        cross-validation.
+        How much rare classes are favoured over their frequency, from 0 to 1. Default: what is best for macro-F1 in the
+        cross-validation, half by the score itself and half by what the probabilities promise.
     freeze
         Number of layers that stay as they are, from the first; `"all"`: the network stays, only the head is fitted.
     lora
@@ -199,7 +200,8 @@ def finetune(
 
     Notes
     -----
-    A head that is linear in raw features and in a network's vector is the "wide and deep" model :cite:p:`cheng2016`; taking
+    A head that is linear in raw features and in a network's vector is the "wide and deep" model :cite:p:`cheng2016`; adding up
+    the methods that help each other most, found greedily, follows ensemble selection :cite:p:`caruana2004`; taking
     off a share of the log frequencies follows logit adjustment :cite:p:`menon2021`; the adapters are LoRA :cite:p:`hu2022`.
 
     Examples
