@@ -28,7 +28,7 @@ def test_neighbours_equal_the_matrix_written_out():
     for cell, others in enumerate(near):
         graph[cell, others] = graph[others, cell] = True
     walk = graph / graph.sum(axis=1, keepdims=True)
-    expected = 0.3 * scores + 0.3 * walk @ scores + 0.4 * walk @ walk @ scores
+    expected = 0.15 * scores + 0.35 * walk @ scores + 0.5 * walk @ walk @ scores
     np.testing.assert_allclose(with_neighbors(scores, 5), expected, atol=1e-12)
 
 

@@ -12,11 +12,10 @@ from scbin.data.loadings import gene_loadings, token_expression
 if TYPE_CHECKING:
     from scbin.encoding.vocabulary import Vocabulary
 
-N_SHARED = 30  # leading components, in which cells of a kind are alike
-N_OWN = 20  # components after them: mostly what one cell has for itself
-N_NEIGHBORS = 20
+N_COMPONENTS = 30
+N_NEIGHBORS = 10
 _SCALING = 0.85  # between genes as loud as they are and genes all alike
-_SHARES = (0.3, 0.3, 0.4)  # of the cell itself, its neighbours, and their neighbours
+_SHARES = (0.15, 0.35, 0.5)  # of the cell itself, its neighbours, and their neighbours
 _MUTUAL, _ANCHORS, _ROUNDS = 20, 15, 3
 
 
@@ -25,9 +24,8 @@ def places(
 ) -> np.ndarray:
     """Return where cells lie (cells, components), the leading components first.
 
-    Principal components of partly standardised expression. Without batches each cell is drawn towards its neighbours in the
-    leading ones, and keeps its own place in those after them: without these, graph clustering would split kinds of cells
-    into ever smaller groups. With batches, cells that find each other across them are drawn together.
+    Principal components of partly standardised expression. Without batches each cell is drawn towards its neighbours; with
+    batches, cells that find each other across them are.
 
     Parameters
     ----------
@@ -40,13 +38,10 @@ def places(
     seed
         Of the solver's start.
     """
-    n_components = N_SHARED if batches is not None else N_SHARED + N_OWN
-    loadings = gene_loadings(tokens, vocabulary, n_components, scaling=_SCALING, seed=seed)
+    loadings = gene_loadings(tokens, vocabulary, N_COMPONENTS, scaling=_SCALING, seed=seed)
     scores = loadings.scores(token_expression(tokens, vocabulary))
     scores = scores - scores.mean(axis=0)
-    if batches is not None:
-        return across_batches(scores, batches)
-    return np.hstack([with_neighbors(scores[:, :N_SHARED]), scores[:, N_SHARED:]])
+    return with_neighbors(scores) if batches is None else across_batches(scores, batches)
 
 
 def with_neighbors(scores: np.ndarray, n_neighbors: int = N_NEIGHBORS) -> np.ndarray:
@@ -58,7 +53,7 @@ def with_neighbors(scores: np.ndarray, n_neighbors: int = N_NEIGHBORS) -> np.nda
     Examples
     --------
     >>> with_neighbors(np.array([[0.0], [1.0], [10.0], [11.0]]), n_neighbors=1).ravel()
-    array([ 0.35,  0.65, 10.35, 10.65])
+    array([ 0.425,  0.575, 10.425, 10.575])
     """
     step = _walk(scores, min(n_neighbors, len(scores) - 1))
     once = step @ scores
