@@ -19,7 +19,6 @@ from scbin.nn.checkpoint import DECODER, HEAD, PROJECTION, own_tensors, read_mod
 from scbin.nn.description import as_html, describe, model_card, read_decoder, read_head, read_history, read_projection
 from scbin.nn.embedding import pooling_weights
 from scbin.nn.hub import local_directory
-from scbin.nn.projection import WIDTH
 from scbin.nn.published import read_geneformer
 from scbin.nn.published_bins import read_perturbgene, read_polygene
 from scbin.nn.readout import Readout, read_readout
@@ -156,7 +155,7 @@ class Model:
         }
         parts: dict[str, Mapping[str, torch.Tensor]] = {}
         if self.projection is not None:
-            about["projection"], parts[PROJECTION] = {"width": WIDTH}, _as_tensors(self.projection)
+            about["projection"], parts[PROJECTION] = {"width": self.projection.width}, _as_tensors(self.projection)
         if self.head is not None:
             about["head"] = self.head.plan.to_dict()
             parts[HEAD] = {name: tensor.detach() for name, tensor in self.head.state_dict().items()}

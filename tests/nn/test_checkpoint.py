@@ -488,6 +488,14 @@ def test_a_vocabulary_that_does_not_fit_the_network(model_dir, trained, n_genes)
     refuse(model_dir, "M18")
 
 
+@pytest.mark.parametrize("width", [0, 64, 10**9, 128.0, True, "128", None])
+def test_a_projection_of_another_width_than_described_is_refused(model_dir, width):
+    assert Model.load(model_dir).projection.width == 128
+    edit_json(model_dir, "scbin.json", projection={"width": width})
+    with pytest.raises(ScbinModelError):
+        Model.load(model_dir)
+
+
 def test_any_part_of_a_description_may_be_anything(saved, monkeypatch):
     """Every value of scbin.json in turn becomes junk: it loads, or it is refused by name."""
     bert, about = read_model_directory(saved)

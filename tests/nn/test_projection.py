@@ -64,8 +64,8 @@ def test_the_seed_decides_and_no_global_generator_moves(cells):
 
 def test_flat_and_back(fitted):
     flat = np.concatenate([array.ravel() for array in fitted.tensors().values()])
-    again = Projection.from_flat(flat, 16)
-    assert {name: array.shape for name, array in again.tensors().items()} == Projection.shapes(16)
+    again = Projection.from_flat(flat, 16, fitted.width)
+    assert {name: array.shape for name, array in again.tensors().items()} == Projection.shapes(16, 128)
     for name, array in fitted.tensors().items():
         np.testing.assert_array_equal(array, again.tensors()[name])
 

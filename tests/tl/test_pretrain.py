@@ -331,6 +331,8 @@ def test_the_projection_is_part_of_the_model(cells, quick, tmp_path):
     np.testing.assert_allclose(cells.obsm["again"], cells.obsm["X_scbin"], atol=1e-5)
     scbin.tl.embed(cells, loaded, key_added="own", projection=False, progress=False)
     np.testing.assert_allclose(loaded.place(cells.obsm["own"]), cells.obsm["X_scbin"], atol=1e-5)
+    about = json.loads((tmp_path / "model" / "scbin.json").read_text())
+    assert about["projection"] == {"width": 128}
     bare = scbin.tl.pretrain(cells, projection=False, **quick)
     assert bare.projection is None
     np.testing.assert_allclose(cells.obsm["X_scbin"], cells.obsm["own"], atol=1e-5)

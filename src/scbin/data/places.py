@@ -16,7 +16,7 @@ N_COMPONENTS = 30
 N_NEIGHBORS = 10
 _SCALING = 0.85  # between genes as loud as they are and genes all alike
 _SHARES = (0.15, 0.35, 0.5)  # of the cell itself, its neighbours, and their neighbours
-_MUTUAL, _ANCHORS, _ROUNDS = 20, 15, 3
+_MUTUAL, _ANCHORS, _ROUNDS = 20, 80, 5  # many anchors: a way that cells of a kind share, not that of one of them
 
 
 def places(
@@ -108,8 +108,11 @@ def _towards_partners(scores: np.ndarray, directions: np.ndarray, mine: np.ndarr
     partners = sp.diags(1 / n_partners[anchors]) @ mutual[anchors] @ scores[others]
     ways = partners - scores[mine[anchors]]
     near = _nearest(directions[mine], directions[mine[anchors]], _ANCHORS, distances=True)
-    width = np.maximum(np.sort(near.data.reshape(len(mine), -1), axis=1)[:, :5][:, -1:], 1e-9)  # the fifth nearest
-    near.data = np.exp(-0.5 * (near.data.reshape(len(mine), -1) / width) ** 2).ravel()
+    far = near.data.reshape(len(mine), -1)
+    width = np.maximum(
+        np.sort(far, axis=1)[:, far.shape[1] // 3][:, None], 1e-9
+    )  # a third of the anchors are within it
+    near.data = np.exp(-0.5 * (far / width) ** 2).ravel()
     return np.asarray(sp.diags(1 / np.asarray(near.sum(axis=1)).ravel()) @ near @ ways)
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 from scbin._errors import ScbinModelError
 from scbin.nn.decoder import Decoder
 from scbin.nn.heads import HeadPlan, head_from, head_shapes
-from scbin.nn.projection import WIDTH, Projection
+from scbin.nn.projection import MOST_WIDTH, Projection
 from scbin.nn.untrusted import read_tensors
 
 if TYPE_CHECKING:
@@ -108,9 +108,10 @@ def read_projection(path: Path, fields: Mapping[str, Any] | None, hidden_size: i
     """Return the projection that is described."""
     if not _is_there(path, fields) or fields is None:
         return None
-    if dict(fields) != {"width": WIDTH}:
+    width = fields.get("width")
+    if set(fields) != {"width"} or type(width) is not int or not 1 <= width <= MOST_WIDTH:
         raise ValueError("this is not what a projection is described by")
-    tensors = read_tensors(path, Projection.shapes(hidden_size))
+    tensors = read_tensors(path, Projection.shapes(hidden_size, width))
     return Projection.from_tensors({name: tensor.numpy() for name, tensor in tensors.items()})
 
 

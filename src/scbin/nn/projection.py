@@ -13,7 +13,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-WIDTH = 128
+WIDTH, MOST_WIDTH = 128, 4096  # of the hidden layer, by default and at most
 _BATCH, _RATE, _DECAY = 256, 2e-3, 1e-3
 
 
@@ -55,19 +55,24 @@ class Projection:
         """Return everything as float32 arrays by name."""
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
+    @property
+    def width(self) -> int:
+        """Of the hidden layer."""
+        return len(self.inner_bias)
+
     @staticmethod
-    def shapes(hidden_size: int) -> dict[str, tuple[int, ...]]:
+    def shapes(hidden_size: int, width: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of each of the `tensors`."""
         wide, square = (hidden_size,), (hidden_size, hidden_size)
         return {
-            "centre": wide, "scale": wide, "linear": square, "inner": (hidden_size, WIDTH), "inner_bias": (WIDTH,),
-            "outer": (WIDTH, hidden_size), "bias": wide,
+            "centre": wide, "scale": wide, "linear": square, "inner": (hidden_size, width), "inner_bias": (width,),
+            "outer": (width, hidden_size), "bias": wide,
         }  # fmt: skip
 
     @classmethod
-    def from_flat(cls, numbers: np.ndarray, hidden_size: int) -> Projection:
+    def from_flat(cls, numbers: np.ndarray, hidden_size: int, width: int) -> Projection:
         """Read back all numbers of the `tensors`, laid end to end."""
-        shapes = cls.shapes(hidden_size)
+        shapes = cls.shapes(hidden_size, width)
         ends = np.cumsum([np.prod(shape, dtype=int) for shape in shapes.values()])[:-1]
         parts = zip(shapes.items(), np.split(numbers.ravel(), ends), strict=True)
         return cls.from_tensors({name: part.reshape(shape) for (name, shape), part in parts})
@@ -79,7 +84,13 @@ class Projection:
 
 
 def fit_projection(
-    vectors: np.ndarray, places: np.ndarray, *, n_steps: int = 3_000, dropout: float = 0.05, seed: int = 0
+    vectors: np.ndarray,
+    places: np.ndarray,
+    *,
+    width: int = WIDTH,
+    n_steps: int = 3_000,
+    dropout: float = 0.05,
+    seed: int = 0,
 ) -> Projection:
     """Fit the projection that takes vectors (cells, hidden) nearest to their places (cells, k), laid out in `hidden` numbers.
 
@@ -92,6 +103,8 @@ def fit_projection(
         Pooled vectors of cells.
     places
         Where each should lie, the leading directions first.
+    width
+        Of the hidden layer.
     n_steps
         Of the optimiser, at most; few cells need fewer.
     dropout
@@ -114,7 +127,7 @@ def fit_projection(
     y = torch.from_numpy(((places - middle) / spread).astype(np.float32))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        line, inner, outer = _fit(x, y, min(n_steps, 4 * len(x)), dropout)
+        line, inner, outer = _fit(x, y, width, min(n_steps, 4 * len(x)), dropout)
     rotation, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((hidden_size, hidden_size)))
     turn = rotation[: places.shape[1]]
     return Projection.from_tensors(
@@ -134,9 +147,9 @@ def _array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().numpy().astype(np.float64)
 
 
-def _fit(x: Tensor, y: Tensor, n_steps: int, dropout: float) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+def _fit(x: Tensor, y: Tensor, width: int, n_steps: int, dropout: float) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
     """Return a linear map and two layers beside it whose sum takes x to y, by AdamW with a falling rate."""
-    line, inner, outer = nn.Linear(x.shape[1], y.shape[1]), nn.Linear(x.shape[1], WIDTH), nn.Linear(WIDTH, y.shape[1])
+    line, inner, outer = nn.Linear(x.shape[1], y.shape[1]), nn.Linear(x.shape[1], width), nn.Linear(width, y.shape[1])
     parameters = [*line.parameters(), *inner.parameters(), *outer.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=_RATE, weight_decay=_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)

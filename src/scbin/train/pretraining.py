@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from scbin.data.places import places
 from scbin.nn.bert import build_bert, init_gene_table
 from scbin.nn.decoder import can_decode, fit_decoder
 from scbin.nn.embedding import embed_tokens, hide_phenotypes, pooling_weights
-from scbin.nn.projection import Projection, fit_projection
+from scbin.nn.projection import WIDTH, Projection, fit_projection
 from scbin.train.distributed import joined_world
 from scbin.train.loop import train
 from scbin.train.objective import MaskedLoss, Objective
@@ -182,15 +182,15 @@ def _projection(
         cells = np.sort(np.random.default_rng(settings.seed).choice(cells, MOST_CELLS, replace=False))
     own = hide_phenotypes(tokens[cells], vocabulary)
     vectors = embed_together(bert, own, weights, world, device=settings.device, token_budget=settings.token_budget)
+    width, dropout = (WIDTH, 0.05) if batches is None else (4 * WIDTH, 0.0)  # what tells batches apart is small
 
     def on_the_first() -> np.ndarray:
         seen = np.isfinite(vectors).all(axis=1)
         aim = places(own[seen], vocabulary, None if batches is None else batches[cells][seen], seed=settings.seed)
-        closer: dict[str, Any] = {} if batches is None else {"dropout": 0.0}  # what tells batches apart is small
-        fitted = fit_projection(vectors[seen], aim, seed=settings.seed, **closer)
+        fitted = fit_projection(vectors[seen], aim, width=width, dropout=dropout, seed=settings.seed)
         return np.concatenate([array.ravel() for array in fitted.tensors().values()])[None]
 
-    return Projection.from_flat(world.from_first(on_the_first), bert.config.hidden_size)
+    return Projection.from_flat(world.from_first(on_the_first), bert.config.hidden_size, width)
 
 
 def _cell_terms(
