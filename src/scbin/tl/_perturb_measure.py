@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 Readout = Literal["embedding", "phenotype", "expression"]
 N_SAMPLE = 128  # edits made exactly to find the directions in which attention moves cells
 MOST_DIRECTIONS = 16
-LEFT_OUT = 0.03  # share of the edits' movement that may lie outside of the directions
+LEFT_OUT = 0.06  # share of the edits' movement that may lie outside of the directions; half of it takes twice as many
+LEFT_OUT_RANKED = 0.03  # where ranks are, their shift costs more than the directions
 
 
 class Clock:
@@ -194,7 +195,8 @@ def attention_directions(
     moved = float(((exact - originals[cells[drawn]])[known] ** 2).sum())
     _, lengths, axes = np.linalg.svd((exact - pooled)[known], full_matrices=False)
     left = np.append(np.cumsum(lengths[::-1] ** 2)[::-1], 0.0)  # squared length beyond the first k axes
-    n_axes = int(np.argmax(left <= LEFT_OUT**2 * moved))
+    most = LEFT_OUT if rows.vocabulary.position_is_gene else LEFT_OUT_RANKED
+    n_axes = int(np.argmax(left <= most**2 * moved))
     axes = axes[: min(n_axes, MOST_DIRECTIONS)]
 
     def directions(at: np.ndarray, vectors: np.ndarray) -> np.ndarray:
