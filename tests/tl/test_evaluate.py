@@ -111,6 +111,17 @@ def test_tables_are_kept_and_survive_writing(predicted, tmp_path):
         scbin.get.evaluate_df(predicted, "sex")
 
 
+def test_gaps_are_predicted_less_true(predicted):
+    adata = ad.AnnData(np.ones((4, 2)))
+    adata.obs["years"], adata.obs["scbin_age"] = [30.0, 40.0, np.nan, 50.0], [33.0, np.nan, 1.0, 47.0]
+    table = scbin.get.gap_df(adata, "age", truth_key="years")
+    assert list(table.index) == ["0", "1", "3"]
+    np.testing.assert_array_equal(table["gap"], [3, np.nan, -3])
+    np.testing.assert_array_equal(table["z"], [1, np.nan, -1])
+    with pytest.raises(ScbinInputError, match="E41"):
+        scbin.get.gap_df(predicted, "cell_type")
+
+
 def test_only_its_slot_changes(predicted, untouched):
     watch = untouched(predicted)
     scbin.tl.evaluate(predicted)
