@@ -137,7 +137,7 @@ def finetune(
         `"balanced"`: cells of rare classes are drawn more often while training.
     rebalance
         How much rare classes are favoured over their frequency, from 0 to 1. Default: what is best for macro-F1 in the
-        cross-validation, half by the score itself and half by what the probabilities promise.
+        cross-validation, a quarter or more, half by the score itself and half by what the probabilities promise.
     freeze
         Number of layers that stay as they are, from the first; `"all"`: the network stays, only the head is fitted.
     lora

@@ -31,7 +31,7 @@ _STRENGTHS = (
 _VECTOR_ALONE = tuple(Strength(variance, 0.0) for variance in (1.0, 0.1, 0.01, 10.0))
 _MOST_PICKS, _MOST_MEMBERS = 6, 3
 _LEAST_GAIN = 0.002  # in the loss, for one more pick
-_PRIOR_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_PRIOR_SHARES = (0.25, 0.5, 0.75, 1.0)  # none at all gains a hundredth at best, and can cost a tenth
 _CLOSE = 0.01  # of the best macro-F1
 _LEAST_LOG = -8.0  # a class that a fold's fit has not seen is as good as impossible there; that must not decide
 _ITERATIONS = 60  # where fits are only compared
@@ -128,7 +128,8 @@ def rebalanced(outputs: np.ndarray, classes: np.ndarray, prior: np.ndarray) -> f
 
     A penalised regression leans towards the frequent classes, for it shrinks what speaks against them. Two estimates of macro-F1
     are averaged: the score itself, which a handful of rare cells can decide, and the score to be expected if the probabilities
-    are right. Of shares that are as good to a hundredth of the score the least is taken.
+    are right. Of shares that are as good to a hundredth of the score the least is taken; none at all is not
+    among them, for on few cells the scores say little, and it can cost much.
 
     Parameters
     ----------
