@@ -23,8 +23,6 @@ IMPUTED = "scbin_imputed"  # layers, CSR float32: expected expression
 IMPUTE = "impute"  # uns["scbin"]["impute"], how it was imputed, one JSON string
 PREDICT = "predict"  # uns["scbin"]["predict"], what was predicted: classes and model by target, one JSON string
 SPLIT = "scbin_split"  # obs, categorical: "train", "validation", "test"
-SHIFT = "scbin_shift"  # layers, CSR float32: shift of each cell by each gene; what is stored was perturbed, zeros too
-PERTURBED = "X_scbin_perturbed"  # obsm, float32 (cells, hidden): the embedding after a joint perturbation
 PERTURB = "scbin_perturb"  # uns, {"table": one row per gene or pair, "params": one JSON string}
 FINETUNE = "finetune"  # uns["scbin"]["finetune"], how the model was fine-tuned, one JSON string
 FINETUNE_HISTORY = "finetune_history"  # uns["scbin"]["finetune_history"], a table
@@ -35,3 +33,13 @@ EVALUATE = "evaluate"  # uns["scbin"]["evaluate"], scores by target and method, 
 def of_tokens(entry: str, key: str) -> str:
     """Return the name in `uns["scbin"]` of an entry about the tokens in `obsm[key]`; those in `X_tokens` have the plain one."""
     return entry if key == TOKENS else f"{entry}_{key}"
+
+
+def of_perturbation(key: str) -> tuple[str, str]:
+    """Return the slots that belong to a perturbation in `uns[key]`.
+
+    layers, CSR float32: shift of each cell by each gene, what is stored was perturbed, zeros too; obsm, float32 (cells, hidden):
+    the embedding after a joint perturbation.
+    """
+    name = key.removesuffix("_perturb")
+    return f"{name}_shift", f"X_{name}_perturbed"

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from scipy.sparse import csr_matrix
 
 from scbin.encoding.bins import Bins
 from scbin.encoding.vocabulary import Vocabulary
 from scbin.nn.bert import build_bert
+from scbin.train.linear import Features, spread_of
 from scbin.train.objective import Objective
 from scbin.train.settings import TrainSettings
 from scbin.train.terms import Contrastive
@@ -52,3 +54,13 @@ def one_thread():
 @pytest.fixture(scope="session")
 def small():
     return Toy()
+
+
+@pytest.fixture(scope="session")
+def data():
+    """Vectors and expression of 100 cells (`Features`), and which of three classes each is."""
+    rng = np.random.default_rng(0)
+    classes = np.repeat([0, 1, 2], [60, 30, 10])
+    z = rng.normal(size=(100, 4)) + np.eye(4)[:3][classes]
+    x = sp.random(100, 30, 0.3, random_state=0, format="csr")
+    return Features(z, x, spread_of(x)), classes

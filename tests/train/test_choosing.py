@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import scipy.sparse as sp
 from sklearn.metrics import f1_score
 
 from scbin.train.choosing import by_folds, choose_classes, choose_numbers, log_prior, rebalanced
-from scbin.train.linear import Features, Strength, spread_of
+from scbin.train.linear import Features, Strength
 
 FOLDS = np.arange(100) % 4
-
-
-@pytest.fixture(scope="module")
-def data():
-    rng = np.random.default_rng(0)
-    classes = np.repeat([0, 1, 2], [60, 30, 10])
-    z = rng.normal(size=(100, 4)) + np.eye(4)[:3][classes]
-    x = sp.random(100, 30, 0.3, random_state=0, format="csr")
-    return Features(z, x, spread_of(x)), classes
 
 
 def loss(outputs, classes):

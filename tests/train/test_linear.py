@@ -13,15 +13,6 @@ from scbin.train import linear
 from scbin.train.linear import Features, Strength, blended, fit_linear, spread_of
 
 
-@pytest.fixture(scope="module")
-def data():
-    rng = np.random.default_rng(0)
-    classes = np.repeat([0, 1, 2], [60, 30, 10])
-    z = rng.normal(size=(100, 4)) + np.eye(4)[:3][classes]
-    x = sp.random(100, 30, 0.3, random_state=0, format="csr")
-    return Features(z, x), classes
-
-
 @pytest.mark.parametrize("few", [0, 1000])
 def test_classes_are_those_of_a_logistic_regression(data, monkeypatch, few):
     features, classes = data

@@ -109,9 +109,8 @@ def _towards_partners(scores: np.ndarray, directions: np.ndarray, mine: np.ndarr
     ways = partners - scores[mine[anchors]]
     near = _nearest(directions[mine], directions[mine[anchors]], _ANCHORS, distances=True)
     far = near.data.reshape(len(mine), -1)
-    width = np.maximum(
-        np.sort(far, axis=1)[:, far.shape[1] // 3][:, None], 1e-9
-    )  # a third of the anchors are within it
+    third = far.shape[1] // 3  # of the anchors are within the width
+    width = np.maximum(np.sort(far, axis=1)[:, [third]], 1e-9)
     near.data = np.exp(-0.5 * (far / width) ** 2).ravel()
     return np.asarray(sp.diags(1 / np.asarray(near.sum(axis=1)).ravel()) @ near @ ways)
 

@@ -25,6 +25,8 @@ def _sampled(n_obs: int) -> np.ndarray:
 
 
 Place = tuple[int, int, float]  # row, column, value
+# in the order in which `scan_rows` returns them
+COUNTED = ("not_finite", "negative", "negative_fraction", "fractions", "zeros", "unsorted")
 
 
 @dataclass
@@ -54,9 +56,8 @@ class Scan:
         sums = np.zeros(len(indptr) - 1)
         rows = (frozen(indptr), frozen(data), frozen(indices))
         found = over_rows(scan_rows, *rows, n_vars, frozen(used), sums, threads=self.threads)
-        names = ("not_finite", "negative", "negative_fraction", "fractions", "zeros", "unsorted")
         for part in found:
-            for name, value in zip(names, part, strict=False):
+            for name, value in zip(COUNTED, part, strict=False):
                 setattr(self, name, getattr(self, name) + int(value))
             self.stored += int(part[7])
         largest = max((float(part[9]) for part in found), default=0.0)
@@ -98,7 +99,7 @@ class Scan:
 
     def merge(self, other: Scan) -> None:
         """Take in what was found in later rows."""
-        for name in ("not_finite", "negative", "negative_fraction", "fractions", "zeros", "unsorted", "stored"):
+        for name in (*COUNTED, "stored"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         if other.largest > self.largest:
             self.largest, self.largest_at = other.largest, other.largest_at

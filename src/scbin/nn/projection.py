@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 WIDTH, MOST_WIDTH = 128, 4096  # of the hidden layer, by default and at most
+DROPOUT = 0.05
 _BATCH, _RATE, _DECAY = 256, 2e-3, 1e-3
 
 
@@ -89,7 +90,7 @@ def fit_projection(
     *,
     width: int = WIDTH,
     n_steps: int = 3_000,
-    dropout: float = 0.05,
+    dropout: float = DROPOUT,
     seed: int = 0,
 ) -> Projection:
     """Fit the projection that takes vectors (cells, hidden) nearest to their places (cells, k), laid out in `hidden` numbers.

@@ -88,7 +88,7 @@ def perturbation_map(
         raise ScbinInputError("P74", f"n_neighbors={n_neighbors} and scale={scale} need to be above 0.")
     before = read_embedding(adata, basis)
     if perturbed is None:
-        perturbed = _keys.PERTURBED if key is None else f"X_{key.removesuffix('_perturb')}_perturbed"
+        perturbed = _keys.of_perturbation(_keys.PERTURB if key is None else key)[1]
     after = _read_perturbed(adata, perturbed, before)
     coordinates = before if before.shape[1] == 2 else umap_of(adata, basis)
     moved = np.isfinite(after).all(axis=1) & np.isfinite(before).all(axis=1)

@@ -112,22 +112,21 @@ class Source:
 
     def suggest_counts(self) -> str | None:
         """Name a layer, or `.raw`, that holds whole, non-negative numbers, if there is one beside this matrix."""
-        for layer in COUNT_LAYERS:
-            if layer != self.layer and layer in self.adata.layers and _passes(self.adata, layer, _whole):
-                return f'layers[{layer!r}] holds counts: pass layer="{layer}" to use them.'
-        raw = None if self.adata.isbacked else self.adata.raw
-        if raw is not None and _whole(raw.X):
-            return ".raw holds counts: adata.raw.to_adata() gives them as an AnnData of its own."
-        return None
+        layers = [layer for layer in COUNT_LAYERS if layer in self.adata.layers]
+        return self._suggest(layers, _whole, "holds counts", "use them")
 
     def _suggest_unscaled(self) -> str | None:
         """Name a layer, or `.raw`, without negative values, as scaling left them there."""
-        for layer in layer_names(self.adata):
-            if layer != self.layer and _passes(self.adata, layer, _not_negative):
-                return f'layers[{layer!r}] has no negative values: pass layer="{layer}" to read it.'
+        return self._suggest(layer_names(self.adata), _not_negative, "has no negative values", "read it")
+
+    def _suggest(self, layers: list[str], rule: Callable[[Any], bool], what: str, to: str) -> str | None:
+        """Name the first of some layers, else `.raw`, whose values pass a rule."""
+        for layer in layers:
+            if layer != self.layer and _passes(self.adata, layer, rule):
+                return f'layers[{layer!r}] {what}: pass layer="{layer}" to {to}.'
         raw = None if self.adata.isbacked else self.adata.raw
-        if raw is not None and _not_negative(raw.X):
-            return ".raw has no negative values: adata.raw.to_adata() gives them as an AnnData of its own."
+        if raw is not None and rule(raw.X):
+            return f".raw {what}: adata.raw.to_adata() gives them as an AnnData of its own."
         return None
 
 
@@ -148,13 +147,17 @@ def _passes(adata: AnnData, layer: str, rule: Callable[[Any], bool]) -> bool:
         return False
 
 
+def _stored(matrix: Any) -> np.ndarray:
+    return np.asarray(matrix.data if hasattr(matrix, "nnz") else matrix)
+
+
 def _not_negative(matrix: Any) -> bool:
-    values = np.asarray(getattr(matrix, "data", matrix)) if hasattr(matrix, "nnz") else np.asarray(matrix)
+    values = _stored(matrix)
     return values.dtype.kind in "biuf" and bool(((values >= 0) & np.isfinite(values)).all())
 
 
 def _whole(matrix: Any) -> bool:
-    values = np.asarray(getattr(matrix, "data", matrix)) if hasattr(matrix, "nnz") else np.asarray(matrix)
+    values = _stored(matrix)
     return _not_negative(values) and bool((values == np.rint(values)).all())
 
 

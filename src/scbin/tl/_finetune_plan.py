@@ -72,14 +72,15 @@ class Reading:
         if self.level == "cell":
             usable &= np.isfinite(np.stack([label.values for label in labels])).any(axis=0)
         given = given_sides(self.adata, self.split_key)
-        groups = read_groups(self.adata, self.split_key) if given is None else donors_kept_apart(self.adata, given)
-        if given is not None:
+        if given is None:
+            groups = read_groups(self.adata, self.split_key)
+            test, open_to = np.zeros(len(usable), dtype=bool), usable
+        else:
+            groups = donors_kept_apart(self.adata, given)
             test, open_to = given.test, (given.training | given.held_out) & usable
             held_out = given.held_out & usable
             if held_out.any() or not validation_share:
                 return self._checked(Sides(open_to & ~held_out, held_out, test, groups))
-        else:
-            test, open_to = np.zeros(len(usable), dtype=bool), usable
         cells = np.flatnonzero(open_to)
         classes = np.zeros(len(cells), dtype=np.int64)
         if self.level == "cell" and labels[0].target.kind == "class":

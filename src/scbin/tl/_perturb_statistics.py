@@ -153,7 +153,7 @@ def perturb_statistics(
 
 def _shifts(adata: AnnData, key: str | None) -> tuple[sparse.csr_matrix, np.ndarray]:
     """Shifts of the perturbed genes (cells, perturbed genes), stored zeros kept, and their columns."""
-    layer = _keys.SHIFT if key is None else f"{key.removesuffix('_perturb')}_shift"
+    layer = _keys.of_perturbation(_keys.PERTURB if key is None else key)[0]
     if layer not in adata.layers:
         raise ScbinInputError(
             "P66",

@@ -39,10 +39,8 @@ class Slots:
     @classmethod
     def of(cls, adata: AnnData, key_added: str | None) -> Slots:
         """Return the slots, if they may be written."""
-        name = "scbin" if key_added is None else key_added
-        slots = cls(_keys.SHIFT, _keys.PERTURBED, _keys.PERTURB)
-        if name != "scbin":
-            slots = cls(f"{name}_shift", f"X_{name}_perturbed", f"{name}_perturb")
+        uns = _keys.PERTURB if key_added is None else f"{key_added}_perturb"
+        slots = cls(*_keys.of_perturbation(uns), uns)
         for slot, key in (("layers", slots.layer), ("obsm", slots.vectors), ("uns", slots.uns)):
             check_writable(adata, slot, key)
         return slots
@@ -92,26 +90,24 @@ class Alone:
     result: Result
 
 
+def shifts_in(cells: np.ndarray, plan: Plan, result: Result) -> tuple[sparse.csr_matrix, np.ndarray]:
+    """Return the shifts of the sets in some cells (cells, sets), and which of the edits those are (edits,)."""
+    inside = np.isin(plan.cells, cells)
+    at = np.searchsorted(cells, plan.cells[inside])
+    shape = (len(cells), len(plan.sets))
+    return matrix_of(result.values[inside, 0], at, plan.which[inside], shape), inside
+
+
 def beyond_the_sum(
-    plan: Plan, result: Result, alone: Alone, cells: np.ndarray, donors: np.ndarray | None
+    both: sparse.csr_matrix, sets: np.ndarray, alone: Alone, cells: np.ndarray, donors: np.ndarray | None
 ) -> pd.DataFrame:
     """Return by how much each pair does more than the sum of both genes alone, in some cells; one row per pair."""
-    both, single = (
-        matrix_of(
-            np.where(inside, values[:, 0], np.nan),
-            np.searchsorted(cells, of.cells).clip(max=len(cells) - 1),
-            of.which,
-            (len(cells), len(of.sets)),
-        )
-        for of, values, inside in (
-            (p, r.values, np.isin(p.cells, cells)) for p, r in ((plan, result), (alone.plan, alone.result))
-        )
-    )
-    pairs = np.searchsorted(alone.plan.sets[:, 0], plan.sets)
+    single, _ = shifts_in(cells, alone.plan, alone.result)
+    pairs = np.searchsorted(alone.plan.sets[:, 0], sets)
     found = pair_statistics(single, both, pairs, names=alone.plan.names, donors=donors)
-    columns = {"sum_of_shifts": "sum_of_shifts", "combined_minus_sum": "combined_minus_sum"}
-    columns |= {name: f"combined_minus_sum_{name}" for name in ("ci_low", "ci_high", "p_value", "fdr")}
-    return found[list(columns)].rename(columns=columns)
+    about = ["ci_low", "ci_high", "p_value", "fdr"]
+    found = found[["sum_of_shifts", "combined_minus_sum", *about]]
+    return found.rename(columns={name: f"combined_minus_sum_{name}" for name in about})
 
 
 def make_table(
@@ -126,29 +122,27 @@ def make_table(
     alone: Alone | None = None,
 ) -> pd.DataFrame:
     """Return the statistics of every gene or set, by group where there are groups; pairs beside the sum of both `alone`."""
-    n_sets = len(plan.sets)
     expression = set_expression(rows, plan)
     tables = []
     for group in [None] if groups is None else sorted(set(groups[np.unique(plan.cells)])):
         chosen = np.unique(plan.cells)
         if groups is not None:
             chosen = chosen[groups[chosen] == group]
-        pairs = np.isin(plan.cells, chosen)
-        at, which, values = np.searchsorted(chosen, plan.cells[pairs]), plan.which[pairs], result.values[pairs]
+        own = None if donors is None else donors[chosen]
+        shifts, inside = shifts_in(chosen, plan, result)
         table = gene_statistics(
-            matrix_of(values[:, 0], at, which, (len(chosen), n_sets)),
+            shifts,
             names=plan.names,
             expression=expression[chosen],
-            donors=None if donors is None else donors[chosen],
+            donors=own,
             null=null,
             exact=result.exact,
             seed=seed,
         )
         for k, name in enumerate(measure.names[1:] if measure.readout != "expression" else (), start=1):
-            table[name] = means_of(values[:, k], which, n_sets)
+            table[name] = means_of(result.values[inside, k], plan.which[inside], len(plan.sets))
         if alone is not None:
-            own = None if donors is None else donors[chosen]
-            table = table.join(beyond_the_sum(plan, result, alone, chosen, own))
+            table = table.join(beyond_the_sum(shifts, plan.sets, alone, chosen, own))
         if group is not None:
             table.insert(0, "group", pd.Series([str(group)] * len(table), dtype=object))
         tables.append(table)

@@ -16,7 +16,7 @@ from scbin.data.places import places
 from scbin.nn.bert import build_bert, init_gene_table
 from scbin.nn.decoder import can_decode, fit_decoder
 from scbin.nn.embedding import embed_tokens, hide_phenotypes, pooling_weights
-from scbin.nn.projection import WIDTH, Projection, fit_projection
+from scbin.nn.projection import DROPOUT, WIDTH, Projection, fit_projection
 from scbin.train.distributed import joined_world
 from scbin.train.loop import train
 from scbin.train.objective import MaskedLoss, Objective
@@ -182,7 +182,7 @@ def _projection(
         cells = np.sort(np.random.default_rng(settings.seed).choice(cells, MOST_CELLS, replace=False))
     own = hide_phenotypes(tokens[cells], vocabulary)
     vectors = embed_together(bert, own, weights, world, device=settings.device, token_budget=settings.token_budget)
-    width, dropout = (WIDTH, 0.05) if batches is None else (4 * WIDTH, 0.0)  # what tells batches apart is small
+    width, dropout = (WIDTH, DROPOUT) if batches is None else (4 * WIDTH, 0.0)  # what tells batches apart is small
 
     def on_the_first() -> np.ndarray:
         seen = np.isfinite(vectors).all(axis=1)

@@ -157,12 +157,11 @@ class ConvexStart:
     def _balanced(self, number: int, choice: Choice) -> Choice:
         """Choose how far rare classes are favoured, and the temperature that then fits, on as many cells as can be."""
         rows = self._rows(number, _MOST_TO_BALANCE)
-        classes, target = self._codes(number, rows), self.plan.targets[number]
+        classes, prior = self._codes(number, rows), self._prior(number, rows)
         outputs = by_folds(
             self._features(rows), self._answers(number, rows), choice.members, self._folds(number, rows),
             cell_weights=self._weights(number, rows),
         )  # fmt: skip
-        prior = log_prior(classes, len(target.classes), self.lesson.answers.class_weights[number])
         share = rebalanced(outputs, classes, prior) if self.rebalance is None else self.rebalance
         return replace(choice, prior_share=share, temperature=calibrated(outputs - share * prior, classes))
 
@@ -182,21 +181,21 @@ class ConvexStart:
 
     def _codes(self, number: int, cells: np.ndarray) -> np.ndarray:
         """The class of each cell, 0 where the answer is a number."""
-        values = self.lesson.answers.values[number][cells]
-        return (
-            np.zeros(len(cells), dtype=np.int64)
-            if self.plan.targets[number].kind == "number"
-            else values.astype(np.int64)
-        )
+        if self.plan.targets[number].kind == "number":
+            return np.zeros(len(cells), dtype=np.int64)
+        return self.lesson.answers.values[number][cells].astype(np.int64)
 
     def _shift(self, number: int, cells: np.ndarray) -> np.ndarray | None:
         """Return what is taken off the outputs of classes for the frequent ones' sake (classes,)."""
-        target, share = self.plan.targets[number], self.choices[number].prior_share
-        if target.kind != "class" or share == 0:
+        share = self.choices[number].prior_share
+        if self.plan.targets[number].kind != "class" or share == 0:
             return None
-        values = self.lesson.answers.values[number][cells]
-        known = values[np.isfinite(values)].astype(np.int64)
-        return share * log_prior(known, len(target.classes), self.lesson.answers.class_weights[number])
+        return share * self._prior(number, cells[np.isfinite(self.lesson.answers.values[number][cells])])
+
+    def _prior(self, number: int, cells: np.ndarray) -> np.ndarray:
+        """The log frequency of each class in some cells that have one (classes,)."""
+        n_classes = len(self.plan.targets[number].classes)
+        return log_prior(self._codes(number, cells), n_classes, self.lesson.answers.class_weights[number])
 
     def _features(self, cells: np.ndarray) -> Features:
         places = self.places[cells]
@@ -204,12 +203,14 @@ class ConvexStart:
         return Features(z, None if self.x is None else self.x[places], self.spread)
 
     def _answers(self, number: int, cells: np.ndarray) -> np.ndarray:
-        values, target = self.lesson.answers.values[number][cells], self.plan.targets[number]
-        return values if target.kind == "number" else np.eye(len(target.classes))[values.astype(np.int64)]
+        target = self.plan.targets[number]
+        if target.kind == "number":
+            return self.lesson.answers.values[number][cells]
+        return np.eye(len(target.classes))[self._codes(number, cells)]
 
     def _weights(self, number: int, cells: np.ndarray) -> np.ndarray | None:
         weights = self.lesson.answers.class_weights[number]
-        return None if weights is None else weights[self.lesson.answers.values[number][cells].astype(np.int64)]
+        return None if weights is None else weights[self._codes(number, cells)]
 
     def _spread(self, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         z = self.z[self.places[cells]]
