@@ -67,3 +67,13 @@ def test_numbers_are_judged_on_cells_that_were_not_fitted(data):
     features, _ = data
     noise = np.random.default_rng(2).normal(size=100)
     assert choose_numbers(features, noise, FOLDS).loss > 0.8 * noise.var()
+
+
+def test_numbers_of_which_the_cells_say_nothing_are_answered_by_their_mean():
+    rng = np.random.default_rng(0)
+    donors = np.repeat(np.arange(12), 8)  # differ, but not by their age
+    x = rng.normal(size=(12, 20))[donors] + rng.normal(size=(96, 20))
+    ages, folds = rng.normal(size=12)[donors], donors % 4
+    means = np.array([ages[folds != fold].mean() for fold in range(4)])[folds]
+    for features in (Features(x[:, :5], sp.csr_matrix(x), np.ones(20)), Features(x, None)):
+        assert choose_numbers(features, ages, folds).loss < 1.001 * np.square(ages - means).mean()

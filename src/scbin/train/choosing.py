@@ -29,6 +29,16 @@ _STRENGTHS = (
     Strength(0.1, 0.01, 0.5),
 )
 _VECTOR_ALONE = tuple(Strength(variance, 0.0) for variance in (1.0, 0.1, 0.01, 10.0))
+# cells of one donor share its number, so there are fewer numbers to learn from than cells, and perhaps nothing to be learned
+_CAUTIOUS = (
+    Strength(0.01, 0.01),
+    Strength(0.001, 0.001),
+    Strength(1e-4, 1e-4),
+    Strength(0.0, 1e-3),
+    Strength(0.0, 1e-5),
+    Strength(0.0, 0.0),
+)
+_CAUTIOUS_VECTOR_ALONE = tuple(Strength(variance, 0.0) for variance in (1e-3, 1e-4, 1e-5, 0.0))
 _MOST_PICKS, _MOST_MEMBERS = 6, 3
 _LEAST_GAIN = 0.002  # in the loss, for one more pick
 _PRIOR_SHARES = (0.25, 0.5, 0.75, 1.0)  # none at all gains a hundredth at best, and can cost a tenth
@@ -48,8 +58,8 @@ class Choice:
 
 
 def choose_numbers(features: Features, numbers: np.ndarray, folds: np.ndarray) -> Choice:
-    """Choose regressions of numbers (cells,) with variance 1 by their squared error."""
-    strengths = _candidates(features)
+    """Choose regressions of numbers (cells,) with variance 1 by their squared error; their mean alone is one of them."""
+    strengths = _candidates(features) + (_CAUTIOUS_VECTOR_ALONE if features.x is None else _CAUTIOUS)
     found = [by_folds(features, numbers, [(strength, 1.0)], folds) for strength in strengths]
     parts, loss = _blend(found, lambda outputs: float(np.square(outputs[:, 0] - numbers).mean()))
     return Choice(tuple((strength, part) for strength, part in zip(strengths, parts, strict=True) if part), loss)

@@ -145,10 +145,15 @@ class _Columns:
         return Linear(w[: self.n_z] * self.root_z, x, bias)
 
     def join(self, linear: Linear) -> np.ndarray:
-        z = linear.z / self.root_z if self.root_z else np.zeros_like(linear.z)
-        if self.x is None or linear.x is None:
-            return np.concatenate([z, linear.bias[None]])
-        return np.concatenate([z, linear.x / self.root_x, linear.bias[None]])
+        parts = [_in_units(linear.z, self.root_z)]
+        if self.x is not None and linear.x is not None:
+            parts.append(_in_units(linear.x, self.root_x))
+        return np.concatenate([*parts, linear.bias[None]])
+
+
+def _in_units(weights: np.ndarray, root: float | np.ndarray) -> np.ndarray:
+    """Return weights in units of their priors' deviation, 0 where that is 0."""
+    return weights / np.where(np.asarray(root) > 0, root, np.inf)
 
 
 def _fit_few(
