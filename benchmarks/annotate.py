@@ -2,8 +2,8 @@
 
     python benchmarks/annotate.py ../shared/data [--sets pbmc3k_labelled ...] [--seeds 5] [--age] [--max-steps 0] [--out annotate]
 
-Every split is made by `scbin.tl.split` from its seed, by donor where the set has donors. Everything is learned from training cells
-alone: genes, bins, pretraining, the head, the simple methods' genes and components; test cells are tokenized with the model's
+Every split is made by `scbin.tl.split`: a fifth of the cells, drawn anew by each seed; where the set has donors, the donors of one of
+five folds, another by each seed, so that five seeds test every donor once. Everything is learned from training cells alone: genes, bins, pretraining, the head, the simple methods' genes and components; test cells are tokenized with the model's
 vocabulary and predicted. Written to `<out>.csv` (a row per set, seed and method) after every split, so that an interrupted run
 goes on where it stopped, and to `<out>.md` (means with their spread over the seeds).
 """
@@ -22,6 +22,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
+N_FOLDS = 5
 METHODS = {"class": "macro_f1", "number": "r2"}
 
 
@@ -80,7 +81,12 @@ def _run(adata: ad.AnnData, task: Task, seed: int, arguments: argparse.Namespace
         adata = adata[np.random.default_rng(0).permutation(adata.n_obs)[:600]].copy()
     counts = adata.obs[task.target].astype(str).value_counts()
     stratify = task.target if task.kind == "class" and (task.split_key or counts.min() > 1) else None
-    scbin.tl.split(adata, target=stratify, split_key=task.split_key, test_share=0.2, seed=seed)
+    by_donor = (
+        {} if task.split_key is None else {"split_key": task.split_key, "n_folds": N_FOLDS, "fold": seed % N_FOLDS}
+    )
+    scbin.tl.split(
+        adata, target=stratify, test_share=1 / N_FOLDS, seed=seed // N_FOLDS if by_donor else seed, **by_donor
+    )
     side = adata.obs["scbin_split"].astype(str).to_numpy()
     train = adata[side != "test"].copy()
     scbin.pp.tokenize(train, mask_var=None, n_genes=arguments.genes)
