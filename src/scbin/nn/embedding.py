@@ -7,23 +7,24 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from scbin._arguments import choices
 from scbin._errors import ScbinInputError
-from scbin.data.packing import make_pack, plan_packs
 from scbin.encoding.vocabulary import CLS
-from scbin.nn.attention import pack_layout, to_device
-from scbin.nn.bert import encode_pack
-from scbin.nn.device import resolve_device, resolve_precision
+from scbin.nn.attention import to_device
 from scbin.nn.pooling import pool
+from scbin.nn.reading import each_pack
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from scipy.sparse import csr_matrix
     from transformers import BertForMaskedLM
 
+    from scbin.data.packing import Pack
     from scbin.encoding.vocabulary import Vocabulary
-    from scbin.nn.device import Precision
+    from scbin.nn.attention import Layout
+    from scbin.nn.reading import How
 
 Pooling = Literal["weighted", "mean", "cls"]
 
@@ -84,55 +85,28 @@ def hide_phenotypes(tokens: csr_matrix, vocabulary: Vocabulary) -> csr_matrix:
 
 
 def mean_gene_vectors(
-    bert: BertForMaskedLM,
-    tokens: csr_matrix,
-    vocabulary: Vocabulary,
-    *,
-    layer: int = -1,
-    device: str = "auto",
-    precision: Precision = "float32",
-    token_budget: int = 32_768,
-    progress: bool = False,
+    bert: BertForMaskedLM, tokens: csr_matrix, vocabulary: Vocabulary, **how: Unpack[How]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean of each gene's vectors over the cells that have its token (genes, hidden), and how many have (genes,).
 
-    NaN for genes that no cell has. The parameters are those of `embed_tokens`.
+    NaN for genes that no cell has. The further parameters are those of `each_pack`.
     """
-    target = resolve_device(device)
-    dtype = resolve_precision(precision, target, bert.config)
     n_genes = len(vocabulary.genes)
     sums = torch.zeros(n_genes, bert.config.hidden_size, dtype=torch.float64)
     counts = np.zeros(n_genes, dtype=np.int64)
-    home, was_training = bert.device, bert.training
-    bert.to(target).eval()  # type: ignore[arg-type]
-    try:
-        with torch.inference_mode(), torch.autocast(target.type, dtype, enabled=dtype != torch.float32):
-            packs = plan_packs(np.diff(tokens.indptr), token_budget)
-            for rows in tqdm(packs, desc="embedding genes", unit="pack", disable=not progress or len(packs) < 2):
-                pack = make_pack(tokens, rows)
-                at = np.flatnonzero(vocabulary.is_gene_token(pack.input_ids))
-                genes = vocabulary.genes_at(pack.input_ids[at], pack.position_ids[at])
-                input_ids, position_ids = to_device(pack.input_ids, target), to_device(pack.position_ids, target)
-                hidden = encode_pack(bert, input_ids, position_ids, pack_layout(pack.cu_seqlens, target), layer)
-                sums.index_add_(0, torch.from_numpy(genes), hidden[to_device(at, target)].double().cpu())
-                counts += np.bincount(genes, minlength=n_genes)
-    finally:
-        bert.to(home).train(was_training)  # type: ignore[arg-type]
+
+    def add(pack: Pack, hidden: torch.Tensor, layout: Layout) -> None:
+        at = np.flatnonzero(vocabulary.is_gene_token(pack.input_ids))
+        genes = vocabulary.genes_at(pack.input_ids[at], pack.position_ids[at])
+        sums.index_add_(0, torch.from_numpy(genes), hidden[to_device(at, hidden.device)].double().cpu())
+        np.add(counts, np.bincount(genes, minlength=n_genes), out=counts)
+
+    each_pack(bert, tokens, add, what="embedding genes", **how)
     means = np.where(counts[:, None] > 0, sums.numpy() / np.maximum(counts, 1)[:, None], np.nan)
     return means.astype(np.float32), counts
 
 
-def embed_tokens(
-    bert: BertForMaskedLM,
-    tokens: csr_matrix,
-    weights: Weights,
-    *,
-    layer: int = -1,
-    device: str = "auto",
-    precision: Precision = "float32",
-    token_budget: int = 32_768,
-    progress: bool = False,
-) -> np.ndarray:
+def embed_tokens(bert: BertForMaskedLM, tokens: csr_matrix, weights: Weights, **how: Unpack[How]) -> np.ndarray:
     """Return one vector per row (cells, hidden), NaN for rows without a weighted token.
 
     A row's vector is the same whatever other rows there are, in whatever order, under whatever token budget.
@@ -145,33 +119,16 @@ def embed_tokens(
         Token matrix.
     weights
         Weight of each token in the mean over its row, from `pooling_weights`.
-    layer
-        Whose hidden states are pooled: -1 the last, -2 the one before, 0 the embeddings.
-    device, precision
-        Where, and in which precision of the matrix products.
-    token_budget
-        Most tokens to go through the network at once.
-    progress
-        Show a progress bar.
+    how
+        Of `each_pack`.
     """
-    target = resolve_device(device)
-    dtype = resolve_precision(precision, target, bert.config)
     result = np.full((tokens.shape[0], bert.config.hidden_size), np.nan, dtype=np.float32)
-    lengths = np.diff(tokens.indptr)
     totals = np.add.reduceat(np.append(weights.of(tokens.data, tokens.indices), 0), tokens.indptr[:-1])
-    lengths = np.where(totals > 0, lengths, 0)  # reduceat gives an empty row its neighbour's value, but its length is 0
-    home, was_training = bert.device, bert.training
-    bert.to(target).eval()  # type: ignore[arg-type]
-    try:
-        with torch.inference_mode(), torch.autocast(target.type, dtype, enabled=dtype != torch.float32):
-            packs = plan_packs(lengths, token_budget)
-            for rows in tqdm(packs, desc="embedding", unit="pack", disable=not progress or len(packs) < 2):
-                pack = make_pack(tokens, rows)
-                layout = pack_layout(pack.cu_seqlens, target)
-                input_ids, position_ids = to_device(pack.input_ids, target), to_device(pack.position_ids, target)
-                hidden = encode_pack(bert, input_ids, position_ids, layout, layer)
-                own = to_device(weights.of(pack.input_ids, pack.position_ids), target)
-                result[rows] = pool(hidden, layout, own).cpu().numpy()
-    finally:
-        bert.to(home).train(was_training)  # type: ignore[arg-type]
+    has_vector = totals > 0  # reduceat gives an empty row its neighbour's value, but there is nothing to read in it
+
+    def add(pack: Pack, hidden: torch.Tensor, layout: Layout) -> None:
+        own = to_device(weights.of(pack.input_ids, pack.position_ids), hidden.device)
+        result[pack.cells] = pool(hidden, layout, own).cpu().numpy()
+
+    each_pack(bert, tokens, add, rows=has_vector, what="embedding", **how)
     return result
