@@ -79,14 +79,7 @@ def _run(adata: ad.AnnData, task: Task, seed: int, arguments: argparse.Namespace
     start, cpu = time.perf_counter(), time.process_time()
     if arguments.quick:
         adata = adata[np.random.default_rng(0).permutation(adata.n_obs)[:600]].copy()
-    counts = adata.obs[task.target].astype(str).value_counts()
-    stratify = task.target if task.kind == "class" and (task.split_key or counts.min() > 1) else None
-    by_donor = (
-        {} if task.split_key is None else {"split_key": task.split_key, "n_folds": N_FOLDS, "fold": seed % N_FOLDS}
-    )
-    scbin.tl.split(
-        adata, target=stratify, test_share=1 / N_FOLDS, seed=seed // N_FOLDS if by_donor else seed, **by_donor
-    )
+    split(adata, task, seed)
     side = adata.obs["scbin_split"].astype(str).to_numpy()
     train = adata[side != "test"].copy()
     scbin.pp.tokenize(train, mask_var=None, n_genes=arguments.genes)
@@ -112,6 +105,20 @@ def _run(adata: ad.AnnData, task: Task, seed: int, arguments: argparse.Namespace
         {"method": method, **scores.loc[method].to_dict(), **(extra if method == "scbin" else {})}
         for method in scores.index
     ]
+
+
+def split(adata: ad.AnnData, task: Task, seed: int) -> None:
+    """Write which cells are test cells into `obs["scbin_split"]`."""
+    import scbin
+
+    counts = adata.obs[task.target].astype(str).value_counts()
+    stratify = task.target if task.kind == "class" and (task.split_key or counts.min() > 1) else None
+    if task.split_key is None:
+        scbin.tl.split(adata, target=stratify, test_share=1 / N_FOLDS, seed=seed)
+    else:
+        n_folds = min(N_FOLDS, adata.obs[task.split_key].nunique())
+        fold, again = seed % n_folds, seed // n_folds
+        scbin.tl.split(adata, target=stratify, split_key=task.split_key, n_folds=n_folds, fold=fold, seed=again)
 
 
 def _markdown(rows: pd.DataFrame, arguments: argparse.Namespace) -> str:

@@ -152,6 +152,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="how many (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one seed, three small sets")
     parser.add_argument("--annotate", action="store_true", help="annotation with labels instead of embeddings without")
+    parser.add_argument(
+        "--max-steps", type=int, help="with --annotate: steps of fine-tuning, 0 for what it starts from"
+    )
     parser.add_argument("--report", action="store_true", help="run nothing, write table and picture again")
     parser.add_argument("--out", type=Path, default=Path("quality"), help="where to write (default: %(default)s)")
     arguments = parser.parse_args()

@@ -54,7 +54,7 @@ def _run(adata: ad.AnnData, task: annotate.Task, seed: int, arguments: Namespace
             adata.copy(),
             task,
             seed,
-            Namespace(quick=arguments.quick, genes=2000, pretrain=True, max_steps=None, device="auto"),
+            Namespace(quick=arguments.quick, genes=2000, pretrain=True, max_steps=arguments.max_steps, device="auto"),
         )
     for method, package, learn in (("CellTypist", "celltypist", _celltypist), ("scANVI", "scvi", _scanvi)):
         if find_spec(package) and wanted(method) and (method != "scANVI" or whole(adata)):
@@ -69,9 +69,7 @@ def _run(adata: ad.AnnData, task: annotate.Task, seed: int, arguments: Namespace
 
 def _split(adata: ad.AnnData, task: annotate.Task, seed: int) -> tuple[ad.AnnData, ad.AnnData]:
     """Return the training and test cells that annotate.py takes with this seed."""
-    import scbin
-
-    scbin.tl.split(adata, target=task.target, split_key=task.split_key, test_share=0.2, seed=seed)
+    annotate.split(adata, task, seed)
     test = (adata.obs["scbin_split"].astype(str) == "test").to_numpy()
     return adata[~test].copy(), adata[test].copy()
 
