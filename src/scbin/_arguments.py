@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+def plain(value: Any) -> Any:
+    """Return a number of numpy as one of Python, which JSON and torch take; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def whole_numbers(*, optional: bool = False, **arguments: object) -> None:
     """Raise for the first argument that is not a whole number; `None` passes where it is `optional`."""
     for name, value in arguments.items():

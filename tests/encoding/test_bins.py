@@ -90,3 +90,12 @@ def test_json_round_trip(bins: Bins):
     assert again.sha256 == vocabulary.sha256
     assert len(bins.centres) == bins.n_bins + 1
     assert (np.diff(bins.centres) > 0).all()
+
+
+def test_each_gene_has_the_middles_of_its_own_edges():
+    edges = np.array([[1.0, 2.0, 4.0], [0.5, 0.6, 0.7]])
+    bins = Bins.from_quantiles(edges)
+    assert bins.gene_centres == pytest.approx(np.array([[0, 1.5, 3, 5], [0, 0.55, 0.65, 0.75]]))
+    assert np.array_equal(Bins.linear(5).gene_centres, Bins.linear(5).centres[None])
+    assert np.array_equal(Bins.cell_quantiles(5).gene_centres, Bins.cell_quantiles(5).centres[None])
+    assert Bins.binary().gene_centres.tolist() == [[0.0, 1.0]]

@@ -142,3 +142,30 @@ def test_models_that_cannot_make_cells_say_so(toy, quick):
     model.decoder = None
     with pytest.raises(ScbinInputError, match="S04"):
         scbin.tl.generate(model, {"cell_type": "B cell"}, 2)
+
+
+def test_numbers_of_numpy_are_numbers(trained, made):
+    again = scbin.tl.generate(
+        trained[1], {"cell_type": "B cell"}, np.int64(30), seed=np.int64(3), temperature=np.float32(1), **QUIET
+    )
+    assert (again.X != made.X).nnz == 0
+
+
+def test_labels_are_read_as_tokenizing_reads_them(toy, quick):
+    toy.obs["cluster"] = np.where(np.arange(60) < 45, 1.0, 2.0)
+    toy.obs["age"] = np.where(np.arange(60) < 40, "34-year-old human stage", "71-year-old human stage")
+    toy.obs.loc[toy.obs_names[0], "cluster"] = np.nan
+    scbin.pp.tokenize(toy, phenotypes=["cluster", "age"], age_groups=20)
+    model = scbin.tl.pretrain(toy, **quick)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        more = scbin.tl.generate(model, like=toy, balance="cluster", **QUIET)
+        older = scbin.tl.generate(model, {"cluster": 1.0}, like=toy, balance="age", **QUIET)
+    assert more.n_obs == 44 - 15 and set(more.obs["cluster"]) == {"2"}
+    assert older.n_obs == 20 and set(older.obs["age"]) == {"60-80"} and set(older.obs["cluster"]) == {"1"}
+
+
+def test_the_mark_stays_where_real_cells_have_it_too(trained, made):
+    real = trained[0].copy()
+    real.obs["scbin_generated"] = False
+    assert ad.concat([real, made]).obs["scbin_generated"].sum() == 30

@@ -103,3 +103,25 @@ def test_what_cannot_be_imputed_is_refused(cells, toy, quick):
     with pytest.raises(ScbinInputError, match="S02"):
         scbin.tl.impute(toy, ranks, **QUIET)
     assert "scbin_imputed" not in adata.layers and "scbin_imputed" not in toy.layers
+
+
+def test_genes_with_edges_of_their_own_keep_their_own_values(toy, quick):
+    strong = np.where(np.arange(40) % 2, 1.0, 20.0)
+    toy.X = csr_matrix(toy.X.multiply(strong), dtype=np.float32)
+    scbin.pp.tokenize(toy, bins="quantile_per_gene", n_bins=8)
+    model = scbin.tl.pretrain(toy, **quick)
+    scbin.tl.impute(toy, model, **QUIET)
+    kept, bins = toy.layers["scbin_imputed"].toarray(), model.vocabulary.bins
+    level = np.zeros(toy.shape, dtype=int)
+    tokens = toy.obsm["X_tokens"][:, model.vocabulary.gene_positions].toarray().astype(int)
+    level[tokens > 0] = tokens[tokens > 0] - model.vocabulary.first_gene_id
+    low = np.take_along_axis(bins.matrix.T, np.maximum(level - 1, 0), axis=0)
+    on = (level > 0) & (level < 8)
+    high = np.take_along_axis(bins.matrix.T, np.minimum(level, 7), axis=0)
+    assert on.sum() > 200 and (kept[on] >= low[on] - 1e-6).all() and (kept[on] <= high[on] + 1e-6).all()
+
+
+def test_one_gene_needs_no_list(cells):
+    adata, model = cells
+    scbin.tl.impute(adata, model, genes="GENE3", **QUIET)
+    assert set(adata.layers["scbin_imputed"].indices) == {3}

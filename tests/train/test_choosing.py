@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import scipy.sparse as sp
 from sklearn.metrics import f1_score
 
@@ -77,3 +78,8 @@ def test_numbers_of_which_the_cells_say_nothing_are_answered_by_their_mean():
     means = np.array([ages[folds != fold].mean() for fold in range(4)])[folds]
     for features in (Features(x[:, :5], sp.csr_matrix(x), np.ones(20)), Features(x, None)):
         assert choose_numbers(features, ages, folds).loss < 1.001 * np.square(ages - means).mean()
+
+
+def test_a_class_without_weight_is_not_favoured():
+    logs = log_prior(np.repeat([0, 1, 2], [60, 30, 10]), 3, np.array([1.0, 2.0, 0.0]))
+    assert logs == pytest.approx([np.log(0.5), np.log(0.5), 0.0])

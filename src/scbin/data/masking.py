@@ -280,7 +280,7 @@ def _buffers(n_tokens: int, n_rows: int) -> tuple[np.ndarray, ...]:
 
 def random_key(seed: int, epoch: int) -> np.uint64:
     """Return one word that stands for (seed, epoch); splitmix64 keeps neighbours far apart."""
-    x = (seed % 2**64) * 0x9E3779B97F4A7C15 + (epoch % 2**64) * 0xD1B54A32D192ED03 + 0x2545F4914F6CDD1D
+    x = (int(seed) % 2**64) * 0x9E3779B97F4A7C15 + (int(epoch) % 2**64) * 0xD1B54A32D192ED03 + 0x2545F4914F6CDD1D
     x %= 2**64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
     return np.uint64((x ^ (x >> 27)) % 2**64)

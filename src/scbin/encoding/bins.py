@@ -119,13 +119,23 @@ class Bins:
     @cached_property
     def centres(self) -> np.ndarray:
         """Value each bin stands for (n_bins + 1,): 0, then the middle of each bin; the open last bin repeats its width."""
-        edges = np.asarray(self.edges, dtype=np.float64)
-        if len(edges) == 1:
-            return np.array([0.0, 1.0], dtype=np.float32)
+        middles: np.ndarray = self._middles(np.atleast_2d(np.asarray(self.edges, dtype=np.float64)))[0]
+        return middles
+
+    @cached_property
+    def gene_centres(self) -> np.ndarray:
+        """The same with each gene's own edges where there are such: (genes, n_bins + 1), else (1, n_bins + 1)."""
+        return self._middles(self.matrix)
+
+    def _middles(self, edges: np.ndarray) -> np.ndarray:
+        """Return the value of each bin, for each row of edges (rows, n_bins + 1)."""
+        if edges.shape[1] == 1:
+            return np.tile(np.array([0.0, 1.0], dtype=np.float32), (len(edges), 1))
         if self.per == "cell":  # no unit: the share of the cell's expressed genes below
-            return np.linspace(0, 1, len(edges) + 1).astype(np.float32)
-        widths = np.append(np.diff(edges), edges[-1] - edges[-2])
-        return np.concatenate([[0.0], edges + widths / 2]).astype(np.float32)
+            return np.linspace(0, 1, edges.shape[1] + 1, dtype=np.float32)[None]
+        widths = np.diff(edges, axis=1)
+        middles = edges + np.column_stack([widths, widths[:, -1]]) / 2
+        return np.column_stack([np.zeros(len(edges)), middles]).astype(np.float32)
 
     @cached_property
     def matrix(self) -> np.ndarray:

@@ -74,7 +74,7 @@ def build_bert(
     32
     """
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(int(seed))
         return BertForMaskedLM(bert_config(vocabulary, name, **overrides))
 
 

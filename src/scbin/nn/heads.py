@@ -259,7 +259,7 @@ def _attention(scores: Tensor, layout: Layout) -> Tensor:
 def build_head(plan: HeadPlan, hidden_size: int, n_genes: int, *, seed: int = 0) -> Head:
     """Build a head with random weights (the table of genes starts at zero); no global generator moves."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(int(seed))
         return Head(plan, hidden_size, n_genes)
 
 

@@ -127,7 +127,7 @@ def fit_projection(
     x = torch.from_numpy(((vectors - centre) * scale).astype(np.float32))
     y = torch.from_numpy(((places - middle) / spread).astype(np.float32))
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(int(seed))
         line, inner, outer = _fit(x, y, width, min(n_steps, 4 * len(x)), dropout)
     rotation, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((hidden_size, hidden_size)))
     turn = rotation[: places.shape[1]]

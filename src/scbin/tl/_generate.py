@@ -16,13 +16,15 @@ from scipy import sparse
 
 import scbin
 from scbin import _keys
-from scbin._anndata import check_adata, read_obs, warn
-from scbin._arguments import flags, numbers, texts, whole_numbers
+from scbin._anndata import check_adata, warn
+from scbin._arguments import flags, numbers, plain, texts, whole_numbers
 from scbin._errors import ScbinInputError, ScbinTypeError
+from scbin.encoding.phenotypes import labels_of
 from scbin.model import Model
 from scbin.nn.decoder import partial_tokens
 from scbin.nn.embedding import embed_tokens
 from scbin.nn.sampling import Sampler, choose_values, expression_values
+from scbin.pp._phenotypes import cell_labels
 from scbin.tl._embed import embed
 from scbin.tl._perturb_genes import gene_names
 
@@ -68,7 +70,7 @@ def generate(
         frequent value has.
     like, balance
         Fill up rare classes: cells are made for the values of `like.obs[balance]`, as many as each lacks. The result holds the
-        made cells alone, with the gene names of `like`, ready for `anndata.concat([like, made])`.
+        made cells alone, with the gene names of `like`.
     n_genes
         How many genes each cell expresses, about. Default: drawn as the training cells of the kind had them.
     steps
@@ -94,7 +96,7 @@ def generate(
     `obs[...]`
         Each phenotype of the model, categorical.
     `obs['scbin_generated']`
-        True.
+        True. Where made cells are joined with real ones, give those the column too: `anndata.concat` keeps common columns alone.
     `obsm['X_scbin']`
         The vector that the model gives each cell, for :func:`scbin.pl.generated`.
     `obsm['X_tokens']`, `uns['scbin']`
@@ -157,7 +159,7 @@ def generate(
     }
     record |= {"balance": balance, "n_genes": n_genes, "steps": steps, "temperature": temperature, "seed": seed}
     embed(made, model, device=device, token_budget=token_budget, progress=False)
-    made.uns[_keys.GENERATED] = json.dumps(record | {"values": _unit(vocabulary)})
+    made.uns[_keys.GENERATED] = json.dumps(record | {"values": _unit(vocabulary)}, default=plain)
     return made
 
 
@@ -225,8 +227,9 @@ def _wanted(phenotypes: Any, vocabulary: Vocabulary) -> np.ndarray:
 
 
 def _number(value: object, phenotype: Phenotype) -> int:
-    if str(value) in phenotype.values:
-        return phenotype.values.index(str(value))
+    label = labels_of(pd.Series([value], dtype=object), phenotype.name)[0]
+    if label in phenotype.values:
+        return phenotype.values.index(label)
     near = _listed(str(value), list(phenotype.values))
     raise ScbinInputError("S08", f"the model never saw {phenotype.name} {str(value)!r}. Close to it: {near}.")
 
@@ -252,7 +255,7 @@ def _lacking(
     if wanted[column] >= 0:
         raise ScbinInputError("S06", f"{balance!r} is what is balanced; leave it out of phenotypes.")
     phenotype = vocabulary.phenotypes[column]
-    counts = read_obs(like, balance).dropna().astype(str).value_counts()
+    counts = pd.Series(cell_labels(like, balance, phenotype.age_groups)).value_counts()
     unread = [value for value in counts.index if value not in phenotype.values]
     if unread:
         warn("S09", f"no cells are made for {balance} {', '.join(map(repr, unread[:5]))}: the model never saw them.")

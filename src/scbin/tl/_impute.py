@@ -41,7 +41,7 @@ def impute(
     adata: AnnData,
     model: Model | str | os.PathLike[str] | None = None,
     *,
-    genes: Sequence[str] | None = None,
+    genes: str | Sequence[str] | None = None,
     observed: Literal["keep", "hide"] = "keep",
     phenotypes: Literal["hide", "show"] = "hide",
     tokens_key: str | None = None,
@@ -172,8 +172,7 @@ def _layer(
         values = values if phenotypes == "show" else np.full_like(values, -1)
         expected = expected_expression(vectors, decoder, vocabulary, levels, values, hide=observed == "hide")
         if observed == "keep":
-            centres = vocabulary.token_values[vocabulary.first_gene_id : vocabulary.first_gene_id + vocabulary.n_levels]
-            expected = np.where(levels > 0, centres[levels], expected)
+            expected = np.where(levels > 0, np.take_along_axis(_centres(vocabulary).T, levels, axis=0), expected)
         expected[np.diff(part.indptr) == 0] = np.nan
         dense = expected[:, asked[order]].astype(np.float32)
         bounds = np.arange(len(dense) + 1) * len(order)
@@ -207,8 +206,15 @@ def expected_expression(
 def _mean_value(mean: np.ndarray, spread: np.ndarray, vocabulary: Vocabulary, genes: np.ndarray) -> np.ndarray:
     """Return the mean of what bins stand for (cells, genes), by their mean and spread."""
     n_bins = vocabulary.n_levels - 1
-    centres = vocabulary.token_values[vocabulary.first_gene_id + 1 : vocabulary.first_gene_id + 1 + n_bins]
+    centres = _centres(vocabulary)[genes, 1:]
     result = np.empty(mean.shape)
     for k in range(len(genes)):
-        result[:, k] = bin_chances(mean[:, k], np.full(len(mean), spread[k]), n_bins) @ centres
+        result[:, k] = bin_chances(mean[:, k], np.full(len(mean), spread[k]), n_bins) @ centres[k]
     return result
+
+
+def _centres(vocabulary: Vocabulary) -> np.ndarray:
+    """Return the value that each bin of each gene stands for (genes, bins + 1)."""
+    bins = vocabulary.bins
+    assert bins is not None
+    return np.broadcast_to(bins.gene_centres, (len(vocabulary.genes), vocabulary.n_levels))

@@ -31,6 +31,7 @@ class GeneNames:
 
     def resolve(self, wanted: Iterable[Any], what: str = "genes") -> list[int]:
         """Return the genes that names mean, in order and once each; name the closest ones for a name that is unknown."""
+        wanted = [wanted] if isinstance(wanted, str) else wanted
         found, unknown = [], []
         for name in wanted:
             if not isinstance(name, str):

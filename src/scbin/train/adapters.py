@@ -42,7 +42,7 @@ def adapted(bert: BertForMaskedLM, settings: Mapping[str, Any] | None, *, seed: 
         raise ScbinInputError("F06", f"lora={dict(settings)!r} is not what peft.LoraConfig takes ({error}).") from error
     trained = [parameter for parameter in bert.parameters() if parameter.requires_grad]
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(int(seed))
         try:
             peft.inject_adapter_in_model(config, bert)
         except ValueError as error:

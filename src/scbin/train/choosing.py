@@ -161,11 +161,10 @@ def rebalanced(outputs: np.ndarray, classes: np.ndarray, prior: np.ndarray) -> f
 
 
 def log_prior(classes: np.ndarray, n_classes: int, class_weights: np.ndarray | None = None) -> np.ndarray:
-    """Return the log frequency of each class (classes,), as the weights make it."""
+    """Return the log frequency of each class (classes,), as the weights make it; 0 where a class has no weight."""
     counts = np.maximum(np.bincount(classes, minlength=n_classes), 0.5)
     weighted = counts if class_weights is None else counts * class_weights
-    logs: np.ndarray = np.log(weighted / weighted.sum())
-    return logs
+    return np.log(weighted / weighted.sum(), out=np.zeros(n_classes), where=weighted > 0)
 
 
 def _candidates(features: Features) -> tuple[Strength, ...]:

@@ -88,7 +88,8 @@ def finetune_tokens(
     """Fit a head and train it together with the network, which is changed in place.
 
     Linear heads start from a convex fit on the frozen network. What is trained from there is kept only where the held-out
-    cells say clearly (by more than two standard errors) that it is better; else the fit is made again on all cells.
+    cells say clearly (by more than two standard errors) that it is better; else the fit is made again on all cells. Where no cells
+    are held out, nothing can say so, and training is kept, as it was asked for.
     """
     if plan.design not in ("wide", "linear"):
         if not tuning.train:
@@ -112,13 +113,13 @@ def finetune_tokens(
     tensors = {name: tensor.clone() for name, tensor in first.state_dict().items()}
     head = head_from(first.plan, tensors, start.hidden_size, len(lesson.vocabulary.genes))
     history = _train(bert, head, shifted, tuning, settings, cell_names)
-    gain = losses - _losses(bert, head, shifted, tuning, settings)
-    error = float(gain.std() / np.sqrt(max(len(gain), 1)))
-    kept = len(gain) > 0 and gain.mean() <= _CLEARLY * error
-    report = {"start": start.report, "start_kept": bool(kept)}
-    if len(gain):
-        report |= {"start_loss": float(losses.mean()), "gain": float(gain.mean()), "gain_error": error}
-    if kept:
+    report: dict[str, Any] = {"start": start.report, "start_kept": False}
+    if len(losses):  # else there is nothing to compare by
+        gain = losses - _losses(bert, head, shifted, tuning, settings)
+        mean, error = float(gain.mean()), float(gain.std() / np.sqrt(len(gain)))
+        report |= {"start_loss": float(losses.mean()), "gain": mean, "gain_error": error}
+        report["start_kept"] = mean <= _CLEARLY * error
+    if report["start_kept"]:
         bert.load_state_dict(untouched)
         return Finetuned(bert, start.head(everyone), history, report)
     return Finetuned(bert, _calibrated(bert, head, lesson, tuning, settings), history, report)

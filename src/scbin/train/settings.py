@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from scbin._arguments import flags, numbers, paths, texts, whole_numbers
+from scbin._arguments import flags, numbers, paths, plain, texts, whole_numbers
 from scbin._errors import ScbinInputError
 
 if TYPE_CHECKING:
@@ -98,6 +98,8 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         self._check_types()
+        for item in fields(self):
+            object.__setattr__(self, item.name, plain(getattr(self, item.name)))
         for name in ("epochs", "cells_per_step", "token_budget", "keep"):
             if getattr(self, name) < 1:
                 raise ScbinInputError("T30", f"{name} is {getattr(self, name)}; it needs to be at least 1.")
