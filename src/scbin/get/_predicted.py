@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
 
 from scbin import _keys
-from scbin._anndata import check_adata, read_obs
+from scbin._anndata import check_adata
 from scbin._errors import ScbinInputError
-from scbin.encoding.phenotypes import labels_of
+from scbin.encoding.phenotypes import values_of
+from scbin.get._recorded import kind_of, predicted_targets, recorded, true_labels, truth_column
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+    from scbin.get._recorded import Recorded
 
 SHARES = ("train", "validation", "test")
 Cells = Literal["auto", "test", "all"]
@@ -59,52 +61,45 @@ def read_predicted(adata: AnnData, target: str, *, truth_key: str | None = None,
         `"test"`: those that `obs["scbin_split"]` calls test; `"all"`; `"auto"`: the test cells where there are any.
     """
     check_adata(adata)
-    column = f"scbin_{target}"
-    if column not in adata.obs.columns:
-        made = ", ".join(repr(name) for name in predicted_targets(adata)) or "none"
-        raise ScbinInputError(
-            "E11",
-            f"adata.obs has no {column!r}: {target!r} was not predicted here. Call scbin.tl.predict(adata, model, "
-            f"target={target!r}). Predicted so far: {made}.",
-        )
-    if truth_key is None and target not in adata.obs.columns:
-        raise ScbinInputError(
-            "E10",
-            f"{target!r} is not a column of adata.obs, so there is no truth to compare with. Pass truth_key= with the "
-            "column that holds it.",
-        )
-    given = adata.obs[column]
-    true = read_obs(adata, target if truth_key is None else truth_key)
+    record = recorded(adata, target)
+    if record.column not in adata.obs.columns:
+        raise ScbinInputError("E11", _not_predicted(adata, target, record))
+    true = truth_column(adata, target, record, truth_key)
+    given = adata.obs[record.column]
     chosen = _chosen(adata, cells)
-    if isinstance(given.dtype, pd.CategoricalDtype):
-        return _read_classes(adata, target, given, true, chosen)
-    known = np.flatnonzero(pd.to_numeric(true, errors="coerce").notna().to_numpy() & chosen)
+    if kind_of(given, record) == "class":
+        return _read_classes(adata, target, record, true, chosen)
+    numbers = pd.to_numeric(true.astype(object), errors="coerce").to_numpy(dtype=np.float64)
+    known = np.flatnonzero(np.isfinite(numbers) & chosen)
     _check_any(known, target)
-    truth = pd.to_numeric(true, errors="coerce").to_numpy(dtype=np.float64)[known]
-    return Predicted(target, "number", known, truth, given.to_numpy(dtype=np.float64)[known])
+    predicted = pd.to_numeric(given.astype(object), errors="coerce").to_numpy(dtype=np.float64)
+    return Predicted(target, "number", known, numbers[known], predicted[known])
 
 
-def predicted_targets(adata: AnnData) -> list[str]:
-    """Return the names of what was predicted in `adata`."""
-    return list(_record(adata))
+def read_unjudged(adata: AnnData, target: str, *, cells: Cells = "auto") -> Predicted:
+    """Return the predictions of all cells that have one, with themselves in place of a truth."""
+    return read_predicted(adata, target, truth_key=recorded(adata, target).column, cells=cells)
 
 
-def predicted_by(adata: AnnData, target: str) -> str | None:
-    """Return the fingerprint of the model that predicted `target`, if it was kept."""
-    model = _record(adata).get(target, {}).get("model")
-    return None if model is None else str(model)
+def _not_predicted(adata: AnnData, target: str, record: Recorded) -> str:
+    if record.kind == "gene" and record.column in adata.var.columns:
+        return (
+            f"{target!r} was predicted for genes: see adata.var[{record.column!r}]. Pictures and tables are of cells."
+        )
+    made = ", ".join(repr(name) for name in predicted_targets(adata)) or "none"
+    return (
+        f"adata.obs has no {record.column!r}: {target!r} was not predicted here. Call scbin.tl.predict(adata, model, "
+        f"target={record.asked!r}). Predicted so far: {made}."
+    )
 
 
-def _record(adata: AnnData) -> dict[str, Any]:
-    record = adata.uns.get(_keys.UNS, {}).get(_keys.PREDICT)
-    return {} if record is None else dict(json.loads(str(record)))
-
-
-def _known_classes(adata: AnnData, target: str, given: pd.Series) -> tuple[str, ...]:
+def _known_classes(given: pd.Series, record: Recorded) -> tuple[str, ...]:
     """Return the classes of the model; a subset of the cells has lost the categories that none of them has."""
-    here = [str(name) for name in given.cat.categories]
-    recorded = [str(name) for name in _record(adata).get(target, {}).get("classes", [])]
-    return tuple(recorded if set(here) <= set(recorded) else here)
+    if isinstance(given.dtype, pd.CategoricalDtype):
+        here = tuple(str(name) for name in given.cat.categories)
+    else:
+        here = values_of(given.dropna().astype(str).unique())
+    return record.classes if set(here) <= set(record.classes) else here
 
 
 def test_cells(adata: AnnData) -> np.ndarray | None:
@@ -126,17 +121,18 @@ def _chosen(adata: AnnData, cells: Cells) -> np.ndarray:
     return np.ones(adata.n_obs, dtype=bool) if test is None else test
 
 
-def _read_classes(adata: AnnData, target: str, given: pd.Series, true: pd.Series, chosen: np.ndarray) -> Predicted:
-    labels = labels_of(true, target)
+def _read_classes(adata: AnnData, target: str, record: Recorded, true: pd.Series, chosen: np.ndarray) -> Predicted:
+    given = adata.obs[record.column]
+    labels = true_labels(true, target, record)
     rows = np.flatnonzero(np.array([label is not None for label in labels], dtype=bool) & chosen)
     _check_any(rows, target)
-    known = _known_classes(adata, target, given)
+    known = _known_classes(given, record)
     only_true = tuple(sorted({str(label) for label in labels[rows]} - set(known)))
     classes = known + only_true
     place = {name: k for k, name in enumerate(classes)}
     truth = np.array([place[str(label)] for label in labels[rows]], dtype=np.int64)
     probability = None
-    slot = f"scbin_{target}_probability"
+    slot = f"{record.column}_probability"
     if slot in adata.obsm:
         stored = np.asarray(adata.obsm[slot], dtype=np.float64)
         if stored.shape[1] != len(known):
@@ -147,8 +143,8 @@ def _read_classes(adata: AnnData, target: str, given: pd.Series, true: pd.Series
             )
         padding = np.where(np.isfinite(stored[rows]).all(axis=1), 0.0, np.nan)[:, None]
         probability = np.hstack([stored[rows], np.repeat(padding, len(only_true), axis=1)])
-    code = {name: place[str(name)] for name in given.cat.categories}
-    predicted = given.iloc[rows].astype(object).map(code).fillna(-1).to_numpy(dtype=np.int64)
+    here = given.iloc[rows].astype(object)
+    predicted = here.map(lambda name: -1 if pd.isna(name) else place[str(name)]).to_numpy(dtype=np.int64)
     return Predicted(target, "class", rows, truth, predicted, classes, len(known), probability)
 
 

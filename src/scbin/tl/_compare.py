@@ -10,6 +10,7 @@ import pandas as pd
 
 from scbin._errors import ScbinInputError
 from scbin.encoding.phenotypes import labels_of
+from scbin.get._recorded import true_labels
 from scbin.tl._baselines import class_probabilities, predicted_numbers
 from scbin.tl._expression import log_normalised, variable_genes
 from scbin.tl._metrics import classification_scores, regression_scores
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
     from scbin.encoding.values import Values
+    from scbin.get._recorded import Recorded
     from scbin.tl._folds import Folds
     from scbin.tl._metrics import F1
 
@@ -48,14 +50,14 @@ class Lesson:
     asked: np.ndarray  # truth of the test cells
 
 
-def read_truth(column: pd.Series, name: str, kind: Literal["class", "number"]) -> Truth:
-    """Return the cells of a column of `obs` that have a value."""
+def read_truth(column: pd.Series, name: str, kind: Literal["class", "number"], record: Recorded | None = None) -> Truth:
+    """Return the cells of a column of `obs` that have a value; `record` says how its labels are to be read."""
     if kind == "number":
         numbers = pd.to_numeric(column.astype(object), errors="coerce").to_numpy(dtype=np.float64)
         rows = np.flatnonzero(np.isfinite(numbers))
         truth = Truth("number", rows, numbers[rows])
     else:
-        labels = labels_of(column, name)
+        labels = labels_of(column, name) if record is None else true_labels(column, name, record)
         rows = np.flatnonzero(np.array([label is not None for label in labels], dtype=bool))
         truth = Truth("class", rows, labels[rows].astype(str))
     if len(rows) < 2:

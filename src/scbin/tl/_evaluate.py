@@ -10,10 +10,11 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from scbin import _keys
-from scbin._anndata import check_adata, read_obs, warn, write_uns
+from scbin._anndata import check_adata, warn, write_uns
 from scbin._errors import ScbinInputError
 from scbin.get._evaluate import evaluate_df
-from scbin.get._predicted import predicted_by, predicted_targets, read_predicted
+from scbin.get._predicted import read_predicted
+from scbin.get._recorded import Recorded, kind_of, predicted_targets, recorded, truth_column, truth_name
 from scbin.tl._baselines import CLASS_BASELINES, NUMBER_BASELINES
 from scbin.tl._compare import baseline_scores, lessons, read_truth
 from scbin.tl._evaluate_genes import GENES, score_genes
@@ -142,15 +143,17 @@ def evaluate(
         )
         return _write(adata, GENES, scores, how)
     asked = _what(adata, model, target)
-    truth = read_truth(_truth_column(adata, asked.target, truth_key), asked.target, asked.kind)
+    record = asked.record
+    truth = read_truth(truth_column(adata, asked.target, record, truth_key), asked.target, asked.kind, record)
     labels = truth.values if truth.kind == "class" else None
     folds = plan_folds(adata, truth.rows, labels, split_key, seed=seed)
     pair = None
     if reference is None:
         _warn_if_seen(adata, asked, folds, tokens_key)
     else:
-        other_key = None if asked.target in check_adata(reference).obs.columns else truth_key
-        pair = (reference, read_truth(_truth_column(reference, asked.target, other_key), asked.target, asked.kind))
+        other_key = None if truth_name(check_adata(reference), asked.target, record) else truth_key
+        known = truth_column(reference, asked.target, record, other_key)
+        pair = (reference, read_truth(known, asked.target, asked.kind, record))
         folds = replace(folds, text=f"{len(folds.test):,} cells; reference: {len(pair[1].rows):,}")
     scores = {}
     if methods := _chosen_baselines(baselines, truth.kind):
@@ -171,14 +174,15 @@ class _Asked:
     target: str
     kind: Literal["class", "number"]
     model: Model | None
+    record: Recorded  # what is known of the predictions, or will be once they are made
 
 
 def _what(adata: AnnData, model: Model | str | os.PathLike[str] | None, target: str | None) -> _Asked:
     made = predicted_targets(adata)
     if model is None and (target in made or (target is None and len(made) == 1)):
         name = made[0] if target is None else target
-        numbers = pd.api.types.is_float_dtype(adata.obs[f"scbin_{name}"].dtype)
-        return _Asked(name, "number" if numbers else "class", None)
+        record = recorded(adata, name)
+        return _Asked(name, kind_of(adata.obs[record.column], record), None, record)
     chosen = resolve_model(model, adata)
     kinds = model_targets(chosen)
     if target is not None and target not in kinds:  # a phenotype, of a model that has a head for something else
@@ -198,7 +202,16 @@ def _what(adata: AnnData, model: Model | str | os.PathLike[str] | None, target: 
         raise ScbinInputError(
             "E22", f"{name!r} is a class of genes: scbin.tl.predict writes it into adata.var, where it can be compared."
         )
-    return _Asked(name, "number" if kinds[name] == "number" else "class", chosen)
+    return _Asked(name, "number" if kinds[name] == "number" else "class", chosen, _to_record(chosen, name))
+
+
+def _to_record(model: Model, name: str) -> Recorded:
+    """Return what `tl.predict` will note of a target."""
+    heads = () if model.head is None else model.head.targets
+    if name in {target.name for target in heads}:
+        return Recorded(f"scbin_{name}", name)
+    phenotype = model.vocabulary.phenotype(name)
+    return Recorded(f"scbin_{name}", name, "class", phenotype.values, age_groups=phenotype.age_groups)
 
 
 def model_targets(model: Model) -> dict[str, str]:
@@ -207,16 +220,6 @@ def model_targets(model: Model) -> dict[str, str]:
     if model.head is None:
         return phenotypes
     return {target.name: target.kind for target in model.head.targets}
-
-
-def _truth_column(adata: AnnData, target: str, truth_key: str | None) -> pd.Series:
-    if truth_key is None and target not in adata.obs.columns:
-        raise ScbinInputError(
-            "E10",
-            f"{target!r} is not a column of adata.obs, so there is no truth to compare with. Pass truth_key= with the "
-            "column that holds it.",
-        )
-    return read_obs(adata, target if truth_key is None else truth_key)
 
 
 def _chosen_baselines(baselines: Sequence[str] | str, kind: str) -> tuple[str, ...]:
@@ -252,7 +255,7 @@ def _learned_here(adata: AnnData, asked: _Asked) -> bool:
     trained = adata.uns.get(_keys.UNS, {}).get(_keys.MODEL_ID)
     if asked.model is not None:
         return bool(trained == asked.model.fingerprint)
-    return bool(trained is not None and trained == predicted_by(adata, asked.target))
+    return bool(trained is not None and trained == asked.record.model)
 
 
 def _shown_to_pretraining(adata: AnnData, model: Model, target: str, test: np.ndarray, tokens_key: str | None) -> bool:

@@ -23,6 +23,7 @@ from scbin._anndata import (
 )
 from scbin._arguments import choices, numbers, texts, whole_numbers
 from scbin._errors import ScbinInputError, ScbinTypeError
+from scbin.get._recorded import read_record
 from scbin.nn.embedding import hide_phenotypes
 from scbin.nn.prediction import answer_cells, answer_genes, answer_phenotypes, entropy, hide_slots, shares
 from scbin.tl._model import resolve_model
@@ -52,6 +53,7 @@ class Answer:
     classes: tuple[str, ...]
     values: np.ndarray  # (rows, classes) probabilities as float64, or (rows,) numbers; NaN where nothing can be said
     temperature: float = 1.0
+    age_groups: int | None = None  # years in a class, where the classes are those that ages are cut into
 
 
 def predict(
@@ -247,7 +249,8 @@ def _from_slots(
         hidden = _hidden(tokens, vocabulary, phenotypes, group)
         logits = answer_phenotypes(model.bert, hidden, vocabulary, group, **how)
         for name in group:
-            yield Answer(name, "phenotype", vocabulary.phenotype(name).values, shares(logits[name]))
+            slot = vocabulary.phenotype(name)
+            yield Answer(name, "phenotype", slot.values, shares(logits[name]), age_groups=slot.age_groups)
 
 
 def _hidden(tokens: csr_matrix, vocabulary: Vocabulary, phenotypes: str, names: list[str]) -> csr_matrix:
@@ -275,13 +278,18 @@ def _write(adata: AnnData, key: str, answer: Answer, threshold: float | None) ->
 
 def _record(adata: AnnData, answers: list[Answer], keys: dict[str, str], model: str) -> None:
     """Add to what earlier calls recorded."""
-    record = json.loads(str(adata.uns.get(_keys.UNS, {}).get(_keys.PREDICT, "{}")))
+    record = read_record(adata)
     for answer in answers:
-        name = keys[answer.name].removeprefix("scbin_")
-        record[name] = {
+        column = keys[answer.name]
+        entry: dict[str, Any] = {
+            "asked": answer.name,
+            "column": column,
             "classes": list(answer.classes),
             "model": model,
-            "kind": answer.kind if answer.kind == "number" else "gene" if answer.kind == "gene" else "class",
+            "kind": answer.kind if answer.kind in ("number", "gene") else "class",
             "temperature": answer.temperature,
         }
+        if answer.age_groups is not None:
+            entry["age_groups"] = answer.age_groups
+        record[column.removeprefix("scbin_")] = entry
     write_uns(adata, _keys.PREDICT, json.dumps(record))
