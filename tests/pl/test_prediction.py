@@ -119,6 +119,15 @@ def test_numbers_are_drawn_against_the_truth(adata):
         scbin.pl.roc(adata, "age")
 
 
+def test_numbers_without_a_truth_are_not_held_against_themselves(adata):
+    bare = adata.copy()
+    bare.obs["scbin_age"] = np.append(np.nan, np.arange(119) + 2.0).astype(np.float32)
+    ax = scbin.pl.prediction(bare, "age")
+    assert "no truth" in ax.get_title() and "R²" not in ax.get_title()
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("predicted age", "cells")
+    assert sum(bar.get_height() for bar in ax.patches) == 119
+
+
 def test_subsets_keep_the_classes_of_the_model(adata):
     part = adata[adata.obs["scbin_cell_type"].isin(["T"]).to_numpy()].copy()
     found = read_predicted(part, "cell_type")

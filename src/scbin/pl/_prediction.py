@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scbin.get._predicted import read_predicted
+from scbin._anndata import check_adata
+from scbin.get._predicted import read_predicted, read_unjudged
+from scbin.get._recorded import recorded, truth_name
 from scbin.pl import _classes, _style
 
 if TYPE_CHECKING:
@@ -28,11 +30,12 @@ def prediction(
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw the probability of every class for every cell; for a number, the prediction against the truth.
+    """Draw the probability of every class for every cell; for a number, the predictions against the truth.
 
     One row per cell and one column per class. The cells are ordered by their true class, within it by the class they were
     given and by how sure the model was: blocks on the diagonal are cells that were recognised, stripes beside them are what they
-    were taken for. Where there is no truth, the cells are ordered by the class they were given.
+    were taken for. Where there is no truth, the cells are ordered by the class they were given, and numbers are drawn as a
+    histogram.
 
     Parameters
     ----------
@@ -64,11 +67,14 @@ def prediction(
     >>> scbin.pl.prediction(adata, "cell_type").get_ylabel()
     'cells, by true class'
     """
-    has_truth = truth_key is not None or target in adata.obs.columns
-    key = truth_key if has_truth else f"scbin_{target}"
-    found = read_predicted(adata, target, truth_key=key, cells=cells)
+    has_truth = truth_key is not None or truth_name(check_adata(adata), target, recorded(adata, target)) is not None
+    found = (
+        read_predicted(adata, target, truth_key=truth_key, cells=cells)
+        if has_truth
+        else read_unjudged(adata, target, cells=cells)
+    )
     if found.kind == "number":
-        return _draw_numbers(found, title, ax)
+        return _draw_numbers(found, title, ax) if has_truth else _draw_distribution(found, title, ax)
     _classes.of_classes(found, probabilities=True)
     probability = np.asarray(found.probability)
     order = order_cells(found)
@@ -126,6 +132,18 @@ def _spread(places: np.ndarray, least: float, total: int) -> np.ndarray:
     for k in range(len(moved) - 2, -1, -1):
         moved[k] = min(moved[k], moved[k + 1] - least)
     return moved
+
+
+def _draw_distribution(found: Predicted, title: str | None, ax: Axes | None) -> Axes:
+    """Draw how the predicted numbers are spread: without a truth there is nothing to hold them against."""
+    predicted = found.predicted[np.isfinite(found.predicted)]
+    ax = _classes.plain_axes(4.6, 4.4) if ax is None else ax
+    n_bars = int(np.clip(np.sqrt(max(len(predicted), 1)), 5, 60))
+    ax.hist(predicted, bins=n_bars, color=_style.MAIN_COLOUR, linewidth=0)
+    _style.frame(ax)
+    _classes.axis_label(ax, x=f"predicted {found.target}", y="cells")
+    _classes.title(ax, f"{found.target}: predictions, no truth to compare" if title is None else title)
+    return ax
 
 
 def _draw_numbers(found: Predicted, title: str | None, ax: Axes | None) -> Axes:
