@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from scbin._errors import ScbinInputError
 from scbin.nn.attention import PACKED, Layout, pack_layout
+from scbin.nn.limits import CONFIG_KEYS
 from scbin.nn.presets import Preset, preset
 
 if TYPE_CHECKING:
@@ -33,19 +34,21 @@ def bert_config(vocabulary: Vocabulary, name: str | Preset = "small", **override
         chosen = replace(chosen, **overrides)
     except TypeError as error:
         raise ScbinInputError("T11", f"{error}. A network is described by {', '.join(_SHAPE)}, max_length.") from error
-    for field in _SHAPE[:4]:
-        if getattr(chosen, field) < 1:
-            raise ScbinInputError("T12", f"{field} is {getattr(chosen, field)}; it needs to be at least 1.")
-    if chosen.hidden_size % chosen.num_attention_heads:
-        raise ScbinInputError(
-            "T12",
-            f"hidden_size={chosen.hidden_size} is not a multiple of num_attention_heads={chosen.num_attention_heads}.",
-        )
+    sizes = {
+        "vocab_size": vocabulary.n_tokens,
+        "max_position_embeddings": max(vocabulary.n_positions, chosen.max_length or 0),
+    }
+    for field, size in sizes.items():
+        if not CONFIG_KEYS[field](size):
+            raise ScbinInputError(
+                "T64",
+                f"the tokens need {field}={size:,} of the network; it takes {CONFIG_KEYS[field].words}. Tokenize with fewer "
+                "genes or bins.",
+            )
     return BertConfig(
-        vocab_size=vocabulary.n_tokens,
-        max_position_embeddings=max(vocabulary.n_positions, chosen.max_length or 0),
         pad_token_id=0,
         attn_implementation=PACKED,  # type: ignore[call-arg]
+        **sizes,
         **{field: getattr(chosen, field) for field in _SHAPE},
     )
 

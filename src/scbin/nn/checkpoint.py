@@ -12,8 +12,8 @@ from transformers import BertForMaskedLM
 
 from scbin._errors import ScbinModelError, ScbinTrainingError
 from scbin.nn.files import MANIFEST, check_finite, sync_directory, verify_directory, write_directory
+from scbin.nn.limits import CONFIG_KEYS
 from scbin.nn.untrusted import (
-    CONFIG_KEYS,
     MAX_JSON,
     MAX_WEIGHTS,
     check_plain,

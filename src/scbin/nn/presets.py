@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, fields
 from typing import Literal
 
+from scbin._arguments import plain, shown
 from scbin._errors import ScbinInputError
+from scbin.nn.limits import CONFIG_KEYS, Limit, misfit
+
+_FROM_ZERO = Limit((int, float), "a finite number, not below 0", 0, sys.float_info.max)
+_COUNT = Limit((int,), "a whole number, at least 1", 1, sys.maxsize)
+_TRAINING = {
+    "learning_rate": _FROM_ZERO,
+    "schedule": Limit((str,), "'cosine', 'linear' or 'constant'", values=("cosine", "linear", "constant")),
+    "warmup": _FROM_ZERO,
+    "weight_decay": _FROM_ZERO,
+    "cells_per_step": _COUNT,
+    "epochs": _COUNT,
+    "fewest_steps": Limit((int,), "a whole number, not below 0", 0, sys.maxsize),
+    "precision": Limit((str,), "'auto', 'float32' or 'bfloat16'", values=("auto", "float32", "bfloat16")),
+    "clip": Limit((int, float), "a finite number above 0, or None", sys.float_info.min, sys.float_info.max),
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +48,19 @@ class Preset:
     fewest_steps: int = 0  # more epochs where the cells are too few to make so many steps
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     clip: float | None = 1.0  # largest norm of the gradient; None: as it is
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            object.__setattr__(self, item.name, plain(getattr(self, item.name)))
+        limits = {**CONFIG_KEYS, "max_length": CONFIG_KEYS["max_position_embeddings"], **_TRAINING}
+        for item in fields(self):
+            value, limit = getattr(self, item.name), limits[item.name]
+            if not limit(value) and not (value is None and item.name in ("max_length", "clip")):
+                raise ScbinInputError("T12", f"{item.name} is {shown(value)}; it needs to be {limit.words}.")
+        object.__setattr__(self, "initializer_range", float(self.initializer_range))  # transformers takes no 1
+        fault = misfit(vars(self))
+        if fault is not None:
+            raise ScbinInputError("T12", f"{fault}.")
 
     @property
     def n_encoder_weights(self) -> int:
@@ -104,6 +134,6 @@ def preset(name: str | Preset) -> Preset:
     """
     if isinstance(name, Preset):
         return name
-    if name not in PRESETS:
-        raise ScbinInputError("T10", f"there is no preset {name!r}. Choose one of: {', '.join(PRESETS)}.")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ScbinInputError("T10", f"there is no preset {shown(name)}. Choose one of: {', '.join(PRESETS)}.")
     return PRESETS[name]

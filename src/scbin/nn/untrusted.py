@@ -16,9 +16,10 @@ from transformers import BertConfig
 
 from scbin._errors import ScbinModelError
 from scbin.nn.attention import PACKED
+from scbin.nn.limits import CONFIG_KEYS, misfit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Collection, Mapping
 
     from torch import Tensor
 
@@ -136,35 +137,6 @@ def _finite(text: str) -> float:
 # ---- config.json -----------------------------------------------------------------------------------------------------
 
 
-def _whole(low: int, high: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and low <= value <= high
-
-
-def _real(low: float, high: float) -> Callable[[Any], bool]:
-    return lambda value: type(value) in (int, float) and low <= value <= high
-
-
-def _one_of(*values: Any) -> Callable[[Any], bool]:
-    return lambda value: type(value) in {type(v) for v in values} and value in values
-
-
-# the keys of config.json that are read, and what they may be; whatever else the file says has no effect
-CONFIG_KEYS: dict[str, Callable[[Any], bool]] = {
-    "vocab_size": _whole(2, 2**20),
-    "max_position_embeddings": _whole(1, 65_536),
-    "type_vocab_size": _whole(1, 16),
-    "num_hidden_layers": _whole(1, 96),
-    "hidden_size": _whole(8, 8192),
-    "num_attention_heads": _whole(1, 256),
-    "intermediate_size": _whole(8, 65_536),
-    "hidden_act": _one_of("gelu", "gelu_new", "relu", "silu"),
-    "hidden_dropout_prob": _real(0, 1),
-    "attention_probs_dropout_prob": _real(0, 1),
-    "layer_norm_eps": _real(1e-15, 1e-2),
-    "initializer_range": _real(1e-6, 1),
-    "pad_token_id": _whole(0, 2**20),
-    "tie_word_embeddings": _one_of(True, False),
-}
 _REQUIRED = (
     *("vocab_size", "max_position_embeddings", "num_hidden_layers", "hidden_size", "num_attention_heads"),
     "intermediate_size",
@@ -188,10 +160,9 @@ def make_config(content: Mapping[str, Any], name: str) -> BertConfig:
     for key in ("layer_norm_eps", "initializer_range"):  # 1 is a number too, but transformers wants 1.0
         if key in picked:
             picked[key] = float(picked[key])
-    if picked["hidden_size"] % picked["num_attention_heads"]:
-        raise ScbinModelError("M11", f"{name}: hidden_size is not a multiple of num_attention_heads.")
-    if picked["intermediate_size"] > 8 * picked["hidden_size"]:
-        raise ScbinModelError("M11", f"{name}: intermediate_size is more than 8 times hidden_size.")
+    fault = misfit(picked)
+    if fault is not None:
+        raise ScbinModelError("M11", f"{name}: {fault}.")
     if picked.setdefault("pad_token_id", 0) >= picked["vocab_size"]:
         raise ScbinModelError("M11", f"{name}: pad_token_id is not a token of the vocabulary.")
     return BertConfig(**picked, attn_implementation=PACKED)  # type: ignore[call-arg]
