@@ -23,6 +23,7 @@ IMPUTED = "scbin_imputed"  # layers, CSR float32: expected expression
 IMPUTE = "impute"  # uns["scbin"]["impute"], how it was imputed, one JSON string
 PREDICT = "predict"  # uns["scbin"]["predict"], what was predicted: classes and model by target, one JSON string
 SPLIT = "scbin_split"  # obs, categorical: "train", "validation", "test"
+SPLIT_RECORD = "split"  # uns["scbin"]["split"], how the cells were divided, one JSON string
 PERTURB = "scbin_perturb"  # uns, {"table": one row per gene or pair, "params": one JSON string}
 FINETUNE = "finetune"  # uns["scbin"]["finetune"], how the model was fine-tuned, one JSON string
 FINETUNE_HISTORY = "finetune_history"  # uns["scbin"]["finetune_history"], a table

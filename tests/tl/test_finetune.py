@@ -13,7 +13,7 @@ import torch
 
 import scbin
 from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinTypeError
-from scbin.tl._splits import Sides, donors_kept_apart, given_sides
+from scbin.tl._sides import Sides, donors_kept_apart, given_sides
 
 HOW = {"device": "cpu", "progress": False}
 FIT = {**HOW, "max_steps": 0}  # the regression alone

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import scbin
-from scbin._errors import ScbinInputError, ScbinTrainingError
+from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinTrainingError
 from scbin.tl import _search_trials
 from scbin.tl._search_space import CELLS, MULTITASK, check_space, default_space
 from scbin.train.watching import show, watched
@@ -93,12 +93,14 @@ def test_only_its_table_is_written(trained, tried, untouched, tmp_path):
 def test_sides(toy):
     toy.obs["donor"] = pd.Categorical(np.arange(60) // 6)
     toy.obs.loc["cell0", "cell_type"] = np.nan
-    sides = _search_trials.sides_of_search(toy, "cell_type", "class", "donor", 0.2, 0)
+    sides = _search_trials.sides_of_search(toy, "cell_type", "class", "donor", 0.2, 0).column()
     assert sides.isna().sum() == 1
     table = pd.crosstab(toy.obs["donor"], np.asarray(sides, dtype=object))
     assert ((table > 0).sum(axis=1) == 1).all() and (table.sum() > 0).all()
     toy.obs["scbin_split"] = pd.Categorical(np.array(["train", "validation", "test"])[np.arange(60) % 3])
-    sides = np.asarray(_search_trials.sides_of_search(toy, "cell_type", "class", None, 0.2, 0), dtype=object)
+    with pytest.warns(ScbinInputWarning, match="F22"):
+        sides = _search_trials.sides_of_search(toy, "cell_type", "class", None, 0.2, 0).column()
+    sides = np.asarray(sides, dtype=object)
     own = toy.obs["scbin_split"].astype(str).to_numpy()
     assert set(own[sides == "test"]) == {"validation"}  # scored on the data's validation cells
     assert all(side is None or side != side for side in sides[own == "test"])  # test cells stand nowhere

@@ -56,11 +56,16 @@ def labels_of(column: pd.Series, name: str) -> np.ndarray:
     return texts[codes]
 
 
+def is_missing(text: str) -> bool:
+    """Return whether a text stands for a label that is not there."""
+    return text.strip().lower() in MISSING
+
+
 def _text(value: object) -> str | None:
     if isinstance(value, float | np.floating) and np.isfinite(value) and value == np.rint(value):
         value = int(value)
     text = str(value)
-    return None if text.strip().lower() in MISSING else text
+    return None if is_missing(text) else text
 
 
 def values_of(labels: np.ndarray) -> tuple[str, ...]:

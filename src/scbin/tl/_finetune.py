@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from scbin.nn.device import Precision
     from scbin.nn.heads import Design
-    from scbin.tl._splits import Sides
+    from scbin.tl._sides import Sides
     from scbin.tl._targets import Kinds
 
 _RATE, _RATE_FROM_RANDOM = 3e-5, 2e-4  # of the network
@@ -123,9 +123,10 @@ def finetune(
         last three start at random.
     split_key
         Column of `obs` with donors or batches, none of which is then both in training and validation, and whose cells are not
-        judged by their own in the cross-validation; or with `"train"`, `"validation"` and `"test"` (a column of donors that
-        stand on one side each is then taken into account). Default: `"scbin_split"`, where :func:`scbin.tl.split` named test
-        cells there. Test cells are never looked at.
+        judged by their own in the cross-validation; or with `"train"`, `"validation"` and `"test"` (the donors that
+        :func:`scbin.tl.split` divided by, or a column that evidently names donors who stand on one side each, are then taken
+        into account). Default: `"scbin_split"`, where :func:`scbin.tl.split` named test cells there. Test cells are never looked
+        at: with a column of donors, those that `"scbin_split"` names stay out too.
     validation_share
         Share of the labelled cells that are held out, to stop early and to calibrate. The regression is fitted to all
         labelled cells again where it is what is kept.
@@ -188,7 +189,8 @@ def finetune(
     A new :class:`scbin.Model` with a `head`, and the `history` of the training. Sets the following fields:
 
     `adata.obs['scbin_split']`
-        `"train"`, `"validation"` or `"test"`; NaN for cells that were not used.
+        `"train"`, `"validation"` or `"test"`; NaN for cells that were not used, unless the split they come from has a side for
+        them.
     `adata.uns['scbin']['finetune']`
         How the model was made, as JSON.
     `adata.uns['scbin']['finetune_history']`

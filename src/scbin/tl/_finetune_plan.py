@@ -17,7 +17,7 @@ from scbin.nn.bert import build_bert, init_gene_table
 from scbin.nn.prediction import has_genes
 from scbin.nn.presets import preset_for
 from scbin.nn.readout import Readout
-from scbin.tl._splits import Sides, donors_kept_apart, given_sides, read_groups, warn_of_donors
+from scbin.tl._sides import Sides, known_split, warn_of_donors, with_donors
 from scbin.tl._targets import Labels, read_cells, read_genes
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Reading:
                 read_genes(self.adata, name, self.vocabulary, self.gene_key, weight=weight, fewest=self.fewest)
                 for name, weight in weights.items()
             ]
-        given = given_sides(self.adata, self.split_key)
+        given, _ = known_split(self.adata, self.split_key)
         learning = np.ones(self.adata.n_obs, dtype=bool) if given is None else given.training | given.held_out
         usable = has_genes(self.tokens, self.vocabulary)
         return [
@@ -71,16 +71,13 @@ class Reading:
         usable = has_genes(self.tokens, self.vocabulary)
         if self.level == "cell":
             usable &= np.isfinite(np.stack([label.values for label in labels])).any(axis=0)
-        given = given_sides(self.adata, self.split_key)
-        if given is None:
-            groups = read_groups(self.adata, self.split_key)
-            test, open_to = np.zeros(len(usable), dtype=bool), usable
-        else:
-            groups = donors_kept_apart(self.adata, given)
+        given, groups = known_split(self.adata, self.split_key)
+        test, open_to = np.zeros(len(usable), dtype=bool), usable
+        if given is not None:
             test, open_to = given.test, (given.training | given.held_out) & usable
             held_out = given.held_out & usable
             if held_out.any() or not validation_share:
-                return self._checked(Sides(open_to & ~held_out, held_out, test, groups))
+                return self._checked(Sides(open_to & ~held_out, held_out, test, groups, given))
         cells = np.flatnonzero(open_to)
         classes = np.zeros(len(cells), dtype=np.int64)
         if self.level == "cell" and labels[0].target.kind == "class":
@@ -88,7 +85,8 @@ class Reading:
         own = None if groups is None else groups[cells]
         held_out = np.zeros(len(usable), dtype=bool)
         held_out[cells] = share_of(classes, validation_share, groups=own, most=_MOST_HELD_OUT, seed=seed)
-        return self._checked(Sides(open_to & ~held_out, held_out, test, groups))
+        known = None if given is None else with_donors(given, held_out, groups)
+        return self._checked(Sides(open_to & ~held_out, held_out, test, groups, known))
 
     def _checked(self, sides: Sides) -> Sides:
         n = int(sides.training.sum())

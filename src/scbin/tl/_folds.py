@@ -12,7 +12,7 @@ from scbin import _keys
 from scbin._anndata import read_obs
 from scbin._errors import ScbinInputError
 from scbin.data.splitting import folds_of
-from scbin.get._predicted import SHARES, test_cells
+from scbin.tl._sides import named_sides
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -39,7 +39,7 @@ def plan_folds(
 ) -> Folds:
     """Take the split that `obs` knows, else divide the cells into folds.
 
-    A column of "train", "validation" and "test" is taken as it is, and training cells are those of the first two: simple
+    A column of "train", "validation" and "test" (or the usual words for them) is taken as it is, and training cells are those of the first two: simple
     methods have nothing to choose by validation. Any other column names donors or batches, none of which is on both sides.
 
     Parameters
@@ -55,20 +55,20 @@ def plan_folds(
     seed
         Of the folds.
     """
-    if split_key is None and test_cells(adata) is not None:
-        split_key = _keys.SPLIT
-    if split_key is None:
+    key = _keys.SPLIT if split_key is None else split_key
+    if split_key is None and key not in adata.obs.columns:
         return _cut(usable, labels, None, seed)
-    column = read_obs(adata, split_key).astype(object).to_numpy()
-    names = {str(value) for value in column if not pd.isna(value)}
-    if not names <= set(SHARES):
-        return _cut(usable, labels, column[usable], seed, split_key)
-    share = np.array([str(value) for value in column])[usable]
-    train, test = usable[np.isin(share, SHARES[:2])], usable[share == "test"]
+    sides = named_sides(read_obs(adata, key), key)
+    if split_key is None and (sides is None or "test" not in sides):
+        return _cut(usable, labels, None, seed)
+    if sides is None:
+        return _cut(usable, labels, read_obs(adata, key).astype(object).to_numpy()[usable], seed, key)
+    side = sides[usable]
+    train, test = usable[np.isin(side, ("train", "validation"))], usable[side == "test"]
     for part, what in ((train, "to train on"), (test, "to test on")):
         if not len(part):
             raise ScbinInputError(
-                "E20", f"adata.obs[{split_key!r}] leaves no cell {what}: no cell with a known truth is in that share."
+                "E20", f"adata.obs[{key!r}] leaves no cell {what}: no cell with a known truth is in that share."
             )
     return Folds(((train, test),), f"{len(test):,} test cells")
 

@@ -113,7 +113,7 @@ def search(
         R2 for one number, else the loss.
     split_key
         As for :func:`scbin.tl.finetune`: donors or batches that are not to stand on two sides, or a column of sides. Where sides
-        are known, trials are scored on its validation cells.
+        are known, trials are scored on the validation cells. It comes back in `best`.
     validation_share
         Share of the cells to score on, and of the others to stop early by.
     prune
@@ -178,7 +178,7 @@ def search(
     if metric != "loss" and len(set(kinds)) > 1:
         raise ScbinInputError("E39", f"metric={metric!r} cannot score classes and numbers at once; use 'loss'.")
     sides = sides_of_search(adata, next(iter(weights)), kinds[0], split_key, validation_share, seed)
-    cells = light_copy(adata, fixed.get("tokens_key"), sides)
+    cells = light_copy(adata, fixed.get("tokens_key"), weights, sides)
     identity = identity_of(cells, start, weights, space, fixed, metric, seed)
     with quiet(optuna):
         study = open_study(optuna, storage, metric, prune, identity)
@@ -192,6 +192,8 @@ def search(
     best = arguments_of(settings, weights, fixed)
     if "progress" not in fixed:
         del best["progress"]
+    if split_key is not None:  # else the model would be tuned on other sides than its settings
+        best["split_key"] = split_key
     write_uns(adata, _keys.SEARCH, _storable(trials))
     return Search(trials, best)
 

@@ -20,24 +20,24 @@ from scbin._anndata import read_obs, read_tokens
 from scbin._errors import ScbinInputError, ScbinTrainingError
 from scbin.data.splitting import share_of
 from scbin.encoding.phenotypes import labels_of
-from scbin.get._predicted import SHARES, read_predicted
+from scbin.get._predicted import read_predicted
 from scbin.tl._finetune import finetune
 from scbin.tl._metrics import classification_scores, regression_scores
 from scbin.tl._predict import predict
 from scbin.tl._search_space import WEIGHT, draw
-from scbin.tl._splits import given_sides, read_groups
+from scbin.tl._sides import Sides, known_split, warn_of_donors
 from scbin.train.watching import watched
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from anndata import AnnData
 
     from scbin.model import Model
 
 Metric = Literal["macro_f1", "loss", "r2"]
-COLUMN = "scbin_search_split"
+COLUMN, DONORS = "scbin_search_split", "scbin_search_donors"
 
 
 def import_optuna() -> Any:
@@ -52,17 +52,14 @@ def import_optuna() -> Any:
 # ---- cells ----------------------------------------------------------------------------------------------------------
 
 
-def sides_of_search(
-    adata: AnnData, target: str, kind: str, split_key: str | None, share: float, seed: int
-) -> pd.Categorical:
-    """Return on which side of a search each cell stands: "test" are those that trials are scored on.
+def sides_of_search(adata: AnnData, target: str, kind: str, split_key: str | None, share: float, seed: int) -> Sides:
+    """Return on which side of a search each cell stands: `test` are those that trials are scored on.
 
-    Test cells of the data's own split stand on no side.
+    Test cells of the data's own split stand on no side. Where donors are known, none of them stands on two.
     """
     if not 0 < share < 0.5:
         raise ScbinInputError("E40", f"validation_share is {share}; it needs to be above 0 and below 0.5.")
-    given = given_sides(adata, split_key)
-    groups = read_groups(adata, split_key) if given is None else None
+    given, groups = known_split(adata, split_key)
     usable = np.ones(adata.n_obs, dtype=bool) if given is None else given.training | given.held_out
     labels = labels_of(read_obs(adata, target), target) if kind == "class" else None
     classes = np.zeros(adata.n_obs, dtype=np.int64)
@@ -76,14 +73,13 @@ def sides_of_search(
         scored[_drawn(usable, classes, groups, share, seed)] = True
     held_out = np.zeros(adata.n_obs, dtype=bool)
     held_out[_drawn(usable & ~scored, classes, groups, share, seed + 1)] = True
-    names = np.full(adata.n_obs, None, dtype=object)
-    for name, side in zip(SHARES, (usable & ~scored & ~held_out, held_out, scored), strict=True):
-        names[side] = name
-    if not all(name in names for name in ("train", "test")):
+    sides = Sides(usable & ~scored & ~held_out, held_out, scored, groups)
+    if not (sides.training.any() and scored.any()):
         raise ScbinInputError(
             "E33", f"{int(usable.sum())} labelled cells cannot be divided into sides to train and to score."
         )
-    return pd.Categorical(names, categories=SHARES)
+    warn_of_donors(adata, sides, split_key)
+    return sides
 
 
 def _drawn(usable: np.ndarray, classes: np.ndarray, groups: np.ndarray | None, share: float, seed: int) -> np.ndarray:
@@ -92,17 +88,22 @@ def _drawn(usable: np.ndarray, classes: np.ndarray, groups: np.ndarray | None, s
     return rows[share_of(classes[rows], share, groups=own, seed=seed)]
 
 
-def light_copy(adata: AnnData, tokens_key: str | None, sides: pd.Categorical) -> ad.AnnData:
-    """Return the cells with their tokens and labels alone, for trials to write into."""
+def light_copy(adata: AnnData, tokens_key: str | None, names: Iterable[str], sides: Sides) -> ad.AnnData:
+    """Return the cells with their tokens, the columns with some names and their sides alone, for trials to write into."""
     key = _keys.TOKENS if tokens_key is None else tokens_key
     read_tokens(adata, key=tokens_key)
-    kept = [str(name) for name in adata.obs.columns if not str(name).startswith("scbin_")]
+    obs = pd.DataFrame({name: adata.obs[name] for name in names}, index=adata.obs_names)
+    obs[COLUMN] = sides.column()
+    uns = {name: value for name, value in adata.uns.get(_keys.UNS, {}).items() if name != _keys.SPLIT_RECORD}
+    if sides.groups is not None:
+        obs[DONORS] = pd.Categorical(sides.groups)
+        uns[_keys.SPLIT_RECORD] = json.dumps({"split_key": DONORS})
     return ad.AnnData(
         csr_matrix(adata.shape, dtype=np.float32),
-        obs=adata.obs[kept].assign(**{COLUMN: sides}),
-        var=adata.var.copy(),
+        obs=obs,
+        var=pd.DataFrame(index=adata.var_names),
         obsm={key: adata.obsm[key]},
-        uns={_keys.UNS: dict(adata.uns.get(_keys.UNS, {}))},
+        uns={_keys.UNS: uns},
     )
 
 
@@ -121,6 +122,8 @@ def identity_of(
         digest.update(np.ascontiguousarray(array).tobytes())
     for name in weights:
         digest.update("\0".join(cells.obs[name].astype(str)).encode())
+    if DONORS in cells.obs.columns:
+        digest.update("\1".join(cells.obs[DONORS].astype(str)).encode())
     asked = {"weights": dict(weights), "space": dict(space), "fixed": dict(fixed), "metric": metric, "seed": seed}
     digest.update(json.dumps(asked, sort_keys=True, default=str).encode())
     return digest.hexdigest()

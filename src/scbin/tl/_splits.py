@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from scbin import _keys
-from scbin._anndata import check_adata, check_writable, copied, read_obs, warn, write_obs
-from scbin._arguments import numbers, texts, whole_numbers
+from scbin._anndata import check_adata, check_writable, copied, read_obs, write_obs, write_uns
+from scbin._arguments import numbers, plain, texts, whole_numbers
 from scbin._errors import ScbinInputError, count
 from scbin.data.splitting import folds_of, share_of
 from scbin.encoding.phenotypes import labels_of
-from scbin.tl._targets import evident_donors
+from scbin.tl._sides import Sides, named_sides, read_groups, warn_of_donors
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-SIDES = ("train", "validation", "test")
-
-
-@dataclass(frozen=True, eq=False)
-class Sides:
-    """Which cells are on which side; cells on neither are not used."""
-
-    training: np.ndarray  # (cells,) bool
-    held_out: np.ndarray  # (cells,) bool
-    test: np.ndarray  # (cells,) bool
-    groups: np.ndarray | None = None  # (cells,)
-
-    def column(self) -> pd.Categorical:
-        """Return the sides as a column of `obs`."""
-        names = np.full(len(self.training), None, dtype=object)
-        for name, side in zip(SIDES, (self.training, self.held_out, self.test), strict=True):
-            names[side] = name
-        return pd.Categorical(names, categories=SIDES)
+_WITHOUT_VALIDATION = " validation_share=0 does without validation cells: training then cannot stop early."
 
 
 def split(
@@ -64,7 +46,8 @@ def split(
     target
         Column of `obs` whose classes shall stand on all sides in like shares.
     split_key
-        Column of `obs` with donors or batches.
+        Column of `obs` with donors or batches. It is remembered: :func:`scbin.tl.finetune` and :func:`scbin.tl.search` then keep
+        them apart in all that they divide further.
     test_share, validation_share
         Shares of the cells, or of the donors' cells; with folds the test share is one over their number.
     n_folds
@@ -82,11 +65,14 @@ def split(
 
     `adata.obs['scbin_split']`
         `"train"`, `"validation"` or `"test"`.
+    `adata.uns['scbin']['split']`
+        How it was made, as JSON.
 
     Raises
     ------
     ScbinInputError
-        If a class has a single cell, there are fewer donors than sides, or a share is out of range.
+        If a class has a single cell, there are fewer donors than sides (two will do with `validation_share=0`), or a share is
+        out of range.
 
     Examples
     --------
@@ -101,24 +87,12 @@ def split(
     whole_numbers(seed=seed, fold=fold)
     whole_numbers(optional=True, n_folds=n_folds)
     texts(optional=True, target=target, split_key=split_key)
-    if not (0 <= validation_share and 0 < test_share and validation_share + test_share < 1):
-        raise ScbinInputError(
-            "F20",
-            f"test_share={test_share} and validation_share={validation_share} leave nothing to train on, or to test on.",
-        )
-    if n_folds is not None and not (2 <= n_folds <= adata.n_obs and 0 <= fold < n_folds):
-        raise ScbinInputError("F20", f"n_folds={n_folds} and fold={fold}: folds are two or more, counted from 0.")
+    check_shares(test_share, validation_share, n_folds, fold, adata.n_obs)
     check_writable(adata, "obs", _keys.SPLIT)
     classes = _codes(adata, target)
-    groups = read_groups(adata, split_key)
+    groups = None if split_key is None else _donors(adata, split_key, n_folds, validation_share)
     if groups is None:
         _check_classes(classes, target, adata)
-    elif len(np.unique(groups)) < (n_folds or 2):
-        raise ScbinInputError(
-            "F21",
-            f"{split_key!r} has {count(len(np.unique(groups)), 'value')}; they cannot be divided into {n_folds or 2} sides. "
-            "Use fewer folds, or leave split_key out.",
-        )
     if n_folds is None:
         test = share_of(classes, test_share, groups=groups, seed=seed)
     else:
@@ -127,64 +101,56 @@ def split(
     own = None if groups is None else groups[rest]
     held_out = np.zeros(adata.n_obs, dtype=bool)
     held_out[rest] = share_of(classes[rest], validation_share / (1 - test.mean()), groups=own, seed=seed + 1)
+    if groups is not None and validation_share and not held_out.any():
+        raise ScbinInputError(
+            "F21",
+            f"testing takes all {split_key!r} but {str(own[0])!r}, so that none is left to validate on."  # type: ignore[index]
+            f"{_WITHOUT_VALIDATION}",
+        )
     sides = Sides(~test & ~held_out, held_out, test, groups)
     warn_of_donors(adata, sides, split_key)
     adata = copied(adata) if copy else adata
     write_obs(adata, _keys.SPLIT, sides.column())
+    made = {"target": target, "split_key": split_key, "test_share": test_share, "validation_share": validation_share}
+    made |= {"n_folds": n_folds, "fold": fold, "seed": seed}
+    write_uns(adata, _keys.SPLIT_RECORD, json.dumps({name: plain(value) for name, value in made.items()}))
     return adata if copy else None
 
 
-def read_groups(adata: AnnData, split_key: str | None) -> np.ndarray | None:
-    """Return the donor or batch of each cell as text; a cell without one is a group of its own."""
-    return None if split_key is None else _groups(adata, split_key)
-
-
-def _groups(adata: AnnData, key: str) -> np.ndarray:
-    column = read_obs(adata, key).astype(object)
-    return np.array(
-        [f"\0{row}" if pd.isna(value) else str(value) for row, value in enumerate(column)], dtype=object
-    ).astype(str)
-
-
-def given_sides(adata: AnnData, split_key: str | None) -> Sides | None:
-    """Return the sides that a column of `obs` names: `split_key`, or `scbin_split` where it names test cells."""
-    own = split_key is None
-    key = _keys.SPLIT if split_key is None else split_key
-    if own and key not in adata.obs.columns:
-        return None
-    column = read_obs(adata, key).astype(object).to_numpy()
-    names = np.array(["" if pd.isna(value) else str(value) for value in column])
-    if not set(names) - {""} <= set(SIDES) or (own and "test" not in names):
-        return None
-    return Sides(names == "train", names == "validation", names == "test")
-
-
-def donors_kept_apart(adata: AnnData, sides: Sides) -> np.ndarray | None:
-    """Return the donor of each cell as text, if the sides evidently go by donor: there are two or more, none is on two."""
-    used = np.stack([sides.training, sides.held_out, sides.test])
-    donor_key = evident_donors(adata, np.flatnonzero(used.any(axis=0)))
-    if donor_key is None or used.any(axis=1).sum() < 2:
-        return None
-    donors = _groups(adata, donor_key)
-    on_sides = [set(donors[side]) for side in used]
-    return donors if sum(map(len, on_sides)) == len(set.union(*on_sides)) else None
-
-
-def warn_of_donors(adata: AnnData, sides: Sides, split_key: str | None) -> None:
-    """Warn where cells of one donor evidently stand on several sides."""
-    donor_key = evident_donors(adata, np.flatnonzero(sides.training | sides.held_out | sides.test))
-    if donor_key is None or donor_key == split_key:
-        return
-    column = adata.obs[donor_key].astype(object)
-    held = [{str(value) for value in column[side].dropna()} for side in (sides.training, sides.held_out | sides.test)]
-    both = held[0] & held[1] - {"unknown", "nan", ""}
-    if both and len(held[0] | held[1]) > 1:
-        warn(
-            "F22",
-            f"{count(len(both), 'value')} of adata.obs[{donor_key!r}] ({', '.join(sorted(both)[:3])} ...) stand both in training "
-            "and among the held-out cells. Scores on such cells are too good for new donors: divide by donor with "
-            f"split_key={donor_key!r}.",
+def check_shares(test_share: float, validation_share: float, n_folds: int | None, fold: int, n_cells: int) -> None:
+    """Raise where nothing would be left on a side."""
+    if n_folds is not None and not (2 <= n_folds <= n_cells and 0 <= fold < n_folds):
+        raise ScbinInputError("F20", f"n_folds={n_folds} and fold={fold}: folds are two or more, counted from 0.")
+    test = test_share if n_folds is None else 1 / n_folds
+    if not (0 <= validation_share and 0 < test and validation_share + test < 1):
+        said = f"test_share={test_share}" if n_folds is None else f"n_folds={n_folds}"
+        raise ScbinInputError(
+            "F20", f"{said} and validation_share={validation_share} leave nothing to train on, or to test on."
         )
+
+
+def _donors(adata: AnnData, split_key: str, n_folds: int | None, validation_share: float) -> np.ndarray:
+    """Return the donor of each cell, where there are enough of them for the sides."""
+    if named_sides(read_obs(adata, split_key), split_key) is not None:
+        raise ScbinInputError(
+            "F28",
+            f"adata.obs[{split_key!r}] is a split already, not donors or batches. Pass it to scbin.tl.finetune and "
+            "scbin.tl.evaluate as split_key, or name the column of the donors here.",
+        )
+    donors = read_groups(adata, split_key)
+    n, needed = len(np.unique(donors)), max(n_folds or 2, 3 if validation_share else 2)
+    if n < needed:
+        fewer = (
+            "Use fewer folds, or leave split_key out."
+            if n_folds is not None and n_folds > n
+            else "Leave split_key out."
+        )
+        without = _WITHOUT_VALIDATION if n == 2 and (n_folds or 2) == 2 else ""
+        raise ScbinInputError(
+            "F21",
+            f"{split_key!r} has {count(n, 'value')}; they cannot be divided into {needed} sides. {fewer}{without}",
+        )
+    return donors
 
 
 def _codes(adata: AnnData, target: str | None) -> np.ndarray:
