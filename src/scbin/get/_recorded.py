@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,6 +15,8 @@ from scbin._errors import ScbinInputError
 from scbin.encoding.phenotypes import age_labels, labels_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from anndata import AnnData
 
 
@@ -28,6 +30,7 @@ class Recorded:
     classes: tuple[str, ...] = ()
     model: str | None = None  # fingerprint
     age_groups: int | None = None  # years in a class, where the classes are those that ages are cut into
+    learned: Mapping[str, str] = field(default_factory=dict)  # the cells that taught the model, as it remembers them
 
 
 def recorded(adata: AnnData, name: str) -> Recorded:
@@ -41,6 +44,7 @@ def recorded(adata: AnnData, name: str) -> Recorded:
         classes=tuple(str(each) for each in entry.get("classes", [])),
         model=None if entry.get("model") is None else str(entry["model"]),
         age_groups=None if width is None else int(width),
+        learned=entry.get("learned", {}),
     )
 
 

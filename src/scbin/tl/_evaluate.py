@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import csr_matrix
 
 from scbin import _keys
-from scbin._anndata import check_adata, warn, write_uns
+from scbin._anndata import check_adata, write_uns
 from scbin._errors import ScbinInputError
 from scbin.get._evaluate import evaluate_df
 from scbin.get._predicted import read_predicted
@@ -18,9 +17,10 @@ from scbin.get._recorded import Recorded, kind_of, predicted_targets, recorded, 
 from scbin.tl._baselines import CLASS_BASELINES, NUMBER_BASELINES
 from scbin.tl._compare import baseline_scores, lessons, read_truth
 from scbin.tl._evaluate_genes import GENES, score_genes
-from scbin.tl._folds import Folds, plan_folds
+from scbin.tl._folds import plan_folds
 from scbin.tl._metrics import classification_scores, regression_scores
 from scbin.tl._model import resolve_model
+from scbin.tl._seen import learned_from, warn_if_learned
 
 if TYPE_CHECKING:
     import os
@@ -148,9 +148,10 @@ def evaluate(
     labels = truth.values if truth.kind == "class" else None
     folds = plan_folds(adata, truth.rows, labels, split_key, seed=seed)
     pair = None
-    if reference is None:
-        _warn_if_seen(adata, asked, folds, tokens_key)
-    else:
+    warn_if_learned(
+        adata, asked.target, truth, folds, asked.learned, own=_trained_last(adata, asked), tokens_key=tokens_key
+    )
+    if reference is not None:
         other_key = None if truth_name(check_adata(reference), asked.target, record) else truth_key
         known = truth_column(reference, asked.target, record, other_key)
         pair = (reference, read_truth(known, asked.target, asked.kind, record))
@@ -175,6 +176,7 @@ class _Asked:
     kind: Literal["class", "number"]
     model: Model | None
     record: Recorded  # what is known of the predictions, or will be once they are made
+    learned: Mapping[str, str]  # the cells that taught the model
 
 
 def _what(adata: AnnData, model: Model | str | os.PathLike[str] | None, target: str | None) -> _Asked:
@@ -182,7 +184,7 @@ def _what(adata: AnnData, model: Model | str | os.PathLike[str] | None, target: 
     if model is None and (target in made or (target is None and len(made) == 1)):
         name = made[0] if target is None else target
         record = recorded(adata, name)
-        return _Asked(name, kind_of(adata.obs[record.column], record), None, record)
+        return _Asked(name, kind_of(adata.obs[record.column], record), None, record, record.learned)
     chosen = resolve_model(model, adata)
     kinds = model_targets(chosen)
     if target is not None and target not in kinds:  # a phenotype, of a model that has a head for something else
@@ -202,7 +204,8 @@ def _what(adata: AnnData, model: Model | str | os.PathLike[str] | None, target: 
         raise ScbinInputError(
             "E22", f"{name!r} is a class of genes: scbin.tl.predict writes it into adata.var, where it can be compared."
         )
-    return _Asked(name, "number" if kinds[name] == "number" else "class", chosen, _to_record(chosen, name))
+    kind: Literal["class", "number"] = "number" if kinds[name] == "number" else "class"
+    return _Asked(name, kind, chosen, _to_record(chosen, name), learned_from(chosen, name))
 
 
 def _to_record(model: Model, name: str) -> Recorded:
@@ -234,38 +237,11 @@ def _chosen_baselines(baselines: Sequence[str] | str, kind: str) -> tuple[str, .
     return tuple(baselines)
 
 
-def _warn_if_seen(adata: AnnData, asked: _Asked, folds: Folds, tokens_key: str | None) -> None:
-    """Say so where the model may have learned the labels it is scored on."""
-    if folds.cut and _learned_here(adata, asked):
-        warn(
-            "E16",
-            f"the model learned from these cells, and no split says which it did not see: its score says how well it remembers "
-            f"{asked.target!r}. Call scbin.tl.split before fine-tuning, or pass split_key=.",
-        )
-    elif asked.model is not None and _shown_to_pretraining(adata, asked.model, asked.target, folds.test, tokens_key):
-        warn(
-            "E17",
-            f"the tokens of test cells carry their {asked.target!r}, and a model was pretrained on these cells: it may have "
-            "seen what it is tested on. Tokenize without that phenotype, or pretrain on training cells only.",
-        )
-
-
-def _learned_here(adata: AnnData, asked: _Asked) -> bool:
-    """Whether the model, or the one that predictions came from, was trained on these cells, as far as they know."""
+def _trained_last(adata: AnnData, asked: _Asked) -> bool:
+    """Whether the model, or the one that predictions came from, is the last that was trained on these cells."""
     trained = adata.uns.get(_keys.UNS, {}).get(_keys.MODEL_ID)
-    if asked.model is not None:
-        return bool(trained == asked.model.fingerprint)
-    return bool(trained is not None and trained == asked.record.model)
-
-
-def _shown_to_pretraining(adata: AnnData, model: Model, target: str, test: np.ndarray, tokens_key: str | None) -> bool:
-    places = [phenotype for phenotype in model.vocabulary.phenotypes if phenotype.name == target]
-    trained_here = _keys.PRETRAIN in adata.uns.get(_keys.UNS, {})
-    key = _keys.TOKENS if tokens_key is None else tokens_key
-    if not places or not trained_here or key not in adata.obsm:
-        return False
-    tokens = csr_matrix(adata.obsm[key])[test][:, [places[0].position]]
-    return bool(((tokens.data >= places[0].first_id) & (tokens.data < places[0].stop_id)).any())
+    asked_of = asked.record.model if asked.model is None else asked.model.fingerprint
+    return bool(trained is not None and trained == asked_of)
 
 
 def _score(found: Predicted, test: np.ndarray, f1: F1) -> dict[str, float]:

@@ -28,6 +28,7 @@ from scbin.tl._finetune_plan import (
     weights_of_classes,
 )
 from scbin.tl._model import remember, resolve_model
+from scbin.tl._seen import remembered_cells
 from scbin.tl._targets import target_weights
 from scbin.train.answers import Answers
 from scbin.train.distributed import is_first_process
@@ -281,7 +282,9 @@ def finetune(
     )
     say_what_is_learned(labels, sides, level)
     result = finetune_tokens(copy.deepcopy(start.bert), plan, lesson, tuning, settings, cell_names=adata.obs_names)
-    training = {**start.training, "finetune": summary(labels, sides, tuning, settings, result, split_key)}
+    report = summary(labels, sides, tuning, settings, result, split_key)
+    report["cells"] = remembered_cells(tokens, vocabulary, np.flatnonzero(sides.training | sides.held_out))
+    training = {**start.training, "finetune": report}
     new = Model(result.bert, vocabulary, start.readout, training, result.history, result.head)
     if save_dir is not None and is_first_process():
         new.save(Path(save_dir) / "model", overwrite=True)

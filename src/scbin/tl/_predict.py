@@ -27,6 +27,7 @@ from scbin.get._recorded import read_record
 from scbin.nn.embedding import hide_phenotypes
 from scbin.nn.prediction import answer_cells, answer_genes, answer_phenotypes, entropy, hide_slots, shares
 from scbin.tl._model import resolve_model
+from scbin.tl._seen import learned_from
 from scbin.tl._targets import gene_places
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def predict(
     adata = copied(adata) if copy else adata
     for answer in answers:
         _write(adata, keys[answer.name], answer, threshold)
-    _record(adata, answers, keys, chosen.fingerprint)
+    _record(adata, answers, keys, chosen)
     return adata if copy else None
 
 
@@ -276,8 +277,9 @@ def _write(adata: AnnData, key: str, answer: Answer, threshold: float | None) ->
     write_matrix(adata, f"{key}_probability", answer.values.astype(np.float32))
 
 
-def _record(adata: AnnData, answers: list[Answer], keys: dict[str, str], model: str) -> None:
+def _record(adata: AnnData, answers: list[Answer], keys: dict[str, str], model: Model) -> None:
     """Add to what earlier calls recorded."""
+    fingerprint = model.fingerprint
     record = read_record(adata)
     for answer in answers:
         column = keys[answer.name]
@@ -285,9 +287,10 @@ def _record(adata: AnnData, answers: list[Answer], keys: dict[str, str], model: 
             "asked": answer.name,
             "column": column,
             "classes": list(answer.classes),
-            "model": model,
+            "model": fingerprint,
             "kind": answer.kind if answer.kind in ("number", "gene") else "class",
             "temperature": answer.temperature,
+            "learned": learned_from(model, answer.name),
         }
         if answer.age_groups is not None:
             entry["age_groups"] = answer.age_groups

@@ -22,11 +22,12 @@ from scbin.nn.presets import preset_for
 from scbin.nn.readout import Readout
 from scbin.tl._embed import embedding_key
 from scbin.tl._model import remember
+from scbin.tl._seen import remembered_cells
 from scbin.train.distributed import is_first_process, joined_world
 from scbin.train.objective import MaskedLoss
 from scbin.train.pretraining import Recipe, pretrain_tokens
 from scbin.train.settings import TrainSettings
-from scbin.train.setup import embed_together
+from scbin.train.setup import embed_together, split
 
 if TYPE_CHECKING:
     import os
@@ -243,7 +244,10 @@ def pretrain(
         result.bert,
         vocabulary,
         Readout(pooling, gene_weights=gene_weights if pooling == "weighted" else None),
-        _summary(preset, chosen, recipe, settings, result),
+        {
+            **_summary(preset, chosen, recipe, settings, result),
+            "cells": remembered_cells(tokens, vocabulary, split(tokens, None, settings)[0]),
+        },
         result.history,
         decoder=result.decoder,
         projection=result.projection,
