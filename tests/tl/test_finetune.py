@@ -136,6 +136,12 @@ def test_donors_on_both_sides_are_pointed_out(ready, trained):
         ("F26", None, {"target": "cell_type", "class_weights": {"NK": 2.0}}),
         ("F26", None, {"target": "cell_type", "class_weights": "even"}),
         ("A02", None, {"target": "cell_type", "level": "donor"}),
+        ("A02", None, {"target": "cell_type", "kind": "text"}),
+        ("F10", None, {"target": "cell_type", "kind": None}),
+        ("F26", None, {"target": "cell_type", "class_weights": {"B cell": "a"}}),
+        ("F29", None, {"target": "tf", "level": "gene", "head": "mlp"}),
+        ("F33", None, {"target": "cell/type"}),
+        ("F34", None, {"target": "cell_type", "lora": "yes"}),
     ],
 )
 def test_what_cannot_be_learned_is_refused_and_nothing_written(ready, trained, untouched, code, x, arguments):
@@ -145,6 +151,47 @@ def test_what_cannot_be_learned_is_refused_and_nothing_written(ready, trained, u
     with pytest.raises((ScbinInputError, ScbinTypeError), match=code):
         scbin.tl.finetune(ready, trained[1], **{"split_key": "donor_id", **FIT, **arguments})
     then.check()
+
+
+def test_words_among_numbers_are_shown_as_they_are(ready, trained):
+    ready.obs["x"] = np.where(np.arange(60) < 3, "old", "3")
+    with pytest.raises(ScbinInputError, match=r"F18.*none: 'old'\."):
+        scbin.tl.finetune(ready, trained[1], target="x", kind="number", **FIT)
+
+
+def test_weights_are_those_of_labels_whatever_their_type(ready, trained):
+    ready.obs["y"] = np.arange(60) % 2
+    how = {**FIT, "target": "y", "split_key": "donor_id"}
+    weights = ({0: 1.0, 1: 9.0}, {"0": 1.0, "1": 9.0}, {np.int64(0): 1, 1.0: np.float32(9)}, None)
+    models = [scbin.tl.finetune(ready, trained[1], class_weights=each, **how).fingerprint for each in weights]
+    assert models[0] == models[1] == models[2] != models[3]
+    with pytest.raises(ScbinInputError, match=r"F26.*names 7"):
+        scbin.tl.finetune(ready, trained[1], class_weights={7: 1.0}, **how)
+
+
+def test_numbers_of_numpy_are_numbers(ready):
+    plain = {
+        "seed": 3,
+        "epochs": 1,
+        "max_steps": 1,
+        "freeze": 1,
+        "dropout": 0.5,
+        "gene_drop": 0.5,
+        "cells_per_step": 16,
+    }
+    numpys = {name: np.asarray(value)[()] for name, value in plain.items()}
+    how = {**HOW, "target": "cell_type", "split_key": "donor_id", "label_smoothing": np.float32(0.25)}
+    models = [scbin.tl.finetune(ready, "tiny", **each, **how) for each in (plain, numpys)]
+    assert models[0].fingerprint == models[1].fingerprint
+    assert models[0].training["finetune"] == models[1].training["finetune"]
+
+
+def test_the_history_is_that_of_the_last_model(ready, trained):
+    how = {**HOW, "target": "cell_type", "split_key": "donor_id"}
+    scbin.tl.finetune(ready, trained[1], epochs=1, **how)
+    assert "finetune_history" in ready.uns["scbin"]
+    scbin.tl.finetune(ready, trained[1], max_steps=0, **how)
+    assert "finetune_history" not in ready.uns["scbin"] and "vocabulary" in ready.uns["scbin"]
 
 
 def test_rare_classes_are_named_and_can_be_left_out(ready, trained):

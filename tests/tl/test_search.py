@@ -140,8 +140,39 @@ def test_spaces_that_cannot_be_meant(space, code):
         check_space(space, ["dropout", "epochs"], {"epochs": 2})
 
 
+def test_columns_of_any_name(trained):
+    adata = trained[0].copy()
+    adata.obs[0] = 1
+    adata.obs["scbin_mine"] = adata.obs["cell_type"]
+    found = run(adata, model=trained[1], target="scbin_mine", n_trials=1, max_steps=0, device="cpu")
+    assert list(found.trials["state"]) == ["complete"]
+
+
+def test_numbers_of_numpy_are_numbers(trained, tried, tmp_path):
+    space = {
+        "cells_per_step": list(np.array([16, 32])),
+        "rebalance": (np.float64(0), np.float32(1)),
+        "epochs": np.arange(1, 3),
+    }
+    plain = {"cells_per_step": [16, 32], "rebalance": (0.0, 1.0), "epochs": [1, 2]}
+    how = {"model": trained[1], "n_trials": np.int64(2), "seed": np.int32(2), "storage": tmp_path / "a.db"}
+    found = run(trained[0].copy(), space=space, **how)
+    assert type(found.best["cells_per_step"]) is int
+    again = run(trained[0].copy(), space=plain, **{**how, "seed": 2})
+    pd.testing.assert_frame_equal(found.trials, again.trials)
+
+
 def test_errors(trained, monkeypatch):
     adata, model = trained[0].copy(), trained[1]
+    adata.obs["age"] = np.arange(60.0)
+    with pytest.raises(ScbinInputError, match=r"E39.*'macro_f1' or 'loss'"):
+        run(adata, model=model, metric="r2")
+    with pytest.raises(ScbinInputError, match=r"E39.*'r2' or 'loss'"):
+        run(adata, model=model, target="age", kind="number", metric="macro_f1")
+    with pytest.raises(ScbinInputError, match="F33"):
+        run(adata, model=model, target="a/b")
+    with pytest.raises(ScbinInputError, match="F10"):
+        run(adata, model=model, kind=None)
     with pytest.raises(ScbinInputError, match="E31"):
         run(adata, model=model, learning_speed=3)
     with pytest.raises(ScbinInputError, match="E32"):

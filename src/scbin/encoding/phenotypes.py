@@ -39,7 +39,7 @@ def labels_of(column: pd.Series, name: str) -> np.ndarray:
     """
     values = column.astype(object).to_numpy(dtype=object)
     codes, distinct = pd.factorize(values, use_na_sentinel=True)
-    texts = np.array([_text(value) for value in distinct] + [None], dtype=object)
+    texts = np.array([text_of(value) for value in distinct] + [None], dtype=object)
     if pd.api.types.is_numeric_dtype(column.dtype) and not pd.api.types.is_bool_dtype(column.dtype):
         numbers = pd.to_numeric(pd.Series(distinct), errors="coerce").dropna().to_numpy(dtype=np.float64)
         if len(numbers) > MOST_NUMBERS or (numbers != np.rint(numbers)).any():
@@ -61,7 +61,8 @@ def is_missing(text: str) -> bool:
     return text.strip().lower() in MISSING
 
 
-def _text(value: object) -> str | None:
+def text_of(value: object) -> str | None:
+    """Return a label as text, `None` where it is missing; 1 and 1.0 are both "1"."""
     if isinstance(value, float | np.floating) and np.isfinite(value) and value == np.rint(value):
         value = int(value)
     text = str(value)

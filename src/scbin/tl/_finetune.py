@@ -11,7 +11,7 @@ import numpy as np
 
 from scbin import _keys
 from scbin._anndata import check_adata, check_writable, read_tokens, write_obs, write_uns
-from scbin._arguments import paths, texts, whole_numbers
+from scbin._arguments import paths, plain, texts, whole_numbers
 from scbin.model import Model
 from scbin.nn.checkpoint import replaces_model
 from scbin.nn.embedding import hide_phenotypes
@@ -22,6 +22,7 @@ from scbin.tl._finetune_plan import (
     Reading,
     check_choices,
     epochs_for,
+    kinds_of,
     new_model,
     say_what_is_learned,
     summary,
@@ -121,7 +122,7 @@ def finetune(
     head
         `"wide"`, the default described above; `"linear"`: from the cell's vector alone; `"pooler"`: Geneformer's dense layer on
         the first token; `"mlp"`: PerturbGene's hidden layer on the first token; `"attention"`: a learned weight per token. The
-        last three start at random.
+        last three start at random. All are for cells.
     split_key
         Column of `obs` with donors or batches, none of which is then both in training and validation, and whose cells are not
         judged by their own in the cross-validation; or with `"train"`, `"validation"` and `"test"` (the donors that
@@ -195,7 +196,7 @@ def finetune(
     `adata.uns['scbin']['finetune']`
         How the model was made, as JSON.
     `adata.uns['scbin']['finetune_history']`
-        Losses, learning rate and speed of every step, as a `DataFrame`.
+        Losses, learning rate and speed of every step, as a `DataFrame`; none where nothing was trained.
 
     Raises
     ------
@@ -219,9 +220,10 @@ def finetune(
     """
     check_adata(adata)
     weights = target_weights(target)
-    kinds: dict[str, Kinds] = dict.fromkeys(weights, kind if isinstance(kind, str) else "class")
-    kinds |= {} if isinstance(kind, str) else kind
-    check_choices(level, kinds, weights, sampling, rebalance, validation_share, gene_drop, label_smoothing)
+    kinds = kinds_of(weights, kind)
+    seed, freeze, lora, dropout, rebalance = map(plain, (seed, freeze, lora, dropout, rebalance))
+    epochs, max_steps, gene_drop, label_smoothing = map(plain, (epochs, max_steps, gene_drop, label_smoothing))
+    check_choices(level, head, kinds, sampling, rebalance, lora, validation_share, gene_drop, label_smoothing)
     whole_numbers(seed=seed, fewest=fewest, cells_per_step=cells_per_step)
     whole_numbers(optional=True, epochs=epochs, max_steps=max_steps, patience=patience)
     texts(optional=True, split_key=split_key, gene_key=gene_key)
@@ -299,5 +301,8 @@ def _write(adata: AnnData, model: Model, sides: Sides, save_dir: str | os.PathLi
     write_uns(adata, _keys.FINETUNE, json.dumps(model.training["finetune"]))
     if len(model.history):
         write_uns(adata, _keys.FINETUNE_HISTORY, model.history.copy())
+    else:  # that of an earlier model would be taken for this one's
+        entries = adata.uns[_keys.UNS]
+        adata.uns[_keys.UNS] = {name: entry for name, entry in entries.items() if name != _keys.FINETUNE_HISTORY}
     write_uns(adata, _keys.MODEL_ID, identifier)
     write_uns(adata, _keys.MODEL_PATH, "" if save_dir is None else str(Path(save_dir).resolve() / "model"))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from scbin._arguments import choices, numbers
+from scbin._arguments import choices, numbers, shown
 from scbin._errors import ScbinInputError, ScbinTypeError, count
 from scbin.data.loadings import gene_loadings
 from scbin.data.splitting import share_of
+from scbin.encoding.phenotypes import text_of
 from scbin.model import Model
 from scbin.nn.bert import build_bert, init_gene_table
 from scbin.nn.prediction import has_genes
@@ -21,8 +24,6 @@ from scbin.tl._sides import Sides, known_split, warn_of_donors, with_donors
 from scbin.tl._targets import Labels, read_cells, read_genes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from anndata import AnnData
     from scipy.sparse import csr_matrix
 
@@ -110,26 +111,45 @@ class Reading:
         return held_out
 
 
+def kinds_of(weights: Mapping[str, float], kind: object) -> dict[str, Kinds]:
+    """Return what each target is learned as."""
+    if not isinstance(kind, str | Mapping):
+        raise ScbinTypeError("F10", f"kind is {shown(kind)}; pass 'class', 'number', or {{column: kind}}.")
+    kinds: dict[str, Any] = dict.fromkeys(weights, kind if isinstance(kind, str) else "class")
+    if not isinstance(kind, str):
+        kinds |= kind
+    for name, value in kinds.items():
+        choices({"kind": ("class", "number")}, kind=value)
+        if name not in weights:
+            raise ScbinInputError(
+                "F10", f"kind names {name!r}, which is no target. Targets: {', '.join(map(repr, weights))}."
+            )
+    return kinds
+
+
 def check_choices(
     level: str,
+    head: str | None,
     kinds: Mapping[str, str],
-    weights: Mapping[str, float],
     sampling: str | None,
     rebalance: float | None,
+    lora: object,
     validation_share: float,
     gene_drop: float,
     label_smoothing: float,
 ) -> None:
     """Raise for what cannot be meant."""
     choices({"level": ("cell", "gene"), "sampling": (None, "balanced")}, level=level, sampling=sampling)
-    for name, kind in kinds.items():
-        choices({"kind": ("class", "number")}, kind=kind)
-        if name not in weights:
-            raise ScbinInputError(
-                "F10", f"kind names {name!r}, which is no target. Targets: {', '.join(map(repr, weights))}."
-            )
-        if level == "gene" and kind == "number":
-            raise ScbinInputError("F10", "level='gene' learns classes of genes; kind='number' is for cells.")
+    if level == "gene" and "number" in kinds.values():
+        raise ScbinInputError("F10", "level='gene' learns classes of genes; kind='number' is for cells.")
+    if level == "gene" and head not in (None, "gene"):
+        raise ScbinInputError(
+            "F29",
+            f"head={head!r} reads whole cells; with level='gene' the head is linear in the vector of each gene's token. Leave "
+            "head out.",
+        )
+    if not isinstance(lora, bool | Mapping):
+        raise ScbinTypeError("F34", f"lora is {shown(lora)}; pass True, False, or a mapping for peft.LoraConfig.")
     shares = {"validation_share": validation_share, "gene_drop": gene_drop, "label_smoothing": label_smoothing}
     numbers(validation_share=validation_share, gene_drop=gene_drop, label_smoothing=label_smoothing)
     numbers(optional=True, rebalance=rebalance)
@@ -154,13 +174,17 @@ def weights_of_classes(
     elif isinstance(class_weights, str) or not hasattr(class_weights, "items"):
         raise ScbinTypeError("F26", f"class_weights is {class_weights!r}; pass 'balanced', {{class: weight}}, or None.")
     else:
-        unknown = sorted(set(class_weights) - set(classes))
+        named = {text_of(name): weight for name, weight in class_weights.items()}
+        unknown = [name for name in class_weights if text_of(name) not in classes]
         if unknown:
             raise ScbinInputError(
                 "F26",
-                f"class_weights names {unknown[0]!r}, which {label.target.name!r} has not. It has: {', '.join(classes)}.",
+                f"class_weights names {shown(unknown[0])}, which {label.target.name!r} has not. It has: {', '.join(classes)}.",
             )
-        weights = np.array([float(class_weights.get(name, 1.0)) for name in classes])
+        for name, weight in named.items():
+            if not isinstance(weight, Real):
+                raise ScbinTypeError("F26", f"class_weights of {name!r} is {shown(weight)}; pass a number.")
+        weights = np.array([float(named.get(name, 1.0)) for name in classes])
     if not (np.isfinite(weights).all() and weights.min() >= 0 and weights @ counts > 0):
         raise ScbinInputError(
             "F26", f"class_weights of {label.target.name!r} need finite numbers, not below 0, not all 0."

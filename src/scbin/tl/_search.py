@@ -10,13 +10,13 @@ from tqdm.auto import tqdm
 
 from scbin import _keys
 from scbin._anndata import check_adata, write_uns
-from scbin._arguments import choices, numbers, paths, texts, whole_numbers
+from scbin._arguments import choices, numbers, paths, plain, texts, whole_numbers
 from scbin._errors import ScbinInputError, ScbinTrainingError
 from scbin.nn.presets import PRESETS
 from scbin.tl._finetune import finetune
-from scbin.tl._finetune_plan import NEW
+from scbin.tl._finetune_plan import NEW, kinds_of
 from scbin.tl._model import resolve_model
-from scbin.tl._search_space import check_space, default_space
+from scbin.tl._search_space import check_space, default_space, plain_space
 from scbin.tl._search_trials import (
     arguments_of,
     identity_of,
@@ -53,6 +53,7 @@ _OWN = {
     "level",
 }
 _OWN |= {"gene_key", "validation_share"}
+_KINDS = {"class": "classes", "number": "numbers"}
 
 
 class Search(NamedTuple):
@@ -162,6 +163,8 @@ def search(
     choices({"metric": (None, "macro_f1", "loss", "r2")}, metric=metric)
     if n_trials < 1:
         raise ScbinInputError("E32", f"n_trials is {n_trials}; it needs to be at least 1.")
+    n_trials, seed = plain(n_trials), plain(seed)
+    fixed = {name: plain(value) for name, value in fixed.items()}
     weights = target_weights(target)
     start = model if isinstance(model, str) and (model == NEW or model in PRESETS) else resolve_model(model, adata)
     known = [name for name in inspect.signature(finetune).parameters if name not in _OWN]
@@ -169,14 +172,15 @@ def search(
         space, settled = default_space(len(weights), 2 if isinstance(start, str) else start.config.num_hidden_layers)
         space = {name: values for name, values in space.items() if name not in fixed}
         fixed = {**settled, **fixed}
+    space = plain_space(space)
     check_space(space, known, fixed)
     for name in fixed:
         if name not in known:
             raise ScbinInputError("E31", f"{name!r} is no argument of scbin.tl.finetune that all trials could share.")
-    kinds = _kinds(weights, fixed)
+    kinds = list(kinds_of(weights, fixed.get("kind", "class")).values())
     metric = metric or (("macro_f1" if kinds[0] == "class" else "r2") if len(kinds) == 1 else "loss")
-    if metric != "loss" and len(set(kinds)) > 1:
-        raise ScbinInputError("E39", f"metric={metric!r} cannot score classes and numbers at once; use 'loss'.")
+    if metric != "loss":
+        check_metric(metric, kinds)
     sides = sides_of_search(adata, next(iter(weights)), kinds[0], split_key, validation_share, seed)
     cells = light_copy(adata, fixed.get("tokens_key"), weights, sides)
     identity = identity_of(cells, start, weights, space, fixed, metric, seed)
@@ -198,9 +202,16 @@ def search(
     return Search(trials, best)
 
 
-def _kinds(weights: Mapping[str, float], fixed: Mapping[str, Any]) -> list[str]:
-    kind = fixed.get("kind", "class")
-    return [kind if isinstance(kind, str) else kind.get(name, "class") for name in weights]
+def check_metric(metric: Metric, kinds: Sequence[str]) -> None:
+    """Raise where a score is not one of all targets."""
+    if len(set(kinds)) > 1:
+        raise ScbinInputError("E39", f"metric={metric!r} cannot score classes and numbers at once; use 'loss'.")
+    own = "macro_f1" if kinds[0] == "class" else "r2"
+    if metric != own:
+        raise ScbinInputError(
+            "E39",
+            f"metric={metric!r} is no score of {_KINDS[kinds[0]]}, which are learned here; use {own!r} or 'loss'.",
+        )
 
 
 def _storable(trials: pd.DataFrame) -> pd.DataFrame:

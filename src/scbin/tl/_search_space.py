@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from scbin._arguments import plain
 from scbin._errors import ScbinInputError
 
 if TYPE_CHECKING:
@@ -33,6 +36,17 @@ def default_space(n_targets: int, n_layers: int) -> tuple[dict[str, Any], dict[s
     if n_targets == 1:
         return dict(CELLS), FIXED["cells"]
     return {**MULTITASK, "freeze": (min(1, n_layers - 1), max(n_layers - 1, 0))}, FIXED["multitask"]
+
+
+def plain_space(space: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a space whose numbers of numpy are Python's, which a storage takes, and whose arrays are lists."""
+
+    def made_plain(choices: Any) -> Any:
+        if isinstance(choices, np.ndarray):
+            return choices.tolist()
+        return type(choices)(map(plain, choices)) if type(choices) in (list, tuple) else choices
+
+    return {name: made_plain(choices) for name, choices in space.items()}
 
 
 def check_space(space: Mapping[str, Any], known: Sequence[str], fixed: Mapping[str, Any]) -> None:

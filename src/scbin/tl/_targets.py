@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from scbin._anndata import read_obs, warn
+from scbin._arguments import plain
 from scbin._errors import ScbinInputError, ScbinTypeError, count
 from scbin.encoding.genes import clean_names, match_genes
 from scbin.encoding.phenotypes import MISSING, labels_of, values_of
@@ -43,8 +44,8 @@ class Labels:
 def target_weights(target: object) -> dict[str, float]:
     """Return the names of the targets with their weights, from a name, a list of names or a mapping."""
     if isinstance(target, str):
-        return {target: 1.0}
-    if isinstance(target, Mapping):
+        weights: dict[Any, Any] = {target: 1.0}
+    elif isinstance(target, Mapping):
         weights = dict(target)
     elif isinstance(target, Sequence) and all(isinstance(name, str) for name in target):
         weights = dict.fromkeys(target, 1.0)
@@ -53,6 +54,13 @@ def target_weights(target: object) -> dict[str, float]:
     if not weights:
         raise ScbinInputError("F10", "target names no column; pass one, such as target='cell_type'.")
     for name, weight in weights.items():
+        if "/" in str(name):
+            raise ScbinInputError(
+                "F33",
+                f"target {name!r} has a '/', which no slot for its predictions may have in a file. Rename the column: "
+                f"adata.obs[{str(name).replace('/', '_')!r}] = adata.obs[{name!r}].",
+            )
+        weight = plain(weight)
         if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
             raise ScbinInputError("F10", f"the weight of {name!r} is {weight!r}; it needs a number above 0.")
     return {name: float(weight) for name, weight in weights.items()}
@@ -190,7 +198,7 @@ def _classes(
 
 def _numbers(column: pd.Series, name: str, usable: np.ndarray, learning: np.ndarray, weight: float) -> Labels:
     numbers = pd.to_numeric(column.astype(object), errors="coerce").to_numpy(dtype=np.float64)
-    texts = np.array([None if pd.isna(value) else str(value).strip().lower() for value in column.astype(object)])
+    texts = [None if pd.isna(value) else str(value).strip().lower() for value in column.astype(object)]
     wrong = sorted({text for text, x in zip(texts, numbers, strict=True) if text is not None and np.isnan(x)} - MISSING)
     if wrong:
         raise ScbinInputError(
