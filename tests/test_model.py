@@ -104,3 +104,24 @@ def test_what_json_cannot_hold_is_made_plain_at_once(bare, tmp_path):
     assert Model.load(tmp_path / "model").training == model.training
     with pytest.raises(ScbinInputError, match="M19"):
         Model(bare.bert, bare.vocabulary, training={"f": object()})
+
+
+@pytest.mark.parametrize(("n_columns", "most"), [(3, 20_000), (400, 2_500)])
+def test_a_long_history_is_thinned_so_that_it_can_be_read_again(bare, tmp_path, n_columns, most):
+    rows = 3 * most
+    history = pd.DataFrame(np.random.default_rng(0).normal(size=(rows, n_columns)))
+    history.columns = ["step", "loss", "validation_genes", *(f"loss_{i}" for i in range(n_columns - 3))]
+    history["step"] = np.arange(rows)
+    validated = np.arange(rows) % 997 == 996
+    history.loc[~validated, "validation_genes"] = np.nan
+    model = Model(bare.bert, bare.vocabulary, history=history)
+    model.save(tmp_path / "model")
+    assert (tmp_path / "model" / "scbin.json").stat().st_size < 40 * 2**20
+    kept = Model.load(tmp_path / "model").history
+    assert most // 2 < len(kept) <= most and len(model.history) == rows
+    assert kept["step"].iloc[0] == 0 and kept["step"].iloc[-1] == rows - 1
+    assert kept["step"].diff().max() <= 4
+    assert set(kept["step"][kept["validation_genes"].notna()]) == set(np.flatnonzero(validated))
+    pd.testing.assert_frame_equal(
+        kept, history.iloc[kept["step"].astype(int)].reset_index(drop=True), check_dtype=False
+    )

@@ -16,8 +16,18 @@ import torch
 from scbin._errors import ScbinInputError, ScbinModelError
 from scbin.encoding.vocabulary import CLS, Vocabulary
 from scbin.nn.checkpoint import DECODER, HEAD, PROJECTION, own_tensors, read_model_directory, write_model_directory
-from scbin.nn.description import as_html, describe, model_card, read_decoder, read_head, read_history, read_projection
+from scbin.nn.description import (
+    as_html,
+    describe,
+    model_card,
+    read_decoder,
+    read_head,
+    read_history,
+    read_projection,
+    thinned,
+)
 from scbin.nn.embedding import pooling_weights
+from scbin.nn.files import recovered
 from scbin.nn.hub import local_directory
 from scbin.nn.published import read_geneformer
 from scbin.nn.published_bins import read_perturbgene, read_polygene
@@ -126,7 +136,8 @@ class Model:
         """Write the model into a directory: weights, configuration, vocabulary, history and a model card.
 
         The weights are stored as safetensors in the layout of Hugging Face, so that plain
-        `transformers.BertForMaskedLM.from_pretrained` opens the directory too. It appears whole or not at all.
+        `transformers.BertForMaskedLM.from_pretrained` opens the directory too. It appears whole or not at all. Of a long history
+        about 20,000 rows are kept, evenly spaced, with those of the validations among them.
 
         Parameters
         ----------
@@ -151,7 +162,7 @@ class Model:
             "vocabulary": json.loads(self.vocabulary.to_json()),
             "readout": asdict(self.readout),
             "training": dict(self.training),
-            "history": json.loads(self.history.to_json(orient="split", index=False, double_precision=15)),
+            "history": json.loads(thinned(self.history).to_json(orient="split", index=False, double_precision=15)),
         }
         parts: dict[str, Mapping[str, torch.Tensor]] = {}
         if self.projection is not None:
@@ -183,7 +194,7 @@ class Model:
         ScbinModelError
             If the directory is not a whole and sound model, or the hub does not have it.
         """
-        path = local_directory(path, revision)
+        path = recovered(local_directory(path, revision))
         bert, about = read_model_directory(path)
         known = {"format", "vocabulary", "readout", "training", "history"}
         if about.get("format") != FORMAT or set(about) - {"projection", "head", "decoder"} != known:

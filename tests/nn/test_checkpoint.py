@@ -19,6 +19,7 @@ from transformers import BertForMaskedLM
 from scbin import Model
 from scbin._errors import ScbinModelError, ScbinTrainingError
 from scbin.encoding.vocabulary import Vocabulary
+from scbin.nn import files
 from scbin.nn.attention import PACKED
 from scbin.nn.bert import encode_pack, logits_at
 from scbin.nn.checkpoint import read_model_directory
@@ -565,9 +566,13 @@ def test_a_link_to_a_model_stays_one(trained, model_dir, tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link", "model"]
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "rename", "mkdir", "open"])
+@pytest.mark.parametrize("call", ["write", "fsync", "rename", "renames", "mkdir", "open"])
 def test_a_failing_disk_leaves_the_old_model(trained, model_dir, monkeypatch, call):
     _, model = trained
+    least = {"mkdir": 1, "rename": 1, "renames": 3}.get(call, 5)
+    if call == "renames":  # on a system that cannot exchange two names
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+        call = "rename"
     other = Model(model.bert, model.vocabulary, training={"name": "other"})
     real, failures = getattr(os, call), 0
     for n in (*range(1, 9), 13, 21, 34, 55, 10**6):
@@ -591,8 +596,49 @@ def test_a_failing_disk_leaves_the_old_model(trained, model_dir, monkeypatch, ca
         found = Model.load(model_dir)  # the old one, or where only the last flush failed the new one
         assert found.fingerprint in (model.fingerprint, other.fingerprint)
         assert [entry.name for entry in model_dir.parent.iterdir()] == ["model"]
-    assert failures >= {"mkdir": 1, "rename": 3}.get(call, 5)
+    assert failures >= least
     assert Model.load(model_dir).training == {"name": "other"}
+
+
+def test_a_save_that_was_killed_between_two_renames(trained, model_dir, monkeypatch):
+    _, model = trained
+    number = 2**22 + 1  # beyond the largest number of a process
+    model.save(model_dir.with_name(f".tmp-new-model-{number}"))
+    model_dir.rename(model_dir.with_name(f".tmp-old-model-{number}"))
+    with monkeypatch.context() as readonly:
+        readonly.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(PermissionError(13, "read-only")))
+        assert Model.load(model_dir).fingerprint == model.fingerprint
+    assert not model_dir.exists()
+    assert Model.load(model_dir).fingerprint == model.fingerprint
+    assert model_dir.exists()
+    model_dir.rename(model_dir.with_name(f".tmp-new-model-{number}"))
+    with pytest.raises(ScbinModelError, match="M01"):
+        model.save(model_dir)
+    model.save(model_dir, overwrite=True)
+    assert [entry.name for entry in model_dir.parent.iterdir()] == ["model"]
+
+
+def test_a_description_too_large_to_be_read_is_not_written(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("scbin.nn.checkpoint.MAX_JSON", 10_000)
+    with pytest.raises(ScbinModelError, match="M66"):
+        Model(trained[1].bert, trained[1].vocabulary, training={"note": "x" * 10_000}).save(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["projection.safetensors", "decoder.safetensors"])
+def test_a_part_that_the_manifest_leaves_out(model_dir, name):
+    entries = json.loads(json.loads((model_dir / MANIFEST).read_bytes())["manifest"])["files"]
+    del entries[name]
+    (model_dir / MANIFEST).write_bytes(manifest_bytes(entries))
+    refuse(model_dir, "M09")
+
+
+def test_a_projection_may_be_as_large_as_weights(model_dir, monkeypatch):
+    size = (model_dir / "projection.safetensors").stat().st_size
+    larger = max(path.stat().st_size for path in model_dir.iterdir() if path.suffix == ".json")
+    assert size > larger
+    monkeypatch.setattr("scbin.nn.checkpoint.MAX_JSON", (size + larger) // 2)
+    assert Model.load(model_dir).projection is not None
 
 
 def test_weights_that_are_not_finite_are_not_written(trained, model_dir):

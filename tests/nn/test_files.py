@@ -2,13 +2,23 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from scbin._errors import ScbinTrainingError
-from scbin.nn.files import MANIFEST, verify_directory, write_directory
+from scbin.nn import files
+from scbin.nn.files import (
+    MANIFEST,
+    clear_leftovers,
+    recovered,
+    replace_directory,
+    verify_directory,
+    write_directory,
+)
 
 TENSORS = {
     "a": torch.arange(6.0).reshape(2, 3),
@@ -79,3 +89,66 @@ def test_too_little_room_is_noticed_before(tmp_path, monkeypatch):
     with pytest.raises(ScbinTrainingError, match="T52"):
         write_directory(tmp_path / "d", {"s.json": b"123456"})
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def interrupt(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_directory(tmp_path / "d", {"s.json": b"123456"})
+    monkeypatch.setattr(os, "fsync", real)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / f".tmp-d-{os.getpid()}").mkdir()  # of a killed process that had the same number
+    write_directory(tmp_path / "d", {"s.json": b"123456"})
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux exchanges two names at once")
+def test_at_every_instant_a_whole_directory_is_there(tmp_path, monkeypatch):
+    target, found = tmp_path / "d", []
+    write_directory(target, {"s.json": b"old"})
+
+    def watched(call):
+        def wrapper(*args, **kwargs):
+            found.append(verify_directory(target))
+            result = call(*args, **kwargs)
+            found.append(verify_directory(target))
+            return result
+
+        return wrapper
+
+    for name in ("rename", "fsync", "open"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    monkeypatch.setattr(files, "_exchange", watched(files._exchange))
+    replace_directory(target, {"s.json": b"new"})
+    assert len(found) > 10 and set(found) == {None}
+    assert (target / "s.json").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_what_a_killed_process_left_is_found_and_cleared(tmp_path):
+    """Without an exchange there is an instant in which the name is free; whoever comes next finds the new directory."""
+    target, number = tmp_path / "d[1]", 2**22 + 1  # beyond the largest number of a process
+    fresh, old = tmp_path / f".tmp-new-d[1]-{number}", tmp_path / f".tmp-old-d[1]-{number}"
+    for spoiled, content in ((False, b"new"), (True, b"old")):
+        write_directory(fresh, {"s.json": b"new"})
+        write_directory(old, {"s.json": b"old"})
+        if spoiled:
+            (fresh / "s.json").write_bytes(b"half")
+        assert recovered(target) == target
+        assert (target / "s.json").read_bytes() == content
+        for name in (f".tmp-d[1]-{number}", f".tmp-.tmp-new-d[1]-{number}-{number}"):
+            (tmp_path / name).mkdir()
+        others = {f".tmp-d[1]-2-{number}", f".tmp-d[1]-{os.getppid()}", ".tmp-d[1]-x", f".tmp-old-d[1]-2-{number}"}
+        for name in others:
+            (tmp_path / name).mkdir(exist_ok=True)
+        clear_leftovers(target)
+        assert {path.name for path in tmp_path.iterdir()} == {"d[1]", *others}
+        shutil.rmtree(target)
+    assert recovered(target) == target and not target.exists()
+    write_directory(fresh, {"s.json": b"new"})  # without the old one beside it the name was given up on purpose
+    assert recovered(target) == target and not target.exists()

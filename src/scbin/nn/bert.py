@@ -34,7 +34,7 @@ def bert_config(vocabulary: Vocabulary, name: str | Preset = "small", **override
         chosen = replace(chosen, **overrides)
     except TypeError as error:
         raise ScbinInputError("T11", f"{error}. A network is described by {', '.join(_SHAPE)}, max_length.") from error
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": vocabulary.n_tokens,
         "max_position_embeddings": max(vocabulary.n_positions, chosen.max_length or 0),
     }

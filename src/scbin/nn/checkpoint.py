@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import BertForMaskedLM
 
 from scbin._errors import ScbinModelError, ScbinTrainingError
-from scbin.nn.files import MANIFEST, check_finite, sync_directory, verify_directory, write_directory
+from scbin.nn.files import (
+    MANIFEST,
+    check_finite,
+    clear_leftovers,
+    recovered,
+    replace_directory,
+    verify_directory,
+    write_directory,
+)
 from scbin.nn.limits import CONFIG_KEYS
 from scbin.nn.untrusted import (
     MAX_JSON,
@@ -34,9 +41,9 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, SCBIN = "config.json", "model.safetensors", "scbin.json"
 # all of these may be absent
-PROJECTION, HEAD, DECODER = "projection.safetensors", "head.safetensors", "decoder.safetensors"
+PARTS = PROJECTION, HEAD, DECODER = "projection.safetensors", "head.safetensors", "decoder.safetensors"
 CARD = "README.md"
-ALLOWED = {CONFIG, WEIGHTS, SCBIN, PROJECTION, HEAD, DECODER, CARD, MANIFEST}
+ALLOWED = {CONFIG, WEIGHTS, SCBIN, *PARTS, CARD, MANIFEST}
 # left by git, by downloads and by file managers; never opened
 HARMLESS = {".git", ".gitattributes", ".gitignore", ".cache", ".DS_Store"}
 
@@ -55,15 +62,24 @@ def write_model_directory(
     Plain `transformers.BertForMaskedLM.from_pretrained` opens it too.
     """
     path = path.resolve()
+    if recovered(path) == path:
+        clear_leftovers(path)
     replaces = replaces_model(path, overwrite)
     tensors = own_tensors(bert)
     check_finite(tensors, "the model")
     config = {key: getattr(bert.config, key) for key in CONFIG_KEYS}
     config |= {"architectures": ["BertForMaskedLM"], "model_type": "bert", "dtype": "float32"}
+    text = _json_bytes(about)
+    if len(text) > MAX_JSON:
+        raise ScbinModelError(
+            "M66",
+            f"what describes the model has {len(text):,} bytes as JSON, and at most {MAX_JSON:,} can be read again. Keep less in "
+            "model.training.",
+        )
     files: dict[str, Any] = {
         CONFIG: _json_bytes(config),
         WEIGHTS: tensors,
-        SCBIN: _json_bytes(about),
+        SCBIN: text,
         CARD: card.encode(),  # for people, who may edit it: the manifest leaves it out
     }
     for name, part in parts.items():
@@ -74,7 +90,7 @@ def write_model_directory(
     except OSError as error:
         raise _unwritten(path, error) from error
     if replaces:
-        _replace(path, files)
+        _write_over(path, files)
     else:
         write_directory(path, files, unlisted={CARD})
 
@@ -94,24 +110,11 @@ def replaces_model(path: Path, overwrite: bool) -> bool:
     return True
 
 
-def _replace(path: Path, files: Mapping[str, Any]) -> None:
-    """Put a new model in the place of an old one, which stays or comes back where that fails."""
-    fresh, old = (path.with_name(f".tmp-{word}-{path.name}-{os.getpid()}") for word in ("new", "old"))
+def _write_over(path: Path, files: Mapping[str, Any]) -> None:
     try:
-        write_directory(fresh, files, unlisted={CARD})
-        os.rename(path, old)
-        try:
-            os.rename(fresh, path)
-        except OSError:
-            os.rename(old, path)
-            raise
-        sync_directory(path.parent)
+        replace_directory(path, files, unlisted={CARD})
     except OSError as error:
         raise _unwritten(path, error) from error
-    finally:
-        if path.exists():
-            for left in (fresh, old):
-                shutil.rmtree(left, ignore_errors=True)
 
 
 def _unwritten(path: Path, error: OSError) -> ScbinTrainingError:
@@ -152,7 +155,7 @@ def check_files(path: Path) -> None:
         )
     for name in sorted(names):
         if name in ALLOWED:
-            check_plain(path / name, MAX_WEIGHTS if name in (WEIGHTS, HEAD, DECODER) else MAX_JSON)
+            check_plain(path / name, MAX_WEIGHTS if name in (WEIGHTS, *PARTS) else MAX_JSON)
         elif downloads(path) is None:  # a download may hold what others fetched of the same repository
             raise ScbinModelError(
                 "M05", f"{path} holds {name!r}, which does not belong into a scbin model. Remove it first."
@@ -166,7 +169,7 @@ def _check_manifest(path: Path) -> None:
         sound = {CONFIG, WEIGHTS, SCBIN} <= set(files) <= ALLOWED - {MANIFEST} and all(
             type(entry["size"]) is int and type(entry["sha256"]) is str for entry in files.values()
         )
-        sound &= all((name in files) == path.with_name(name).exists() for name in (HEAD, DECODER))
+        sound &= all((name in files) == path.with_name(name).exists() for name in PARTS)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, ScbinModelError):
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from scbin._errors import ScbinModelError
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from scbin.encoding.vocabulary import Vocabulary
     from scbin.nn.heads import Head, Target
+
+MOST_ROWS, MOST_NUMBERS = 20_000, 1_000_000
 
 
 def describe(model: Any) -> dict[str, str]:
@@ -68,6 +71,23 @@ def model_card(facts: Mapping[str, str]) -> str:
         '```python\nimport scbin\n\nmodel = scbin.Model.load("this_directory")\n'
         "scbin.pp.tokenize(adata, like=model)\nscbin.tl.embed(adata, model)\n```\n"
     )
+
+
+def thinned(history: pd.DataFrame) -> pd.DataFrame:
+    """Return the history as it is kept with a model: of more than `MOST_ROWS` rows an even choice, first and last among them.
+
+    The rows of validations, which are few and would be missed, make up to half of it. Wide tables are kept to `MOST_NUMBERS`.
+    """
+    most = max(min(MOST_ROWS, MOST_NUMBERS // max(history.shape[1], 1)), 4)
+    if len(history) <= most:
+        return history
+    names = [name for name in history.columns if str(name).startswith("validation_")]
+    validated = _evenly(np.flatnonzero(history[names].notna().any(axis=1)), most // 2)
+    return history.iloc[np.union1d(_evenly(np.arange(len(history)), most - len(validated)), validated)]
+
+
+def _evenly(rows: np.ndarray, most: int) -> np.ndarray:
+    return rows[np.linspace(0, len(rows) - 1, min(len(rows), most)).round().astype(np.int64)]
 
 
 def read_history(fields: Mapping[str, Any]) -> pd.DataFrame:

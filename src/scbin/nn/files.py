@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
+import sys
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 _CHUNK = 4 * 2**20
+_HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD, and the flag of renameat2
 _NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 Content = bytes | Mapping[str, "Tensor"]
@@ -52,6 +57,7 @@ def write_directory(target: Path, files: Mapping[str, Content], unlisted: Collec
                 "T52",
                 f"{target} needs {n_bytes:,} bytes, twice that to be safe, and {free:,} are free. Make room and go on.",
             )
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
         os.mkdir(temporary)
         entries = {name: _write_file(temporary / name, content) for name, content in files.items()}
         listed = {name: entry for name, entry in entries.items() if name not in unlisted}
@@ -60,10 +66,93 @@ def write_directory(target: Path, files: Mapping[str, Content], unlisted: Collec
         os.rename(temporary, target)
         sync_directory(parent)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise ScbinTrainingError(
             "T52", f"{target} could not be written ({error.strerror or error}). What was written before is untouched."
         ) from error
+    finally:  # also when someone pressed Ctrl-C
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ---- a directory in the place of another ------------------------------------------------------------------------------
+
+
+def replace_directory(target: Path, files: Mapping[str, Content], unlisted: Collection[str] = ()) -> None:
+    """Write files into a directory that takes the place of another: at any instant a whole one stands there.
+
+    Where the system can exchange two names at once, killing the process changes nothing about that. Elsewhere there is an
+    instant between two renames in which the name is free; `recovered` then finds the new directory beside it.
+    """
+    fresh, old = (target.with_name(f".tmp-{word}-{target.name}-{os.getpid()}") for word in ("new", "old"))
+    try:
+        write_directory(fresh, files, unlisted)
+        if not _exchange(fresh, target):
+            os.rename(target, old)
+            try:
+                os.rename(fresh, target)
+            except BaseException:
+                if not target.exists():
+                    os.rename(old, target)
+                raise
+        sync_directory(target.parent)
+    finally:
+        if target.exists():
+            for left in (fresh, old):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def recovered(target: Path) -> Path:
+    """Return a directory, put back into its place if a process was killed while replacing it; beside it if it cannot be moved.
+
+    That is so where nothing stands there and both the old and the new one wait beside it: the new one is whole then.
+    """
+    if os.path.lexists(target):
+        return target
+    for path in sorted(target.parent.glob(f".tmp-new-{glob.escape(target.name)}-*")):
+        number = path.name.removeprefix(f".tmp-new-{target.name}-")
+        old = path.with_name(f".tmp-old-{target.name}-{number}")
+        if number.isdigit() and old.is_dir():
+            whole = path if verify_directory(path) is None else old
+            try:
+                os.rename(whole, target)
+            except OSError:
+                return whole
+            return target
+    return target
+
+
+def clear_leftovers(target: Path) -> None:
+    """Delete what processes that are gone have left beside a directory they were writing."""
+    name = re.escape(target.name)
+    for path in target.parent.glob(f".tmp-*{glob.escape(target.name)}-*"):
+        own = re.fullmatch(rf"\.tmp-(?:(?:new-|old-)?{name}|\.tmp-new-{name}-\d+)-(\d+)", path.name)
+        if own is not None and not _runs(int(own[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two directories change places at once; return False where that cannot be done."""
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return rename is not None and rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+def _runs(process: int) -> bool:
+    """Whether another process of this number is there; where that cannot be asked, one is."""
+    if process == os.getpid():
+        return False
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+# ---- what is in a directory ------------------------------------------------------------------------------------------
 
 
 def manifest_bytes(entries: Mapping[str, Mapping[str, Any]]) -> bytes:
