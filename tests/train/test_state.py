@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from scbin._errors import ScbinTrainingError, ScbinTrainingWarning
+from scbin._errors import ScbinModelError, ScbinTrainingError, ScbinTrainingWarning
+from scbin.nn.files import write_directory
 from scbin.train.loop import train
-from scbin.train.state import Checkpoints
+from scbin.train.state import Checkpoints, Progress
 
 FILES = ["state.safetensors", "state.json", "history.json", "manifest.json"]
 DAMAGES = ["missing", "empty", "halved", "zeroed tail", "one bit", "older file"]
@@ -72,20 +75,53 @@ def test_a_whole_directory_in_the_place_of_another_is_found(small, finished, tmp
         run(small, tmp_path / "run", resume=True)
 
 
+@pytest.mark.parametrize(("format", "age"), [(99, "newer"), (0, "older")])
+def test_a_checkpoint_of_another_version_is_not_called_damaged(small, finished, tmp_path, format, age):
+    shutil.copytree(finished[0], tmp_path / "run")
+    newest = sorted((tmp_path / "run").glob("step-*"))[-1]
+    files = {name: (newest / name).read_bytes() for name in FILES[:3]}
+    files["state.json"] = json.dumps({**json.loads(files["state.json"]), "format": format}).encode()
+    shutil.rmtree(newest)
+    write_directory(newest, files)
+    with pytest.raises(ScbinModelError, match=f"T65.*{age} scbin.*format {format}"):
+        run(small, tmp_path / "run", resume=True)
+    assert newest.is_dir() and not list((tmp_path / "run").glob(".bad-*"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
+    def unable(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", unable)
+    checkpoints = Checkpoints(tmp_path / "run")
+    with pytest.warns(ScbinTrainingWarning, match=r"T66.*cannot be locked") as warned:
+        checkpoints.open()
+    assert len(warned) == 1
+    checkpoints.close()
+
+
+def test_the_directory_of_a_model_takes_no_checkpoints(small, tmp_path):
+    (tmp_path / "scbin.json").write_text("{}")
+    with pytest.raises(ScbinTrainingError, match=r"T67.*is a saved model"):
+        run(small, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["scbin.json"]
+
+
 def test_one_run_per_directory(small, tmp_path):
     first = Checkpoints(tmp_path)
     first.open()
     with pytest.raises(ScbinTrainingError, match=f"T51.*{tmp_path}"):
         run(small, tmp_path)
     first.close()
-    (tmp_path / ".tmp-step-00000009-1").mkdir()
+    kept = tmp_path / ".tmp-new-model-1"  # part of a model, which `Model.load` may need
+    for path in (tmp_path / ".tmp-step-00000009-1", tmp_path / ".tmp-old-3-1", kept):
+        path.mkdir()
     run(small, tmp_path, epochs=1)
-    assert not list(tmp_path.glob(".tmp-*"))
+    assert list(tmp_path.glob(".tmp-*")) == [kept]
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_last_good_state(small, finished, tmp_path, monkeypatch):
-    import os
-
     real, left = os.fsync, [10]
 
     def full(descriptor):
@@ -111,9 +147,6 @@ def test_same_run_same_file_hashes(small, finished, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_never_written(tmp_path):
-    from scbin._errors import ScbinModelError
-    from scbin.train.state import Progress
-
     with pytest.raises(ScbinModelError, match="T56"):
         Checkpoints(tmp_path).save(Progress(1, 1), {"weights.a": torch.tensor([1.0, float("nan")])}, {}, {})
     assert not list(tmp_path.iterdir())

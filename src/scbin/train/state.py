@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 _WEIGHTS, _STATE, _HISTORY = "state.safetensors", "state.json", "history.json"
+_MODEL = "scbin.json"  # what a saved model has and a directory of checkpoints has not
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,12 @@ class Checkpoints:
 
     def open(self) -> None:
         """Take the directory for this run, and clear away what a killed run left half-written."""
+        if (self.directory / _MODEL).exists():
+            raise ScbinTrainingError(
+                "T67",
+                f"{self.directory} is a saved model; checkpoints beside its files would make it unreadable. Give save_dir= another "
+                "directory.",
+            )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.directory / ".lock", "a")
@@ -60,17 +67,32 @@ class Checkpoints:
             raise ScbinTrainingError(
                 "T50", f"{self.directory} cannot be used for checkpoints ({error.strerror})."
             ) from error
+        self._take()
+        for pattern in (".tmp-step-*", ".tmp-old-[0-9]*"):
+            for stale in self.directory.glob(pattern):
+                shutil.rmtree(stale, ignore_errors=True)
+
+    def _take(self) -> None:
+        """Hold the lock of the directory, where its file system has such locks."""
+        if fcntl is None or self._lock is None:
+            return
         try:
-            if fcntl is not None:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
             self.close()
             raise ScbinTrainingError(
                 "T51",
                 f"another run is writing to {self.directory}. Wait for it, or give this one a directory of its own.",
             ) from error
-        for stale in self.directory.glob(".tmp-*"):
-            shutil.rmtree(stale, ignore_errors=True)
+        except OSError as error:
+            warnings.warn(
+                ScbinTrainingWarning(
+                    "T66",
+                    f"{self.directory} lies where files cannot be locked ({error.strerror}): see to it that no other run writes "
+                    "there.",
+                ),
+                stacklevel=3,
+            )
 
     def close(self) -> None:
         """Give the directory free."""
@@ -169,8 +191,14 @@ class Checkpoints:
 def _misplaced(path: Path, step: int) -> str | None:
     """Return what is wrong with a state whose files are whole but not those of this step."""
     state = json.loads((path / _STATE).read_text())
-    if state.get("format") != FORMAT:
-        return f"{_STATE} is of format {state.get('format')}, this version reads {FORMAT}"
+    written = state.get("format")
+    if written != FORMAT:  # whole, and of use to the version that wrote it: it stays where it is
+        age = "a newer" if isinstance(written, int) and written > FORMAT else "an older"
+        raise ScbinModelError(
+            "T65",
+            f"{path} was written by {age} scbin: it is of format {written}, and this version reads {FORMAT}. Go on with the "
+            "version that wrote it, or train anew in another save_dir.",
+        )
     return None if state.get("step") == step else f"{_STATE} is of step {state.get('step')}"
 
 
