@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import warnings
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -123,3 +124,52 @@ def test_pretraining_on_training_cells_alone_is_clean(toy, quick):
     assert codes(lambda: scbin.tl.evaluate(toy, model, target="cell_type", **BARE)) == []
     seen = scbin.tl.pretrain(toy, **quick)
     assert codes(lambda: scbin.tl.evaluate(toy, seen, target="cell_type", **BARE)) == ["E17"]
+
+
+# ---- hidden genes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(toy, quick):
+    """Enough cells that pretraining holds some of them out."""
+    rng = np.random.default_rng(5)
+    adata = ad.concat([toy] * 4, index_unique="-")
+    adata.X.data = rng.poisson(adata.X.data).astype(np.float32) + 1
+    scbin.pp.tokenize(adata)
+    return adata
+
+
+def genes(adata, model, **arguments):
+    return scbin.tl.evaluate(adata, model, target="genes", progress=False, **arguments)["scored_on"].iloc[0]
+
+
+def test_hidden_genes_are_those_of_cells_that_pretraining_did_not_see(many, quick):
+    scbin.tl.split(many)
+    model = scbin.tl.pretrain(many, **quick)
+    held_out = f"{240 - model.training['n_cells']} cells held out of pretraining"
+    assert genes(many, model) == held_out  # not the test cells, which it has seen
+    tuned = scbin.tl.finetune(many, model, target="cell_type", **FIT)
+    assert genes(many, model) == held_out  # though another model was trained here in the meantime
+    assert genes(many, tuned) == held_out
+    with pytest.warns(ScbinInputWarning, match=r"E42.*about \d+% of the cells"):
+        assert genes(many, model, split_key="scbin_split") == "48 test cells"
+    part = many[::2].copy()  # what was held out cannot be known of a part
+    with pytest.warns(ScbinInputWarning, match="E42"):
+        genes(part, model)
+
+
+def test_test_cells_that_pretraining_did_not_see_are_asked(many, quick):
+    scbin.tl.split(many)
+    model = scbin.tl.pretrain(many[many.obs["scbin_split"] != "test"].copy(), **quick)
+    assert genes(many, model) == "48 test cells"
+    untrained = scbin.tl.finetune(many, "tiny", target="cell_type", **FIT)
+    assert genes(many, untrained) == "48 test cells"
+
+
+def test_models_that_remember_nothing_are_told_by_their_fingerprint(many, quick):
+    model = scbin.tl.pretrain(many, **quick)
+    del model.training["cells"]
+    assert "held out" in genes(many, model)
+    many.obs["side"] = np.where(np.arange(240) % 2, "train", "test")
+    with pytest.warns(ScbinInputWarning, match=r"E42.*100%"):
+        genes(many, model, split_key="side")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from scbin import _keys
-from scbin._anndata import read_tokens
+from scbin._anndata import read_tokens, warn
 from scbin._errors import ScbinInputError
 from scbin.data.masking import MaskingScheme
 from scbin.nn.embedding import hide_phenotypes
@@ -16,6 +16,7 @@ from scbin.nn.recovery import hide_genes, recover_genes
 from scbin.tl._baselines import BinCounts, GeneBaseline, RankBaseline, RankCounts
 from scbin.tl._folds import Folds, plan_folds
 from scbin.tl._metrics import masked_gene_scores, ranked_gene_scores
+from scbin.tl._seen import LEAST, cell_hashes, remembered_cells, share_seen
 from scbin.train.settings import TrainSettings
 from scbin.train.setup import split
 
@@ -49,7 +50,14 @@ def score_genes(
     tokens, vocabulary = read_tokens(adata, model.vocabulary, key=tokens_key)
     tokens = hide_phenotypes(tokens, vocabulary)
     scheme = evaluation_scheme(model, gene_mask_prob)
-    folds = _folds(adata, tokens, model, split_key, seed)
+    folds, learned = _folds(adata, tokens, vocabulary, model, split_key, seed)
+    if learned >= LEAST:
+        warn(
+            "E42",
+            f"the model learned from about {learned:.0%} of the cells whose genes are hidden: its score says in part how well it "
+            "remembers them. Pretrain on the training cells of a split, adata[adata.obs['scbin_split'] != 'test'].copy(), or "
+            "leave split_key out where pretraining held cells out.",
+        )
     test = folds.test
     seen = _seen_positions(tokens, vocabulary, folds)
     found = recover_genes(model.bert, tokens[test], vocabulary, scheme, seed=seed, zero_positions=seen, **network)
@@ -69,19 +77,46 @@ def evaluation_scheme(model: Model, gene_mask_prob: float) -> MaskingScheme:
     return replace(own, gene_mask_prob=gene_mask_prob, phenotype_mask_prob=0.0, replacement=(1.0, 0.0, 0.0))
 
 
-def _folds(adata: AnnData, tokens: csr_matrix, model: Model, split_key: str | None, seed: int) -> Folds:
-    """Take the split of `obs`, else the cells that pretraining held out, else cut the cells."""
+def _folds(
+    adata: AnnData, tokens: csr_matrix, vocabulary: Vocabulary, model: Model, split_key: str | None, seed: int
+) -> tuple[Folds, float]:
+    """Take the split that was asked for; else one in `obs` whose test cells pretraining did not see, or the cells it held out.
+
+    Beside it stands which share of the test cells the model learned from after all.
+    """
     filled = np.flatnonzero(np.diff(tokens.indptr))
     if len(filled) < 2:
         raise ScbinInputError("E36", "fewer than two cells have tokens. See obs['scbin_status'].")
     folds = plan_folds(adata, filled, None, split_key, seed=seed)
-    own = adata.uns.get(_keys.UNS, {}).get(_keys.MODEL_ID) == model.fingerprint
-    stored = model.training.get("settings")
-    if not (folds.cut and split_key is None and own and isinstance(stored, dict)):
-        return folds
+    last = adata.uns.get(_keys.UNS, {}).get(_keys.MODEL_ID) == model.fingerprint
+    seen = _share_learned(tokens[folds.test], vocabulary, model, last=last)
+    if split_key is None and (folds.cut or seen >= LEAST):
+        own = _held_out(tokens, vocabulary, model, last=last)
+        if own is not None:
+            return own, 0.0
+    return folds, seen
+
+
+def _share_learned(tokens: csr_matrix, vocabulary: Vocabulary, model: Model, *, last: bool) -> float:
+    """Return which share of some cells the network learned from: all, where a model of an earlier version cannot tell."""
+    if "settings" not in model.training:  # it was not pretrained here, or not at all
+        return 0.0
+    cells = model.training.get("cells")
+    known = None if cells is None else share_seen(cells, cell_hashes(tokens, vocabulary))
+    return float(cells is None and last) if known is None else known
+
+
+def _held_out(tokens: csr_matrix, vocabulary: Vocabulary, model: Model, *, last: bool) -> Folds | None:
+    """Return the cells that pretraining held out, if these are the cells it was given."""
+    stored, cells = model.training.get("settings"), model.training.get("cells")
+    if not isinstance(stored, dict):
+        return None
     chosen = {name: stored[name] for name in ("seed", "validation_share", "validation_most") if name in stored}
     train, held_out = split(tokens, None, TrainSettings(**chosen))
-    return Folds(((train, held_out),), f"{len(held_out):,} cells held out of pretraining") if len(held_out) else folds
+    same = last if cells is None else cells == remembered_cells(tokens, vocabulary, train)
+    if not same or not len(held_out):
+        return None
+    return Folds(((train, held_out),), f"{len(held_out):,} cells held out of pretraining")
 
 
 def _seen_positions(tokens: csr_matrix, vocabulary: Vocabulary, folds: Folds) -> np.ndarray:

@@ -59,7 +59,7 @@ def _mixed(words: np.ndarray) -> np.ndarray:
 
 def remembered_cells(tokens: csr_matrix, vocabulary: Vocabulary, rows: np.ndarray) -> str:
     """Return the smallest hashes of some rows as text: a sample that depends on the cells alone, known again by anyone."""
-    hashes = np.unique(cell_hashes(tokens[rows], vocabulary))
+    hashes = np.unique(cell_hashes(tokens, vocabulary)[rows])
     return base64.b64encode(hashes[hashes > 0][:N_KEPT].astype("<u8").tobytes()).decode()
 
 
