@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from scbin._errors import ScbinInputError
 from scbin.encoding.phenotypes import age_group, age_in_years, age_labels, labels_of, token_ids, values_of
 from scbin.encoding.vocabulary import Phenotype
 
@@ -68,3 +69,30 @@ def test_token_ids():
     ids, unseen = token_ids(np.array(["b", None, "c", "a", "c"], dtype=object), phenotype)
     assert ids.tolist() == [7, 5, 5, 6, 5]
     assert unseen == {"c": 2}
+
+
+def test_what_is_no_label():
+    column = pd.Series(["none", "None", "NA", " n/a", "<NA>", "nan", "Unknown", "", None, np.nan, "nano"], dtype=object)
+    assert labels_of(column, "x").tolist() == ["none", "None", *[None] * 8, "nano"]
+
+
+@pytest.mark.parametrize(
+    ("values", "continuous"),
+    [
+        pytest.param(lambda x: pd.Categorical(x.round(3)), True, id="categories"),
+        pytest.param(lambda x: [f"{value:.4f}" for value in x], True, id="text"),
+        pytest.param(lambda x: pd.array([f"{value:.4f}" for value in x], dtype="string"), True, id="string"),
+        pytest.param(lambda x: [None, "unknown", *(f"{value:.1e}" for value in x[2:])], True, id="some_missing"),
+        pytest.param(lambda x: np.repeat([f"{value:.4f}" for value in x], 10)[: 10 * len(x)], False, id="shared"),
+        pytest.param(lambda x: pd.Categorical(np.array([0.1, 0.5, 1.0])[np.arange(200) % 3]), False, id="doses"),
+        pytest.param(lambda x: [str(k) for k in range(len(x))], False, id="whole_names"),
+        pytest.param(lambda x: [f"c{value:.4f}" for value in x], False, id="names"),
+    ],
+)
+def test_measurements_are_told_from_classes_as_text_too(values, continuous):
+    column = pd.Series(values(np.random.default_rng(0).random(200)))
+    if not continuous:
+        assert None not in labels_of(column, "x")
+        return
+    with pytest.raises(ScbinInputError, match="I42"):
+        labels_of(column, "x")

@@ -119,6 +119,12 @@ def test_donors_on_both_sides_are_pointed_out(ready, trained):
     ("code", "x", "arguments"),
     [
         ("F12", np.linspace(0, 1, 60), {"target": "x"}),
+        (
+            "F12.*60 different numbers, from 0 to 59.59",
+            pd.Categorical(np.arange(60) + np.arange(60) / 100),
+            {"target": "x"},
+        ),
+        ("F12", [f"{x:.3f}" for x in np.arange(60) / 7], {"target": "x"}),
         ("F13", "one", {"target": "x"}),
         ("F13", "unknown", {"target": "x"}),
         ("F18", ["old"] * 60, {"target": "x", "kind": "number"}),
@@ -151,6 +157,15 @@ def test_what_cannot_be_learned_is_refused_and_nothing_written(ready, trained, u
     with pytest.raises((ScbinInputError, ScbinTypeError), match=code):
         scbin.tl.finetune(ready, trained[1], **{"split_key": "donor_id", **FIT, **arguments})
     then.check()
+
+
+def test_none_is_a_class_and_what_is_no_label_is_named(ready, trained):
+    ready.obs["treatment"] = np.array(["none", "IFN"])[np.arange(60) % 2]
+    model = scbin.tl.finetune(ready, trained[1], target="treatment", split_key="donor_id", **FIT)
+    assert model.head.targets[0].classes == ("IFN", "none")
+    ready.obs["treatment"] = np.array(["NA", "IFN"])[np.arange(60) % 2]
+    with pytest.raises(ScbinInputError, match=r"F13.*No label are: 'NA' \(\d\d\)"):
+        scbin.tl.finetune(ready, trained[1], target="treatment", split_key="donor_id", **FIT)
 
 
 def test_words_among_numbers_are_shown_as_they_are(ready, trained):

@@ -13,11 +13,17 @@ from scbin._errors import ScbinInputError, count
 if TYPE_CHECKING:
     from scbin.encoding.vocabulary import Phenotype
 
-MISSING = frozenset({"", "unknown", "nan", "none", "na", "n/a", "<na>"})
+MISSING = frozenset(
+    {"", "unknown", "nan", "na", "n/a", "<na>"}
+)  # in any case; "none" is a label, as in untreated cells
 COLUMNS = {"age": ("age", "development_stage"), "cell_type": ("cell_type",), "sex": ("sex",)}  # CELLxGENE names
 AGE_COLUMNS = ("development_stage", "age")
 LONGEST = 512
 MOST_NUMBERS = 200
+_FEW_NUMBERS, _FEW_CELLS = (
+    20,
+    5,
+)  # of text or categories: doses may have fractions, but they are few, or cells share them
 ORDINALS = {
     word: k + 1
     for k, word in enumerate(
@@ -34,20 +40,19 @@ AgeBins = Literal["text", "10", "20"]
 def labels_of(column: pd.Series, name: str) -> np.ndarray:
     """Return the labels of a column as text (cells,), None where the label is missing.
 
-    Names, never codes, so unused categories do not matter; 1 and 1.0 are both "1". Numbers with fractions or of more than 200
-    kinds are refused: they are measurements.
+    Names, never codes, so unused categories do not matter; 1 and 1.0 are both "1". Missing are NaN and what :func:`is_missing`
+    says. Numbers with fractions or of more than 200 kinds are refused: they are measurements. Text and categories may be numbers,
+    but not with fractions and a kind of its own for every few cells.
     """
     values = column.astype(object).to_numpy(dtype=object)
     codes, distinct = pd.factorize(values, use_na_sentinel=True)
     texts = np.array([text_of(value) for value in distinct] + [None], dtype=object)
-    if pd.api.types.is_numeric_dtype(column.dtype) and not pd.api.types.is_bool_dtype(column.dtype):
-        numbers = pd.to_numeric(pd.Series(distinct), errors="coerce").dropna().to_numpy(dtype=np.float64)
-        if len(numbers) > MOST_NUMBERS or (numbers != np.rint(numbers)).any():
-            raise ScbinInputError(
-                "I42",
-                f"{name!r} looks continuous ({count(len(numbers), 'different number')}). Cut it into categories, for example with "
-                "pandas.cut, or use regression.",
-            )
+    if _looks_continuous(column, distinct, texts, int((codes >= 0).sum())):
+        raise ScbinInputError(
+            "I42",
+            f"{name!r} looks continuous ({count(len(distinct), 'different number')}). Cut it into categories, for example with "
+            "pandas.cut, or use regression.",
+        )
     long = [text for text in texts if text is not None and len(text) > LONGEST]
     if long:
         raise ScbinInputError(
@@ -56,8 +61,19 @@ def labels_of(column: pd.Series, name: str) -> np.ndarray:
     return texts[codes]
 
 
+def _looks_continuous(column: pd.Series, distinct: np.ndarray, texts: np.ndarray, n_cells: int) -> bool:
+    if pd.api.types.is_numeric_dtype(column.dtype) and not pd.api.types.is_bool_dtype(column.dtype):
+        numbers = pd.to_numeric(pd.Series(distinct), errors="coerce").dropna().to_numpy(dtype=np.float64)
+        return len(numbers) > MOST_NUMBERS or bool((numbers != np.rint(numbers)).any())
+    known = [text for text in texts if text is not None]
+    if len(known) <= _FEW_NUMBERS or (n_cells >= _FEW_CELLS * len(known) and len(known) <= MOST_NUMBERS):
+        return False
+    numbers = pd.to_numeric(pd.Series(known), errors="coerce").to_numpy(dtype=np.float64)
+    return bool(np.isfinite(numbers).all() and (numbers != np.rint(numbers)).any())
+
+
 def is_missing(text: str) -> bool:
-    """Return whether a text stands for a label that is not there."""
+    """Return whether a text stands for a label that is not there: `""`, "unknown", "nan", "na", "n/a" or "<NA>", in any case."""
     return text.strip().lower() in MISSING
 
 

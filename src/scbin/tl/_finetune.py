@@ -114,7 +114,7 @@ def finetune(
         network whose gene embeddings come from the data. Default: the one trained on these cells.
     target
         Column of `obs` (with `level="gene"` of `var`), several of them, or `{column: weight in the loss}`. Cells without a
-        label (NaN, `""`, `"unknown"`) are left out.
+        label are left out: NaN, and `""`, `"unknown"`, `"nan"`, `"na"`, `"n/a"` and `"<NA>"` in any case.
     kind
         `"class"`, or `"number"` for a column to be predicted as a number, such as an age; also by column.
     level

@@ -14,7 +14,7 @@ from scbin._anndata import read_obs, warn
 from scbin._arguments import plain
 from scbin._errors import ScbinInputError, ScbinTypeError, count
 from scbin.encoding.genes import clean_names, match_genes
-from scbin.encoding.phenotypes import MISSING, labels_of, values_of
+from scbin.encoding.phenotypes import MISSING, is_missing, labels_of, values_of
 from scbin.nn.heads import Target
 
 if TYPE_CHECKING:
@@ -100,7 +100,9 @@ def read_cells(
         return _numbers(column, name, usable, learning, weight)
     texts = _texts(column, name)
     known = np.array([text is not None for text in texts])
-    codes, classes = _classes(texts, name, "cell", known & usable & learning, fewest)
+    codes, classes = _classes(
+        texts, name, "cell", known & usable & learning, fewest, _unlabelled(column[usable & learning])
+    )
     values = np.where(usable & (codes >= 0), codes, np.nan)
     return Labels(Target(name, "class", classes), values, weight, int((~known & usable).sum()))
 
@@ -121,7 +123,7 @@ def read_genes(
             f"none of the genes that the model knows has a label in adata.var[{name!r}]. Tokenize with the genes you mean "
             "(n_genes, mask_var), or pass gene_key= with the column that holds their names.",
         )
-    codes, classes = _classes(texts, name, "gene", known, fewest)
+    codes, classes = _classes(texts, name, "gene", known, fewest, _unlabelled(column))
     return Labels(Target(name, "gene", classes), np.where(codes >= 0, codes, np.nan), weight, int((~known).sum()))
 
 
@@ -154,15 +156,23 @@ def _texts(column: pd.Series, name: str) -> np.ndarray:
     except ScbinInputError as error:
         if error.code != "I42":
             raise
+        numbers = pd.to_numeric(pd.Series(column.astype(object).unique()), errors="coerce").dropna()
         raise ScbinInputError(
             "F12",
-            f"{name!r} looks continuous: {column.nunique():,} different numbers, from {column.min():g} to {column.max():g}. "
+            f"{name!r} looks continuous: {len(numbers):,} different numbers, from {numbers.min():g} to {numbers.max():g}. "
             f"Learn it as a number, kind='number', or cut it into classes first, for example with pandas.cut.",
         ) from error
 
 
+def _unlabelled(column: pd.Series) -> str:
+    """Say which texts of a column count as no label."""
+    counts = column.dropna().astype(str).value_counts()
+    words = [f"{text!r} ({n:,})" for text, n in counts.items() if is_missing(str(text))]
+    return f" No label are: {', '.join(words)}; rename what is meant as a class." if words else ""
+
+
 def _classes(
-    texts: np.ndarray, name: str, unit: Literal["cell", "gene"], learning: np.ndarray, fewest: int
+    texts: np.ndarray, name: str, unit: Literal["cell", "gene"], learning: np.ndarray, fewest: int, unlabelled: str
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Return the place of each label among the classes, -1 where it is none of them, and the classes."""
     names, counts = np.unique(texts[learning].astype(str), return_counts=True)
@@ -174,7 +184,7 @@ def _classes(
         raise ScbinInputError(
             "F13",
             f"telling classes apart needs two or more; {name!r} has {found} among the {learning.sum():,} labelled {unit}s to "
-            f"learn from.{missing if len(sizes) > len(classes) else ''} Name another column, or add {unit}s of another class.",
+            f"learn from.{missing if len(sizes) > len(classes) else ''}{unlabelled} Name another column, or add {unit}s of another class.",
         )
     rare = [f"{text!r} ({sizes[text]})" for text in classes if sizes[text] < _FEW]
     if rare:
@@ -199,7 +209,9 @@ def _classes(
 def _numbers(column: pd.Series, name: str, usable: np.ndarray, learning: np.ndarray, weight: float) -> Labels:
     numbers = pd.to_numeric(column.astype(object), errors="coerce").to_numpy(dtype=np.float64)
     texts = [None if pd.isna(value) else str(value).strip().lower() for value in column.astype(object)]
-    wrong = sorted({text for text, x in zip(texts, numbers, strict=True) if text is not None and np.isnan(x)} - MISSING)
+    wrong = sorted(
+        {text for text, x in zip(texts, numbers, strict=True) if text is not None and np.isnan(x)} - MISSING - {"none"}
+    )
     if wrong:
         raise ScbinInputError(
             "F18",
