@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
+from scbin._errors import ScbinInputError
 from scbin.data.masking import EVALUATION, MaskingScheme, epoch_order, mask_rows, split_pack, task_names
 from scbin.encoding.bins import Bins
 from scbin.encoding.vocabulary import Vocabulary
@@ -222,3 +226,44 @@ def test_order_of_an_epoch():
     cells = np.array([5, 9, 2, 7])
     assert sorted(epoch_order(cells, 0, 0)) == [2, 5, 7, 9]
     assert np.array_equal(epoch_order(cells[::-1], 0, 3), epoch_order(cells, 0, 3))
+
+
+@pytest.mark.parametrize(
+    ("code", "changes"),
+    [
+        ("A02", {"random_from": "vocab"}),
+        ("A02", {"phenotype_drop_as": "remove"}),
+        ("A02", {"zero_swap_pool": "absnt"}),
+        ("A02", {"attend_zeros": "mask"}),
+        ("A02", {"loss_positions": None}),
+        ("A01", {"mask_specials": "no"}),
+        ("A01", {"gene_mask_prob": "0.1"}),
+        ("A01", {"phenotype_mask_prob": None}),
+        ("A01", {"zero_targets": "1"}),
+        ("A01", {"nonzero_ratio": True}),
+        ("T06", {"gene_mask_prob": float("nan")}),
+        ("T06", {"nonzero_ratio": 1.5}),
+        ("T06", {"zero_targets": -1}),
+        ("T07", {"replacement": (0.5, 0.5)}),
+        ("T07", {"replacement": (2, -1, 0)}),
+        ("T07", {"replacement": "all"}),
+        ("T07", {"replacement": 1.0}),
+        ("T07", {"replacement": (float("nan"), 0.5, 0.5)}),
+        ("T07", {"chosen": (-1,)}),
+        ("T07", {"chosen": (0.5,)}),
+        ("T07", {"chosen": 4}),
+        ("T07", {"chosen": None}),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(code, changes):
+    with pytest.raises(ScbinInputError, match=next(iter(changes))) as caught:
+        MaskingScheme(**changes)
+    assert caught.value.code == code
+
+
+def test_numbers_of_numpy_are_as_good_as_others():
+    scheme = MaskingScheme(
+        np.float32(0.5), mask_specials=np.bool_(True), replacement=np.array([1, 0, 0]), chosen=np.array([4, 7])
+    )
+    assert scheme == MaskingScheme(0.5, mask_specials=True, replacement=(1, 0, 0), chosen=(4, 7))
+    assert json.loads(json.dumps(asdict(scheme)))["chosen"] == [4, 7]

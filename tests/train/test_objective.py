@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,7 @@ from scbin.nn.bert import build_bert, encode_pack
 from scbin.train.distributed import World
 from scbin.train.objective import MaskedLoss, Objective
 from scbin.train.step import Stepper, prepare_share, private_generators
+from scbin.train.terms import Denoising
 
 
 def dense_losses(bert, pack, targets, n_tasks, loss):
@@ -147,3 +151,79 @@ def test_parts_equal_the_whole_by_finite_differences(small):
 def test_unknown_tasks_are_refused(small):
     with pytest.raises(ScbinInputError, match="T40"):
         Objective(small.vocabulary, loss=MaskedLoss(task_weights={"age": 1.0}))
+
+
+def test_what_a_run_is_known_by_holds_nothing_that_another_machine_computes_otherwise(small):
+    """A run that started on one kind of processor goes on on another, where sums differ in their last digits."""
+    targets = np.random.default_rng(0).normal(size=(100, 8))
+    weights = np.random.default_rng(1).random(small.vocabulary.n_tokens)
+    told = [
+        Objective(
+            small.vocabulary,
+            cell_terms=[Denoising(targets * shake, 0.5)],
+            token_weights=weights * shake,
+            origin={"gene_table": "svd"},
+        ).describe()
+        for shake in (1.0, 1 + 1e-6)
+    ]
+    assert told[0] == told[1]
+    other = Objective(small.vocabulary, cell_terms=[Denoising(targets, 0.4)], origin={"gene_table": "svd"}).describe()
+    assert other != told[0]
+
+
+@pytest.mark.parametrize(
+    ("code", "changes"),
+    [
+        ("A02", {"kind": "ordnal"}),
+        ("A02", {"over": "vocab"}),
+        ("A02", {"kind": None}),
+        ("A01", {"label_smoothing": "0.1"}),
+        ("A01", {"sigma": None}),
+        ("T68", {"label_smoothing": 2.0}),
+        ("T68", {"label_smoothing": float("nan")}),
+        ("T68", {"sigma": 0}),
+        ("T68", {"sigma": float("inf")}),
+        ("A01", {"class_weights": [1, 2]}),
+        ("A01", {"class_weights": {"sex": "ab"}}),
+        ("A01", {"class_weights": {"sex": [1, "2"]}}),
+        ("T68", {"class_weights": {"sex": [1, -1]}}),
+        ("T68", {"class_weights": {"sex": np.zeros(2)}}),
+        ("A01", {"task_weights": None}),
+        ("A01", {"task_weights": {"genes": "1"}}),
+        ("T68", {"task_weights": {"genes": -1.0}}),
+        ("T68", {"task_weights": {"genes": np.nan}}),
+    ],
+)
+def test_a_loss_that_cannot_be_meant_is_refused(code, changes):
+    with pytest.raises(ScbinInputError, match=next(iter(changes))) as caught:
+        MaskedLoss(**changes)
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("encoding", ["rank", "bins", "gene_bins"])
+def test_class_weights_of_another_length_are_refused(encoding):
+    _, v = data(encoding)
+    sizes = {"genes": 12 if encoding == "rank" else 4, "sex": 2, "specials": v.n_tokens}
+    for task, size in sizes.items():
+        Objective(v, loss=MaskedLoss(class_weights={task: np.ones(size)}))
+        with pytest.raises(ScbinInputError, match=rf"T69.*{task}.* has {size + 1} weights.* has {size} values"):
+            Objective(v, loss=MaskedLoss(class_weights={task: [1.0] * (size + 1)}))
+
+
+def test_smoothing_that_nothing_would_be_smoothed_by_is_refused():
+    _, v = data("bins")
+    loss = MaskedLoss("ordinal", label_smoothing=0.3)
+    Objective(v, loss=loss)  # the phenotype has it
+    with pytest.raises(ScbinInputError, match=r"T41.*label_smoothing"):
+        Objective(Vocabulary.build("bins", v.genes, bins=v.bins), loss=loss)
+
+
+def test_a_loss_of_numbers_of_numpy_is_kept_as_plain_ones():
+    loss = MaskedLoss(
+        np.str_("ordinal"),
+        sigma=np.float32(0.5),
+        class_weights={"genes": np.ones(2)},
+        task_weights={"genes": np.int64(2)},
+    )
+    assert loss == MaskedLoss("ordinal", sigma=0.5, class_weights={"genes": (1.0, 1.0)}, task_weights={"genes": 2.0})
+    assert json.loads(json.dumps(asdict(loss)))["class_weights"] == {"genes": [1.0, 1.0]}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from scbin._arguments import choices, flags, numbers, plain, shown
 from scbin._errors import ScbinInputError
 from scbin.data._mask_kernel import hash_uniform, mask_kernel
 from scbin.data.packing import Pack, plan_packs, take_rows
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
 EVALUATION = -1
 """The epoch of evaluation masks, which depend on (seed, cell) alone."""
 
+_CHOICES = {
+    "random_from": ("group", "vocabulary"),
+    "phenotype_drop_as": ("removed", "pad"),
+    "zero_swap_pool": ("unexpressed", "absent"),
+    "attend_zeros": ("all", "masked", "seed"),
+    "loss_positions": ("masked", "all"),
+}
 _ATTEND = {"all": 0, "masked": 1, "seed": 2}
 
 
@@ -87,19 +95,38 @@ class MaskingScheme:
     chosen: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("gene_mask_prob", "phenotype_mask_prob", "phenotype_drop", "zero_swap"):
-            _check_share(name, getattr(self, name))
-        if self.nonzero_ratio is not None:
-            _check_share("nonzero_ratio", self.nonzero_ratio)
-        if len(self.replacement) != 3 or min(self.replacement) < 0 or abs(sum(self.replacement) - 1) > 1e-6:
-            raise ScbinInputError("T07", f"replacement is {self.replacement}; it needs three shares that sum to 1.")
+        for item in fields(self):
+            object.__setattr__(self, item.name, plain(getattr(self, item.name)))
+        choices(_CHOICES, **{name: getattr(self, name) for name in _CHOICES})
+        flags(mask_specials=self.mask_specials)
+        shares = ("gene_mask_prob", "phenotype_mask_prob", "phenotype_drop", "zero_swap")
+        numbers(**{name: getattr(self, name) for name in shares})
+        numbers(optional=True, zero_targets=self.zero_targets, nonzero_ratio=self.nonzero_ratio)
+        for name in (*shares, *(() if self.nonzero_ratio is None else ("nonzero_ratio",))):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ScbinInputError("T06", f"{name} is {getattr(self, name)}; a probability lies between 0 and 1.")
         if self.zero_targets is not None and not 0 <= self.zero_targets <= 100:
             raise ScbinInputError("T06", f"zero_targets is {self.zero_targets}; it needs a number from 0 to 100.")
+        replacement, chosen = _numbers(self.replacement), _numbers(self.chosen)
+        if replacement is None or len(replacement) != 3 or min(replacement) < 0 or abs(sum(replacement) - 1) > 1e-6:
+            raise ScbinInputError(
+                "T07", f"replacement is {shown(self.replacement)}; it needs three shares that sum to 1."
+            )
+        if chosen is None or any(place != int(place) or place < 0 for place in chosen):
+            raise ScbinInputError("T07", f"chosen is {shown(self.chosen)}; it needs positions, whole numbers from 0.")
+        object.__setattr__(self, "replacement", replacement)
+        object.__setattr__(self, "chosen", tuple(int(place) for place in chosen))
 
 
-def _check_share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ScbinInputError("T06", f"{name} is {value}; a probability lies between 0 and 1.")
+def _numbers(values: Any) -> tuple[float, ...] | None:
+    """Return a list or array of finite numbers as plain ones, or `None` for anything else."""
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        return None
+    if array.ndim != 1 or array.dtype.kind not in "iuf" or not np.isfinite(array).all():
+        return None
+    return tuple(array.astype(np.float64).tolist())
 
 
 @dataclass(frozen=True, eq=False)

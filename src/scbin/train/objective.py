@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from scbin._arguments import choices, instances, numbers, plain, shown
 from scbin._errors import ScbinInputError
 from scbin.data.masking import MaskingScheme, Targets, epoch_order, mask_rows, task_names
 from scbin.nn.attention import Layout, pack_layout, to_device
@@ -18,13 +20,16 @@ from scbin.nn.losses import binary_cross_entropy, cross_entropy, gaussian_ordina
 from scbin.nn.pooling import pool
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from scipy.sparse import csr_matrix
     from transformers import BertForMaskedLM
 
     from scbin.data.packing import Pack
     from scbin.encoding.vocabulary import Vocabulary
+
+
+_CHOICES = {"kind": ("cross_entropy", "ordinal", "binary"), "over": ("group", "vocabulary")}
 
 
 @dataclass(frozen=True)
@@ -37,15 +42,16 @@ class MaskedLoss:
         `"cross_entropy"`; `"ordinal"`: a bell over the bins, near misses cost less; `"binary"`: one logit per gene. The last
         two score genes; phenotypes keep the cross entropy.
     label_smoothing
-        Share of the target spread evenly over the group (or the vocabulary, see `over`).
+        Share of the target, from 0 to below 1, spread evenly over the group (or the vocabulary, see `over`). It belongs to the
+        cross entropy: beside `"ordinal"` and `"binary"` it concerns the phenotypes alone.
     sigma
         Width of the bell in bins.
     over
         Probabilities sum to one over the position's `"group"`, or over the whole `"vocabulary"` as in the seeds.
     class_weights
-        For a task, one weight per value of its group, such as `{"cell_type": [0.2, 1.8]}`.
+        For a task, one weight per value of its group, such as `{"cell_type": [0.2, 1.8]}`; none below 0, not all of them 0.
     task_weights
-        Weight of a position by task: `"genes"` or the name of a phenotype. Default 1.
+        Weight of a position by task, not below 0: `"genes"` or the name of a phenotype. Default 1.
 
     Examples
     --------
@@ -60,11 +66,46 @@ class MaskedLoss:
     class_weights: Mapping[str, Sequence[float]] = field(default_factory=dict)
     task_weights: Mapping[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            object.__setattr__(self, item.name, plain(getattr(self, item.name)))
+        choices(_CHOICES, kind=self.kind, over=self.over)
+        numbers(label_smoothing=self.label_smoothing, sigma=self.sigma)
+        if not 0 <= self.label_smoothing < 1:
+            raise ScbinInputError(
+                "T68", f"label_smoothing is {self.label_smoothing}; it needs to be from 0 to below 1."
+            )
+        if not 0 < self.sigma < float("inf"):
+            raise ScbinInputError("T68", f"sigma is {self.sigma}; the width of the bell is a number of bins above 0.")
+        instances(Mapping, "a dict by task", class_weights=self.class_weights, task_weights=self.task_weights)
+        by_class = {task: _weights(f"class_weights[{task!r}]", values) for task, values in self.class_weights.items()}
+        by_task = {task: _weights(f"task_weights[{task!r}]", [value])[0] for task, value in self.task_weights.items()}
+        object.__setattr__(self, "class_weights", by_class)
+        object.__setattr__(self, "task_weights", by_task)
+        for task, values in by_class.items():
+            if not any(values):
+                raise ScbinInputError(
+                    "T68", f"class_weights[{task!r}] has no weight above 0: there is nothing to learn."
+                )
+
     def check(self, vocabulary: Vocabulary) -> None:
         """Raise where the vocabulary has no such task, or none that this loss can score."""
         known = task_names(vocabulary)
         for name in {*self.class_weights, *self.task_weights} - set(known):
             raise ScbinInputError("T40", f"{name!r} is not something to predict here. There are: {', '.join(known)}.")
+        sizes = {phenotype.name: len(phenotype.values) for phenotype in vocabulary.phenotypes}
+        sizes |= {"genes": vocabulary.n_levels or vocabulary.n_gene_ids, "specials": vocabulary.n_tokens}
+        for name, weights in self.class_weights.items():
+            if len(weights) != sizes[name]:
+                raise ScbinInputError(
+                    "T69", f"class_weights[{name!r}] has {len(weights)} weights; {name} has {sizes[name]} values here."
+                )
+        if self.label_smoothing and self.kind != "cross_entropy" and not vocabulary.phenotypes:
+            raise ScbinInputError(
+                "T41",
+                f"label_smoothing belongs to the cross entropy, and here kind={self.kind!r} scores all there is to predict. "
+                "Leave one of them out.",
+            )
         if self.kind == "ordinal" and vocabulary.encoding == "rank":
             raise ScbinInputError("T41", 'kind="ordinal" needs bins that follow one another; ranked genes do not.')
         if self.kind == "binary" and vocabulary.n_levels != 2:
@@ -73,6 +114,18 @@ class MaskedLoss:
             )
         if self.over == "vocabulary" and (self.kind != "cross_entropy" or self.class_weights):
             raise ScbinInputError("T41", 'over="vocabulary" goes with plain cross entropy alone.')
+
+
+def _weights(name: str, values: Any) -> tuple[float, ...]:
+    """Return weights as plain numbers; none may be below 0."""
+    if isinstance(values, np.ndarray | torch.Tensor):
+        values = values.tolist()
+    instances((list, tuple), "a list of weights", **{name: values})
+    for value in values:
+        numbers(**{name: value})
+    if not all(0 <= value < float("inf") for value in values):
+        raise ScbinInputError("T68", f"{name} is {shown(values)}; weights are finite and not below 0.")
+    return tuple(float(value) for value in values)
 
 
 @dataclass(frozen=True, eq=False)
