@@ -340,6 +340,17 @@ def write_varm(adata: ad.AnnData, key: str, value: Any) -> None:
     _write(adata, "varm", key, value)
 
 
+def remove_own(adata: ad.AnnData, slot: str, key: str) -> None:
+    """Take `adata.<slot>[key]` away if it is there; it must be scbin's own."""
+    check_writable(adata, slot, key)
+    if key not in getattr(adata, slot):
+        return
+    make_real(adata)
+    del getattr(adata, slot)[key]
+    if not key.startswith(OWN):
+        write_uns(adata, _keys.WRITTEN, json.dumps(sorted(set(_written(adata)) - {f"{slot}/{key}"})))
+
+
 def write_uns(adata: ad.AnnData, key: str, value: Any) -> None:
     """Set `uns["scbin"][key]`."""
     make_real(adata)

@@ -130,3 +130,93 @@ def test_the_record_says_what_stands_where(tuned):
     record = json.loads(adata.uns["scbin"]["predict"])["years"]
     assert record["column"] == "years" and record["asked"] == "age" and record["kind"] == "number"
     assert scbin.get.gap_df(adata, "years")["truth"].tolist() == adata.obs["age"].tolist()
+
+
+def test_numbers_take_away_what_stood_beside_classes(tuned, trained):
+    adata, model = tuned[0].copy(), tuned[1]
+    adata.obs["age_probability"] = 1.0  # the user's own
+    for key in (None, "mine"):
+        other = adata.copy()
+        scbin.tl.predict(other, model, target="cell_type", key_added=key, **HOW)
+        name = "scbin_cell_type" if key is None else key
+        assert f"{name}_probability" in other.obsm and f"{name}_entropy" in other.obs
+        other.obs["cell_type"] = other.obs["age"]
+        number = scbin.tl.finetune(other, trained[1], target="cell_type", kind="number", max_steps=0, **HOW)
+        scbin.tl.predict(other, number, key_added=key, **HOW)
+        assert other.obs[name].dtype.kind == "f" and f"{name}_probability" not in other.obsm
+        assert set(other.obs) - set(adata.obs) == {name}
+        other.obs["mine_entropy"] = 0.0  # now it is the user's
+        if key:
+            with pytest.raises(ScbinInputError, match="I54"):
+                scbin.tl.predict(other, number, key_added=key, **HOW)
+
+
+# ---- temperatures of phenotypes --------------------------------------------------------------------------------------
+
+
+def temperature(adata, name="cell_type"):
+    return json.loads(adata.uns["scbin"]["predict"])[name]["temperature"]
+
+
+def test_phenotypes_are_calibrated_on_validation_cells_alone(trained):
+    adata, model = trained[0].copy(), trained[1]
+    scbin.tl.predict(adata, model, target="cell_type", **HOW)
+    assert temperature(adata) == 1
+    side = np.array(["train", "validation", "test"])[np.arange(60) // 3 % 3]
+    adata.obs["scbin_split"] = pd.Categorical(side)
+    raw = adata.obsm["scbin_cell_type_probability"].astype(np.float64)
+    given = adata.obs["scbin_cell_type"]
+    names = list(given.cat.categories)
+    rng = np.random.default_rng(0)  # right in two cells of three: less sure than cells of three types of their own
+    labels = np.where(rng.random(60) < 0.66, given.astype(object).fillna(names[0]), names[1])
+    adata.obs["cell_type"] = labels
+    spoiled = adata.copy()
+    spoiled.obs.loc[side == "test", "cell_type"] = names[2]
+    own = adata.copy()
+    own.obs["fold"] = own.obs.pop("scbin_split")
+    for each, how in ((adata, {}), (spoiled, {}), (own, {"split_key": "fold"})):
+        scbin.tl.predict(each, model, target="cell_type", **how, **HOW)
+    # the same by trying a grid
+    rows = np.flatnonzero((side == "validation") & np.isfinite(raw).all(axis=1))
+    truth = np.array([names.index(label) for label in labels])[rows]
+
+    def loss(t):
+        p = raw[rows] ** (1 / t)
+        return -np.log(p[np.arange(len(rows)), truth] / p.sum(axis=1)).mean()
+
+    grid = np.exp(np.linspace(-3, 3, 3001))
+    best = grid[np.argmin([loss(t) for t in grid])]
+    assert best != 1 and temperature(adata) == pytest.approx(best, rel=0.01)
+    assert temperature(spoiled) == temperature(own) == temperature(adata)
+    p = raw ** (1 / best)
+    np.testing.assert_allclose(
+        adata.obsm["scbin_cell_type_probability"], p / p.sum(axis=1, keepdims=True), rtol=1e-2, atol=1e-4
+    )
+    pd.testing.assert_series_equal(adata.obs["scbin_cell_type"], given)
+
+
+def test_scored_cells_never_calibrate(trained):
+    adata, model = trained[0].copy(), trained[1]
+    adata.obs["scbin_split"] = np.where(np.arange(60) % 2, "train", "validation")  # no test cells: all are scored
+    with pytest.warns(ScbinInputWarning, match="E16"):
+        scbin.tl.evaluate(adata, model, target="cell_type", **BARE)
+    assert temperature(adata) == 1
+    scbin.tl.predict(adata, model, target="cell_type", **HOW)
+    assert temperature(adata) != 1
+    adata.obs["fold"] = np.array(["test", "train", "validation"])[np.arange(60) % 3]
+    adata.obs["truth"] = adata.obs.pop("cell_type")
+    with pytest.warns(ScbinInputWarning, match="E17"):
+        scbin.tl.evaluate(adata, model, target="cell_type", truth_key="truth", split_key="fold", **BARE)
+    assert temperature(adata) != 1
+
+
+def test_few_or_no_labels_leave_the_temperature_alone(trained):
+    adata, model = trained[0].copy(), trained[1]
+    adata.obs["scbin_split"] = np.where(np.arange(60) < 9, "validation", "train")
+    scbin.tl.predict(adata, model, target="cell_type", **HOW)
+    assert temperature(adata) == 1
+    adata.obs["scbin_split"] = "validation"
+    for labels in (np.random.default_rng(0).random(60), "another type"):
+        adata.obs["cell_type"] = labels
+        scbin.tl.predict(adata, model, target="cell_type", **HOW)
+        assert temperature(adata) == 1

@@ -15,11 +15,13 @@ from scbin.get._evaluate import evaluate_df
 from scbin.get._predicted import read_predicted
 from scbin.get._recorded import Recorded, kind_of, predicted_targets, recorded, truth_column, truth_name
 from scbin.tl._baselines import CLASS_BASELINES, NUMBER_BASELINES
+from scbin.tl._calibrate import judges_of
 from scbin.tl._compare import baseline_scores, lessons, read_truth
 from scbin.tl._evaluate_genes import GENES, score_genes
 from scbin.tl._folds import plan_folds
 from scbin.tl._metrics import classification_scores, regression_scores
 from scbin.tl._model import resolve_model
+from scbin.tl._predict import Asked, write_answers
 from scbin.tl._seen import learned_from, warn_if_learned
 
 if TYPE_CHECKING:
@@ -161,9 +163,10 @@ def evaluate(
         taught = lessons(adata, truth, folds, reference=pair, n_genes=n_genes, layer=layer, values=values)
         scores = baseline_scores(taught, methods, truth.kind, seed=seed, f1=f1)
     if asked.model is not None:
-        from scbin.tl._predict import predict
-
-        predict(adata, asked.model, target=asked.target, **network)
+        # where the cells were cut into folds, all of them are scored: then none may say how sure the model is to be
+        judges = None if folds.cut else judges_of(adata, split_key, truth_key)
+        question = Asked(asked.model, [asked.target], tokens_key=network.pop("tokens_key"))
+        write_answers(adata, question, judges, **network)
     found = read_predicted(adata, asked.target, truth_key=truth_key, cells="all")
     return _write(adata, asked.target, {"scbin": _score(found, folds.test, f1), **scores}, folds.text)
 

@@ -15,6 +15,7 @@ from scbin._anndata import (
     check_writable,
     copied,
     read_tokens,
+    remove_own,
     write_obs,
     write_obsm,
     write_uns,
@@ -26,6 +27,7 @@ from scbin._errors import ScbinInputError, ScbinTypeError
 from scbin.get._recorded import read_record
 from scbin.nn.embedding import hide_phenotypes
 from scbin.nn.prediction import answer_cells, answer_genes, answer_phenotypes, entropy, hide_slots, shares
+from scbin.tl._calibrate import judges_of
 from scbin.tl._model import resolve_model
 from scbin.tl._seen import learned_from
 from scbin.tl._targets import gene_places
@@ -41,8 +43,25 @@ if TYPE_CHECKING:
     from scbin.model import Model
     from scbin.nn.device import Precision
     from scbin.nn.heads import Kind
+    from scbin.tl._calibrate import Judges
 
+# what stands beside the classes
+COMPANIONS = (("obs", "_probability"), ("obs", "_entropy"), ("obsm", "_probability"))
 _RESERVED = {_keys.STATUS, _keys.SPLIT}
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What is asked of which model; the fields are the arguments of `predict`."""
+
+    model: Model
+    names: list[str]
+    phenotypes: Literal["hide", "show"] = "hide"
+    jointly: bool = True
+    threshold: float | None = None
+    tokens_key: str | None = None
+    gene_key: str | None = None
+    key_added: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +84,7 @@ def predict(
     phenotypes: Literal["hide", "show"] = "hide",
     jointly: bool = True,
     threshold: float | None = None,
+    split_key: str | None = None,
     tokens_key: str | None = None,
     gene_key: str | None = None,
     device: str = "auto",
@@ -95,6 +115,11 @@ def predict(
         With `"show"` and several phenotypes: hide all of them at once, or (`False`) one at a time while the others are shown.
     threshold
         Abstain where the largest probability is less: the class is NaN then, the probabilities stay.
+    split_key
+        Column of `obs` with `"validation"` cells, by which the probabilities of phenotypes are calibrated where there is no head
+        for them: one temperature each, which changes how sure the model says it is, not which class it gives. Default:
+        `"scbin_split"`. It takes ten of these cells or more with a truth in the column of the phenotype's name; test cells are
+        never used. A head was calibrated in fine-tuning.
     tokens_key
         The slot of `obsm` with the tokens. Default: `"X_tokens"`.
     gene_key
@@ -145,25 +170,34 @@ def predict(
     """
     check_adata(adata)
     choices({"phenotypes": ("hide", "show")}, phenotypes=phenotypes)
-    texts(optional=True, key_added=key_added, gene_key=gene_key)
+    texts(optional=True, key_added=key_added, gene_key=gene_key, split_key=split_key)
     numbers(optional=True, threshold=threshold)
     whole_numbers(token_budget=token_budget)
     if threshold is not None and not 0 <= threshold <= 1:
         raise ScbinInputError("F30", f"threshold is {threshold}; a probability lies between 0 and 1.")
-    if token_budget < 1:
-        raise ScbinInputError("T30", f"token_budget is {token_budget}; it needs to be at least 1.")
     chosen = resolve_model(model, adata)
-    names = _names(target, chosen)
-    keys = _slots(adata, chosen, names, key_added)
-    tokens, vocabulary = read_tokens(adata, chosen.vocabulary, key=tokens_key)
-    how: dict[str, Any] = {"device": device, "precision": precision, "token_budget": token_budget, "progress": progress}
+    judges = judges_of(adata, split_key)
+    asked = Asked(chosen, _names(target, chosen), phenotypes, jointly, threshold, tokens_key, gene_key, key_added)
+    how = {"device": device, "precision": precision, "token_budget": token_budget, "progress": progress}
+    return write_answers(adata, asked, judges, copy=copy, **how)
+
+
+def write_answers(
+    adata: AnnData, asked: Asked, judges: Judges | None, *, copy: bool = False, **how: Any
+) -> AnnData | None:
+    """Ask the model and write what it says; without judges the probabilities of phenotypes are as the network gives them."""
+    if how["token_budget"] < 1:
+        raise ScbinInputError("T30", f"token_budget is {how['token_budget']}; it needs to be at least 1.")
+    chosen, names = asked.model, asked.names
+    keys = _slots(adata, chosen, names, asked.key_added)
+    tokens, _ = read_tokens(adata, chosen.vocabulary, key=asked.tokens_key)
     answers = [
-        *_from_head(adata, chosen, [name for name in names if _in_head(chosen, name)], tokens, gene_key, how),
-        *_from_slots(chosen, [name for name in names if not _in_head(chosen, name)], tokens, phenotypes, jointly, how),
+        *_from_head(adata, chosen, [name for name in names if _in_head(chosen, name)], tokens, asked.gene_key, how),
+        *_from_slots(adata, asked, [name for name in names if not _in_head(chosen, name)], tokens, judges, how),
     ]
     adata = copied(adata) if copy else adata
     for answer in answers:
-        _write(adata, keys[answer.name], answer, threshold)
+        _write(adata, keys[answer.name], answer, asked.threshold)
     _record(adata, answers, keys, chosen)
     return adata if copy else None
 
@@ -210,7 +244,7 @@ def _slots(adata: AnnData, model: Model, names: list[str], key_added: str | None
         if key in _RESERVED:
             raise ScbinInputError("F32", f"{key!r} already means something else; pass key_added= for {name!r}.")
         on_genes = model.head is not None and _in_head(model, name) and model.head.plan.design == "gene"
-        for slot, suffix in (("obs", ""), ("obs", "_probability"), ("obs", "_entropy"), ("obsm", "_probability")):
+        for slot, suffix in (("obs", ""), *COMPANIONS):
             check_writable(adata, slot.replace("obs", "var") if on_genes else slot, key + suffix)
     return keys
 
@@ -242,16 +276,23 @@ def _from_head(
 
 
 def _from_slots(
-    model: Model, names: list[str], tokens: csr_matrix, phenotypes: str, jointly: bool, how: dict[str, Any]
+    adata: AnnData,
+    asked: Asked,
+    names: list[str],
+    tokens: csr_matrix,
+    judges: Judges | None,
+    how: dict[str, Any],
 ) -> Iterator[Answer]:
-    vocabulary = model.vocabulary
-    together = [names] if jointly or phenotypes == "hide" else [[name] for name in names]
+    vocabulary = asked.model.vocabulary
+    together = [names] if asked.jointly or asked.phenotypes == "hide" else [[name] for name in names]
     for group in together if names else []:
-        hidden = _hidden(tokens, vocabulary, phenotypes, group)
-        logits = answer_phenotypes(model.bert, hidden, vocabulary, group, **how)
+        hidden = _hidden(tokens, vocabulary, asked.phenotypes, group)
+        logits = answer_phenotypes(asked.model.bert, hidden, vocabulary, group, **how)
         for name in group:
             slot = vocabulary.phenotype(name)
-            yield Answer(name, "phenotype", slot.values, shares(logits[name]), age_groups=slot.age_groups)
+            temperature = 1.0 if judges is None else judges.temperature(adata, slot, logits[name])
+            values = shares(logits[name], temperature)
+            yield Answer(name, "phenotype", slot.values, values, temperature, slot.age_groups)
 
 
 def _hidden(tokens: csr_matrix, vocabulary: Vocabulary, phenotypes: str, names: list[str]) -> csr_matrix:
@@ -266,6 +307,8 @@ def _write(adata: AnnData, key: str, answer: Answer, threshold: float | None) ->
     write, write_matrix = (write_var, write_varm) if on_genes else (write_obs, write_obsm)
     if answer.kind == "number":
         write(adata, key, answer.values)
+        for slot, suffix in COMPANIONS:  # of classes that went by this name before
+            remove_own(adata, slot, key + suffix)
         return
     readable = np.isfinite(answer.values).all(axis=1)
     largest = np.where(readable, np.nan_to_num(answer.values).max(axis=1), np.nan)
