@@ -71,3 +71,11 @@ def test_out_is_a_file(tmp_path, capsys):
     (tmp_path / "here").touch()
     assert main(["quickstart", "--out", str(tmp_path / "here")]) == 2
     assert "C01" in capsys.readouterr().err
+
+
+def test_a_foreign_folder_in_the_place_of_the_model_is_refused_before_training(quick, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "thesis.txt").write_text("three years")
+    assert main(["quickstart", "--out", str(tmp_path)]) == 2
+    assert "M02" in capsys.readouterr().err
+    assert not quick and (tmp_path / "model" / "thesis.txt").exists()

@@ -74,9 +74,11 @@ def _quickstart(arguments: argparse.Namespace) -> None:
     import scbin.datasets
     import scbin.pp
     import scbin.tl
+    from scbin.nn.checkpoint import replaces_model
 
     out: Path = arguments.out
     _make_folder(out)
+    replaces_model(out / "model", overwrite=True)  # raises now rather than after minutes of training
     adata = scbin.datasets.pbmc68k_reduced()
     print(f"{adata.n_obs:,} blood cells, {adata.n_vars:,} genes, {adata.obs[LABELS].nunique()} cell types")
     scbin.pp.tokenize(adata)
