@@ -186,3 +186,21 @@ def test_no_finite_row(embedded):
     embedded.obsm["X_scbin"][:] = np.nan
     with pytest.raises(ScbinInputError, match="P02"):
         scbin.pl.embedding(embedded)
+
+
+@pytest.mark.parametrize(
+    ("color", "code"), [([], "P13"), (3, "A01"), ([["cell_type"]], "A01"), (["cell_type", None], "A01")]
+)
+def test_what_is_no_colour_to_ask_for(embedded, color, code):
+    with pytest.raises(ScbinInputError, match=f"{code}.*color"):
+        scbin.pl.embedding(embedded, color=color)
+    assert "X_umap_scbin" not in embedded.obsm
+
+
+@pytest.mark.parametrize("kept", [["red", "green", "nocolor"], np.ones((3, 2)), "red!", 3])
+def test_colours_that_are_none_give_way_to_scbins_own(embedded, kept, recwarn):
+    embedded.uns["cell_type_colors"] = kept
+    ax = scbin.pl.embedding(embedded, color="cell_type")
+    drawn = [to_hex(handle.get_color()) for handle in ax.get_legend().legend_handles]
+    assert drawn == list(_style.PALETTE[:3])
+    assert [str(warning.message)[:5] for warning in recwarn] == (["[P14]"] if np.ndim(kept) else [])

@@ -6,7 +6,7 @@ import anndata as ad
 import numpy as np
 import pytest
 
-from scbin._errors import ScbinInputError
+from scbin._errors import ScbinInputWarning
 from scbin.pl import _umap
 from scbin.pl._umap import compute_umap, umap_of
 
@@ -85,9 +85,22 @@ def test_concatenated_cells_are_laid_out_again(embedded, calls):
 def test_coordinates_of_others_are_not_replaced(embedded, calls):
     embedded.obsm["X_pca"] = embedded.obsm["X_scbin"]
     embedded.obsm["X_umap_pca"] = np.ones((60, 2))
-    with pytest.raises(ScbinInputError, match=r"I54.*X_umap_pca"):
-        umap_of(embedded, "X_pca")
+    with pytest.warns(ScbinInputWarning, match=r"I54.*X_umap_pca"):
+        drawn = umap_of(embedded, "X_pca")
     assert (embedded.obsm["X_umap_pca"] == 1).all()
+    assert np.array_equal(drawn, 2 * embedded.obsm["X_pca"][:, :2])
+
+
+def test_another_basis_of_concatenated_cells_is_laid_out_again(embedded, calls):
+    embedded.obsm["X_pca"] = embedded.obsm["X_scbin"] - 1
+    umap_of(embedded, "X_pca")
+    both = ad.concat([embedded[:30], embedded[30:]])
+    with pytest.warns(ScbinInputWarning, match=r"I54.*concat"):
+        assert np.isfinite(umap_of(both, "X_pca")).all()
+    del both.obsm["X_umap_pca"]
+    umap_of(both, "X_pca")
+    umap_of(both, "X_pca")
+    assert len(calls) == 3
 
 
 def test_two_bases_side_by_side(embedded, calls):

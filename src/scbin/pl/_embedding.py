@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
@@ -9,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from scbin import _keys
-from scbin._anndata import check_adata, matrix_of
+from scbin._anndata import check_adata, matrix_of, warn
+from scbin._arguments import shown, texts
 from scbin._errors import ScbinInputError
 from scbin.pl import _style
 from scbin.pl._umap import read_embedding, umap_of
@@ -104,7 +106,7 @@ def embedding(
     check_adata(adata)
     if adata.n_obs == 0:
         raise ScbinInputError("I48", "adata has no cells: there is nothing to plot.")
-    colors = [color] if color is None or isinstance(color, str) else list(color)
+    colors = _asked(color)
     if ax is not None and len(colors) != 1:
         raise ScbinInputError(
             "P03", f"ax= takes one panel, but color= asks for {len(colors)}. Call once for each axes."
@@ -120,6 +122,23 @@ def embedding(
         _label_axes(panel, name, shown)
         _draw(panel, coordinates, shown, column, size=size, cmap=cmap, title=title)
     return axes[0] if color is None or isinstance(color, str) else axes
+
+
+def _asked(color: str | Sequence[str] | None) -> list[str] | list[None]:
+    """Return what each panel is to be coloured by."""
+    if color is None:
+        return [None]
+    if isinstance(color, str) or not isinstance(color, Iterable):
+        texts(optional=True, color=color)
+        return [str(color)]
+    colors = list(color)
+    if not colors:
+        raise ScbinInputError(
+            "P13", "color is empty: there is nothing to plot. Name a column of obs or a gene, or leave it out."
+        )
+    for item in colors:
+        texts(color=item)
+    return colors
 
 
 @dataclass(frozen=True)
@@ -157,12 +176,21 @@ def _read_color(adata: AnnData, key: str | None, layer: str | None) -> _Column:
 
 def _category_colours(adata: AnnData, key: str, categories: pd.Index) -> tuple[str, ...]:
     kept = adata.uns.get(f"{key}_colors")
-    if kept is not None and len(kept) >= len(categories):
-        return tuple(str(colour) for colour in kept[: len(categories)])
+    if isinstance(kept, list | tuple | np.ndarray) and len(kept) >= len(categories):
+        from matplotlib.colors import is_color_like
+
+        colours = tuple(str(colour) for colour in kept[: len(categories)])
+        unknown = next((colour for colour in colours if not is_color_like(colour)), None)
+        if unknown is None:
+            return colours
+        warn(
+            "P14",
+            f"adata.uns['{key}_colors'] holds {shown(unknown)}, which is no colour; {key} is drawn in scbin's own.",
+        )
     # a label that says that there is none is as grey as a missing one
     is_label = [str(name).strip().lower() not in {"", "unknown"} for name in categories]
-    colours = iter(_style.palette(sum(is_label)))
-    return tuple(next(colours) if label else _style.MISSING_COLOUR for label in is_label)
+    own = iter(_style.palette(sum(is_label)))
+    return tuple(next(own) if label else _style.MISSING_COLOUR for label in is_label)
 
 
 def _gene_values(adata: AnnData, gene: str, layer: str | None) -> np.ndarray:

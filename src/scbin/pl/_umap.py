@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scbin import _keys
-from scbin._anndata import write_obsm, write_uns
+from scbin._anndata import warn, write_obsm, write_uns
 from scbin._errors import ScbinInputError
 
 if TYPE_CHECKING:
@@ -31,11 +31,13 @@ def umap_of(adata: AnnData, basis: str, *, n_neighbors: int = 15, seed: int = 0)
         if slot in record and _belongs(kept, embedding, np.asarray(record[slot])):
             return kept
         if slot not in record and slot != _keys.UMAP:
-            raise ScbinInputError(
+            warn(
                 "I54",
-                f"adata.obsm[{slot!r}] exists and scbin did not write it, so it is not replaced. Plot it with "
-                f"basis={slot!r}, or rename it.",
+                f"adata.obsm[{slot!r}] exists and nothing says that scbin wrote it (anndata.concat drops such notes), so it is not "
+                f"replaced: the UMAP of {basis!r} is computed for this plot alone. Plot what is there with basis={slot!r}, or delete "
+                "it to have the new one kept.",
             )
+            return compute_umap(embedding, n_neighbors=n_neighbors, seed=seed)
     coordinates = compute_umap(embedding, n_neighbors=n_neighbors, seed=seed)
     write_obsm(adata, slot, coordinates)
     write_uns(adata, _keys.UMAP_RECORD, {**record, slot: _fingerprints(coordinates, embedding)})
