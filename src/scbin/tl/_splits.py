@@ -18,7 +18,7 @@ from scbin.tl._sides import Sides, named_sides, read_groups, warn_of_donors
 
 if TYPE_CHECKING:
     from anndata import AnnData
-_WITHOUT_VALIDATION = " validation_share=0 does without validation cells: training then cannot stop early."
+_WITHOUT_VALIDATION = "Pass validation_share=0 to do without validation cells (training then cannot stop early)"
 
 
 def split(
@@ -104,8 +104,8 @@ def split(
     if groups is not None and validation_share and not held_out.any():
         raise ScbinInputError(
             "F21",
-            f"testing takes all {split_key!r} but {str(own[0])!r}, so that none is left to validate on."  # type: ignore[index]
-            f"{_WITHOUT_VALIDATION}",
+            f"testing takes all {split_key!r} but {str(own[0])!r}, so that none is left to validate on. "  # type: ignore[index]
+            f"{_WITHOUT_VALIDATION}, or try another seed.",
         )
     sides = Sides(~test & ~held_out, held_out, test, groups)
     warn_of_donors(adata, sides, split_key)
@@ -140,15 +140,13 @@ def _donors(adata: AnnData, split_key: str, n_folds: int | None, validation_shar
     donors = read_groups(adata, split_key)
     n, needed = len(np.unique(donors)), max(n_folds or 2, 3 if validation_share else 2)
     if n < needed:
-        fewer = (
-            "Use fewer folds, or leave split_key out."
-            if n_folds is not None and n_folds > n
-            else "Leave split_key out."
-        )
-        without = _WITHOUT_VALIDATION if n == 2 and (n_folds or 2) == 2 else ""
+        advice = "Use fewer folds" if n_folds is not None and n_folds > n else "Name another column"
+        if n == 2 == (n_folds or 2):
+            advice = _WITHOUT_VALIDATION
         raise ScbinInputError(
             "F21",
-            f"{split_key!r} has {count(n, 'value')}; they cannot be divided into {needed} sides. {fewer}{without}",
+            f"{split_key!r} has {count(n, 'value')}; they cannot be divided into {needed} sides. {advice}, or leave split_key "
+            "out.",
         )
     return donors
 
