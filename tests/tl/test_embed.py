@@ -320,3 +320,10 @@ def test_genes_have_the_mean_of_their_tokens_vectors(trained):
             np.testing.assert_allclose(vector, np.mean(found[gene], axis=0), atol=1e-5)
         else:
             assert np.isnan(vector).all()
+
+
+def test_a_layer_has_two_numbers(ready, trained):
+    for layer, key in ((-1, "X_a"), (2, "X_b"), (np.int64(-1), "X_c")):
+        scbin.tl.embed(ready, trained[1], layer=layer, key_added=key, **ARGUMENTS)
+    assert np.array_equal(ready.obsm["X_a"], ready.obsm["X_b"], equal_nan=True)
+    assert np.array_equal(ready.obsm["X_a"], ready.obsm["X_c"], equal_nan=True)

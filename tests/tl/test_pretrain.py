@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import anndata as ad
 import numpy as np
@@ -14,6 +15,7 @@ from scipy.sparse import csr_matrix
 import scbin
 from scbin._errors import ScbinInputError, ScbinInputWarning
 from scbin.encoding.vocabulary import Vocabulary
+from scbin.nn.presets import preset as preset_named
 
 WRITTEN = ("pretrain", "pretrain_history", "model_id", "model_path")
 
@@ -370,3 +372,34 @@ def test_batches_that_cannot_be_brought_together(toy, quick, arguments, code):
         scbin.tl.pretrain(toy, **quick, **arguments)
     assert caught.value.code == code
     assert "X_scbin" not in toy.obsm
+
+
+def test_default_epochs_make_the_fewest_steps_and_the_record_says_what_was_done(toy, tmp_path):
+    scbin.pp.tokenize(toy)
+    preset = replace(
+        preset_named("tiny"), hidden_size=16, num_attention_heads=2, cells_per_step=64, epochs=1, fewest_steps=7
+    )
+    model = scbin.tl.pretrain(toy, preset=preset, cells_per_step=25, validation_share=0.2, progress=False, device="cpu")
+    assert model.training["steps"] >= 7 and model.training["steps"] < 7 + 3
+    model = scbin.tl.pretrain(toy, preset=preset, max_steps=2, epochs=50, progress=False, device="cpu")
+    assert (model.training["steps"], model.training["epochs"]) == (2, 2)
+
+
+def test_cells_of_genes_that_never_varied_have_a_vector(toy, quick):
+    x = toy.X.toarray()
+    x[:, :3] = 0
+    new = toy[:2].copy()
+    new.X = np.eye(40)[:2].astype(np.float32) * 4  # nothing but such genes
+    toy.X = x
+    scbin.pp.tokenize(toy)
+    model = scbin.tl.pretrain(toy, **quick)
+    scbin.pp.tokenize(new, like=model)
+    scbin.tl.embed(new, model, progress=False)
+    assert (new.obs["scbin_status"] == "ok").all() and np.isfinite(new.obsm["X_scbin"]).all()
+
+
+def test_cells_that_are_all_alike(toy, quick):
+    toy.X = np.tile(toy.X[0].toarray(), (60, 1))
+    scbin.pp.tokenize(toy)
+    scbin.tl.pretrain(toy, **quick)
+    assert np.isfinite(toy.obsm["X_scbin"]).all()

@@ -13,13 +13,15 @@ import threading
 import time
 from pathlib import Path
 
+import anndata as ad
 import numpy as np
+import pandas as pd
 import torch
 from tqdm import tqdm
 
+import scbin
 from scbin.nn.presets import Preset
 from scbin.train.loop import train
-from scbin.train.pretraining import Recipe, pretrain_tokens
 
 HERE = Path(__file__).parent
 
@@ -94,15 +96,23 @@ def kill(n_kills, directory):
 
 
 def pretrained(out):
-    """Every piece of pretraining: what one process computes for all, and what each computes a share of."""
-    small = toy()
-    preset = Preset(1, 16, 32, 2, hidden_dropout_prob=0.0)
-    settings = small.settings(max_steps=6, validation_share=0.2)
-    result = pretrain_tokens(small.tokens, small.vocabulary, preset, Recipe(), settings)
+    """Two verbs, one after the other: what one process computes for all, and what each computes a share of."""
+    rng = np.random.default_rng(0)
+    kind = np.arange(60) % 2
+    counts = rng.poisson(np.where(np.arange(30) % 2 == kind[:, None], 4.0, 0.5)).astype(np.float32)
+    obs = pd.DataFrame({"kind": np.array(["a", "b"])[kind]}, index=[f"cell{k}" for k in range(60)])
+    adata = ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=[f"GENE{k}" for k in range(30)]))
+    scbin.pp.tokenize(adata)
+    preset, quiet = Preset(1, 16, 32, 2, hidden_dropout_prob=0.0), {"progress": False, "device": "cpu"}
+    model = scbin.tl.pretrain(adata, preset=preset, max_steps=6, validation_share=0.2, **quiet)
+    tuned = scbin.tl.finetune(adata, model, target="kind", max_steps=3, head="mlp", **quiet)
     if os.environ.get("RANK", "0") == "0":
-        weights = torch.cat([p.detach().reshape(-1) for p in result.bert.parameters()]).numpy()
-        losses = result.history.filter(regex="^(loss|validation)").to_numpy()
-        np.savez(out, weights=weights, losses=losses, gene_weights=result.gene_weights)
+        weights = torch.cat([p.detach().reshape(-1) for p in model.bert.parameters()]).numpy()
+        losses = model.history.filter(regex="^(loss|validation)").to_numpy()
+        places, gene_weights = adata.obsm["X_scbin"], np.array(model.readout.gene_weights)
+        scbin.tl.predict(adata, tuned, **quiet)
+        answers = adata.obsm["scbin_kind_probability"]
+        np.savez(out, weights=weights, losses=losses, gene_weights=gene_weights, places=places, answers=answers)
 
 
 def distributed(out, n_steps, cells_per_step, save_dir, stop_after="0"):

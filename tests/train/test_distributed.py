@@ -43,9 +43,14 @@ def test_two_processes_learn_what_one_learns(tmp_path):
 
 
 def test_two_processes_pretrain_what_one_does(tmp_path):
-    """The gene table is made once, the targets of denoising in shares; the losses agree to 1e-6, the weights to 1e-5."""
+    """The gene table is made once, the targets of denoising in shares; the losses agree to 1e-6, the weights to 1e-5.
+
+    Fine-tuning comes after it in the same processes, which can meet only once.
+    """
     one, two = (launch(n, tmp_path / f"{n}.npz") for n in (1, 2))
     np.testing.assert_array_equal(two["gene_weights"], one["gene_weights"])
+    assert np.abs(two["places"] - one["places"]).max() < 1e-3 * one["places"].std()
+    assert np.abs(two["answers"] - one["answers"]).max() < 1e-3
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-6, abs=1e-6, nan_ok=True)
     assert np.abs(two["weights"] - one["weights"]).max() < 1e-5
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 import warnings
 
 import numpy as np
@@ -107,6 +108,27 @@ def test_ctrl_c_saves_first(small, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(small.bert(), small.objective(), small.tokens, small.settings(save_dir=tmp_path), on_step=stop)
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000002"]
+
+
+@pytest.mark.parametrize(("number", "leaves"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_during_the_last_step_is_obeyed(small, tmp_path, number, leaves):
+    def stop(row):
+        if row["step"] == 3:
+            os.kill(os.getpid(), number)
+
+    settings = small.settings(save_dir=tmp_path, max_steps=4)
+    with pytest.raises(leaves):
+        train(small.bert(), small.objective(), small.tokens, settings, on_step=stop)
+    assert (tmp_path / "step-00000004").is_dir()
+
+
+def test_the_time_of_a_step_has_no_validation_in_it(small, monkeypatch):
+    plain = loop._Run.validate
+    monkeypatch.setattr(loop._Run, "validate", lambda run: (time.sleep(0.5), plain(run))[1])
+    settings = small.settings(max_steps=4, validate_every=2, validation_share=0.2)
+    history = train(small.bert(), small.objective(), small.tokens, settings)
+    assert history["validation_genes"].notna().sum() == 2
+    assert (settings.cells_per_step / history["cells_per_second"]).max() < 0.5
 
 
 def test_other_threads_train_without_touching_signals(small, tmp_path):

@@ -61,7 +61,7 @@ def test_denoising_changes_no_targets_and_has_no_parameters(targets):
 def test_denoising_stays_finite_where_nothing_varies(value):
     term = Denoising(np.full((3, 2), value, dtype=np.float32))
     z = torch.full((3, 2), 2.0)
-    assert np.isfinite(float(term(z, z, np.arange(3)))) and np.isfinite(term.scale)
+    assert np.isfinite(float(term(z, z, np.arange(3)))) and np.isfinite(term._scale)
 
 
 @pytest.mark.parametrize("centred", [True, False])

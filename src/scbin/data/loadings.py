@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 MOST_CELLS = 20_000  # more change the leading directions little
 _CLIP = 10.0  # standard deviations, as in scanpy's scale: a gene of a few cells shall not own a direction
-_MOST_WEIGHT = 5.0  # times the median weight
+_MOST_WEIGHT, _LEAST_WEIGHT = 5.0, 1e-6  # times the median weight
 
 
 def token_expression(tokens: sp.csr_matrix, vocabulary: Vocabulary) -> sp.csr_matrix:
@@ -55,8 +55,9 @@ class Loadings:
         """
         weights = np.linalg.norm(self.table(), axis=1) * self.scale
         typical = np.median(weights[weights > 0]) if (weights > 0).any() else 1.0
-        weights = np.minimum(weights, _MOST_WEIGHT * typical)  # a gene seen in three cells shall not own them
-        return weights / max(weights.mean(), 1e-12)
+        # a gene seen in three cells shall not own them; one that never varied shall not count, unless a cell has no other
+        weights = np.clip(weights, _LEAST_WEIGHT * typical, _MOST_WEIGHT * typical)
+        return weights / weights.mean()
 
 
 def gene_loadings(

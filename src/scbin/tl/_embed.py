@@ -140,8 +140,10 @@ def embed(
         check_writable(adata, "var", _keys.N_CELLS)
     readout = chosen.readout
     pooling = pooling or readout.pooling
-    layer = readout.layer if layer is None else layer
-    projects = projection and chosen.projection is not None and (pooling, layer) == (readout.pooling, readout.layer)
+    n_states = chosen.bert.config.num_hidden_layers + 1  # -1 and the number of the last layer are one
+    layer = readout.layer if layer is None else int(layer)
+    same_state = layer % n_states == readout.layer % n_states and pooling == readout.pooling
+    projects = projection and chosen.projection is not None and same_state
     tokens = hide_phenotypes(tokens, vocabulary) if phenotypes == "hide" else tokens
     how: dict[str, Any] = {"device": device, "precision": precision, "token_budget": token_budget, "progress": progress}
     embedding = embed_tokens(chosen.bert, tokens, chosen.weights(pooling), layer=layer, **how)

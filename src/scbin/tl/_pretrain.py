@@ -215,7 +215,7 @@ def pretrain(
         projection=projection,
     )
     settings = TrainSettings(
-        epochs=chosen.epochs_for(n_cells) if epochs is None else epochs,
+        epochs=chosen.epochs if epochs is None else epochs,
         max_steps=max_steps,
         cells_per_step=chosen.cells_per_step if cells_per_step is None else cells_per_step,
         token_budget=token_budget,
@@ -237,6 +237,10 @@ def pretrain(
         tensorboard=None if tensorboard is None else Path(tensorboard),
         wandb=wandb,
     )
+    if epochs is None:
+        training, _ = split(tokens, None, settings)
+        steps_asked = replace(chosen, cells_per_step=settings.cells_per_step)
+        settings = replace(settings, epochs=steps_asked.epochs_for(len(training)))
     _warn_if_too_large(chosen, n_cells, fitting)
     result = pretrain_tokens(tokens, vocabulary, chosen, recipe, settings, cell_names=adata.obs_names, batches=batches)
     gene_weights = None if result.gene_weights is None else tuple(float(weight) for weight in result.gene_weights)
@@ -296,12 +300,12 @@ def _summary(
     preset: str | Preset, chosen: Preset, recipe: Recipe, settings: TrainSettings, result: Pretrained
 ) -> dict[str, Any]:
     """Return plain values that say how a model came about."""
-    steps = int(result.history["step"].iloc[-1]) + 1 if len(result.history) else 0
+    last = result.history.iloc[-1] if len(result.history) else {"step": -1, "epoch": -1}
     return {
         "preset": preset if isinstance(preset, str) else "custom",
         "n_cells": result.n_cells,
-        "steps": steps,
-        "epochs": settings.epochs,
+        "steps": int(last["step"]) + 1,
+        "epochs": int(last["epoch"]) + 1,
         "network": asdict(chosen),
         "recipe": asdict(recipe),
         "settings": settings.learned(),

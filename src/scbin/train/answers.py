@@ -119,7 +119,8 @@ class AnswerObjective(nn.Module):
         held_out = () if self.held_out_genes is None else (self.held_out_genes.astype(np.float64),)
         given = (*self.answers.class_weights, *self.answers.shifts)
         arrays = [*self.answers.values, *(array for array in given if array is not None), *held_out]
-        digest = hashlib.sha256(b"".join(np.ascontiguousarray(array, dtype=np.float64).tobytes() for array in arrays))
+        # rounded, because the same data give numbers on another machine that differ in their last digits
+        digest = hashlib.sha256(b"".join(np.round(array.astype(np.float64), 6).tobytes() for array in arrays))
         return {
             "head": self.head.plan.to_dict(),
             "answers": digest.hexdigest(),

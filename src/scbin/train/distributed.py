@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,31 +129,46 @@ def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
 
 def is_first_process() -> bool:
     """Whether this process is the one that writes files: the first under `torchrun`, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    if dist.is_initialized():
+        return dist.get_rank() == 0
+    return not _launched() or os.environ["RANK"] == "0"
 
 
 @contextmanager
 def joined_world(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
     """Join the processes that `torchrun` (or any launcher with its environment variables) started; else be alone.
 
-    A process group that exists already is used and left alone; one that was made here is taken down in the end.
+    A process group that exists already is used. One that is made here stays until the process ends: the processes cannot meet a
+    second time over the same address.
     """
-    mine = False
     if not dist.is_initialized():
-        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and "MASTER_ADDR" in os.environ
-        if not launched:
+        if not _launched():
             yield World()
             return
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(_local_rank() % torch.cuda.device_count())
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
-        mine = True
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    group = dist.new_group(backend="gloo", timeout=timeout)
-    try:
-        yield World(dist.get_rank(), dist.get_world_size(), local, group)
-        if mine:
-            dist.barrier(group=group)
-    finally:
-        if mine:
-            dist.destroy_process_group()
+        atexit.register(_leave)
+    whole = dist.group.WORLD
+    if whole not in _on_hosts:
+        _on_hosts.clear()  # of a group that is no more
+        _on_hosts[whole] = dist.new_group(backend="gloo", timeout=timeout)
+    world = World(dist.get_rank(), dist.get_world_size(), _local_rank(), _on_hosts[whole])
+    yield world
+    world.barrier()
+
+
+_on_hosts: dict[Any, Any] = {}  # by process group: the same processes, talking over their hosts
+
+
+def _launched() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and "MASTER_ADDR" in os.environ
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

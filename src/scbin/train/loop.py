@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from scbin.nn.attention import to_device
 from scbin.nn.device import resolve_precision
 from scbin.train.best import Best
 from scbin.train.distributed import World, joined_world
-from scbin.train.history import Board, History, peak_flops, step_flops
+from scbin.train.history import Board, History, peak_flops
 from scbin.train.memory import fit_budget, is_out_of_memory
 from scbin.train.pending import Pending
 from scbin.train.schedule import build_optimizer, learning_rate_factor, set_learning_rate
@@ -179,6 +180,7 @@ class _Run:
                     self.step += 1
                     at_rest = self.step % every == 0 or self.step == self.n_steps or self.validates()
                     if not on_gpu or at_rest:
+                        self.lap(pending)
                         validation = self.validate() if self.validates() else {}
                         self.settle(pending, board, validation)
                         pending = None
@@ -186,6 +188,11 @@ class _Run:
                             self.best.look(validation)
                     if self.step % every == 0 or self.step == self.n_steps:
                         self.save(checkpoints, identity)
+                    if at_rest:
+                        self.clock = time.perf_counter()
+            if self.world.sum_host(np.array([float(request.signal is not None)]))[0]:  # during the last step
+                self.save(checkpoints, identity)
+                request.obey()
         finally:
             board.close()
         if self.best is not None:
@@ -243,10 +250,8 @@ class _Run:
         self.budget = max(self.budget // 2, longest)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        _warn(
-            "T61",
-            f"out of memory: going on with at most {self.budget:,} tokens at once. What is learned stays the same.",
-        )
+        told = f"out of memory: going on with at most {self.budget:,} tokens at once. But for dropout, this changes nothing."
+        warnings.warn(ScbinTrainingWarning("T61", told), stacklevel=2)
 
     def update(self, losses: StepLosses) -> tuple[torch.Tensor, torch.Tensor]:
         """Clip and take the optimiser's step if loss and gradient are finite; returns the norm and whether they were."""
@@ -268,13 +273,20 @@ class _Run:
 
     # ---- the record -------------------------------------------------------------------------------------------------
 
+    def lap(self, pending: Pending) -> None:
+        """Note when the numbers of a step are there; validating and saving are no part of its time."""
+        pending.wait()
+        now = time.perf_counter()
+        pending.seconds, self.clock = now - self.clock, now
+
     def settle(self, pending: Pending | None, board: Board, validation: dict[str, float] | None = None) -> None:
         """Read the numbers of a step, one step late on a GPU, and count the steps that were not finite."""
         if pending is None:
             return
+        if not pending.seconds:
+            self.lap(pending)
+        seconds = pending.seconds
         total, norm, finite, *rest = pending.numbers.tolist()
-        now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
         losses = dict(zip(self.objective.names, rest, strict=True))
         row: dict[str, float] = {"step": pending.step, "epoch": pending.step // self.steps_per_epoch, "loss": total}
         shown = {*pending.names, *(name for name in self.objective.names if name not in self.objective.tasks)}
@@ -283,7 +295,7 @@ class _Run:
         n_cells, n_tokens = len(pending.share.cells), pending.share.n_tokens * self.world.size
         row |= {"cells_per_second": n_cells / seconds, "tokens_per_second": n_tokens / seconds}
         if self._peak is not None:
-            row["mfu"] = self.flops(pending.share) / seconds / self._peak
+            row["mfu"] = pending.share.flops(self.bert.config) / seconds / self._peak
         row |= validation or {}
         self.history.add(row)
         if self.world.is_first:
@@ -309,12 +321,6 @@ class _Run:
             f"loss or gradient was not finite in {_MOST_SKIPPED} steps in a row; none of them changed the weights. Try a "
             f"smaller learning_rate or precision='float32'. Their cells: {shown}",
         )
-
-    def flops(self, share: Share) -> float:
-        """Operations that this process's share of a step needs."""
-        lengths = np.concatenate([pack.lengths for pack, *_ in share.packs] or [np.zeros(1)]).astype(np.float64)
-        logits = sum(float((targets.stop - targets.start).sum()) for _, targets, _ in share.packs)
-        return step_flops(self.bert.config, float((lengths**2).sum()), float(lengths.sum()), logits)
 
     def validates(self) -> bool:
         """Whether the held-out cells are looked at after the steps taken so far."""
@@ -391,9 +397,3 @@ _NETWORK = (
     *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "hidden_act", "vocab_size"),
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings"),
 )
-
-
-def _warn(code: str, message: str) -> None:
-    import warnings
-
-    warnings.warn(ScbinTrainingWarning(code, message), stacklevel=3)

@@ -167,6 +167,9 @@ class Objective(nn.Module):
         Weight of each token id in a cell's vector (tokens,). Default: 1 for genes and bins, 0 for everything else.
     position_weights
         Weight of each position in it (positions,), a factor on the former. Default: 1.
+    origin
+        What the weights were computed by, as plain values. Where it is given it stands for them in `describe`: the same data give
+        weights on another machine that differ in their last digits.
 
     Examples
     --------
@@ -189,8 +192,10 @@ class Objective(nn.Module):
         cell_terms: Sequence[nn.Module] = (),
         token_weights: np.ndarray | None = None,
         position_weights: np.ndarray | None = None,
+        origin: Mapping[str, Any] | None = None,
     ):
         super().__init__()
+        self.origin = origin
         self.vocabulary, self.scheme, self.loss = vocabulary, scheme or MaskingScheme(), loss or MaskedLoss()
         self.loss.check(vocabulary)
         self.masked_weight = masked_weight
@@ -217,15 +222,17 @@ class Objective(nn.Module):
         """Return what distinguishes this objective from others, as plain values for JSON."""
         terms: list[dict[str, Any]] = []
         for term in self.cell_terms:
-            plain = {key: value for key, value in vars(term).items() if isinstance(value, (int, float, str))}
-            terms.append({**plain, "class": type(term).__name__, "training": None})
+            given = {key: value for key, value in vars(term).items() if isinstance(value, (int, float, str))}
+            given = {key: value for key, value in given.items() if key != "training" and not key.startswith("_")}
+            terms.append({**given, "class": type(term).__name__})
         weights = [np.asarray(w.cpu()).tobytes() for w in (self.token_weights, self.position_weights)]
+        hashes = [hashlib.sha256(w).hexdigest() for w in weights]
         return {
             "scheme": asdict(self.scheme),
             "loss": asdict(self.loss),
             "masked_weight": self.masked_weight,
             "cell_terms": terms,
-            "pooling_weights": [hashlib.sha256(w).hexdigest() for w in weights],
+            "pooling_weights": hashes if self.origin is None else dict(self.origin),
         }
 
     def order(self, cells: np.ndarray, seed: int, epoch: int) -> np.ndarray:

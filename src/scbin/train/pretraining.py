@@ -132,6 +132,7 @@ def pretrain_tokens(
             ),
             token_weights=weights.tokens,
             position_weights=weights.positions,
+            origin={name: getattr(recipe, name) for name in ("gene_table", "gene_table_rank", "pooling")},
         )
         history = train(bert, objective, tokens, settings, cell_names=cell_names)
         projection = None

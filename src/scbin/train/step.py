@@ -12,13 +12,14 @@ import torch
 from scbin.data.masking import split_pack
 from scbin.nn.attention import to_device
 from scbin.nn.bert import encode_pack
+from scbin.train.history import step_flops
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from scipy.sparse import csr_matrix
     from torch import Tensor, nn
-    from transformers import BertForMaskedLM
+    from transformers import BertConfig, BertForMaskedLM
 
     from scbin.data.masking import Targets
     from scbin.data.packing import Pack
@@ -36,6 +37,12 @@ class Share:
     row_counts: list[int]  # rows of each process
     n_tokens: int
     fits: bool  # whether all packs together are within the token budget
+
+    def flops(self, config: BertConfig) -> float:
+        """Operations that it needs."""
+        lengths = np.concatenate([pack.lengths for pack, *_ in self.packs] or [np.zeros(1)]).astype(np.float64)
+        logits = sum(float((targets.stop - targets.start).sum()) for _, targets, _ in self.packs)
+        return step_flops(config, float((lengths**2).sum()), float(lengths.sum()), logits)
 
 
 def prepare_share(

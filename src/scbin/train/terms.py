@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
+from scbin.nn.attention import to_device
 from scbin.nn.losses import info_nce
 
 
@@ -43,10 +43,10 @@ class Denoising(nn.Module):
         spread = float(targets[known].var(axis=0, dtype=np.float64).sum()) if known.any() else 0.0
         length = float(np.square(targets[known], dtype=np.float64).sum(axis=1).mean()) if known.any() else 0.0
         # cells that are all alike have no spread but what rounding gives them
-        self.scale = 1 / (spread if spread > 1e-9 * length else max(length, 1.0))
+        self._scale = 1 / (spread if spread > 1e-9 * length else max(length, 1.0))
         self.targets = np.nan_to_num(targets).astype(np.float32)  # on the host: as large as the data
 
     def forward(self, z_a: Tensor, z_b: Tensor, cells: np.ndarray) -> Tensor:
         """Return the loss over all cells of the step."""
-        target = torch.from_numpy(self.targets[cells]).to(z_a.device)
-        return self.scale * 0.5 * ((z_a - target).square() + (z_b - target).square()).sum(1).mean()
+        target = to_device(self.targets[cells], z_a.device)
+        return self._scale * 0.5 * ((z_a - target).square() + (z_b - target).square()).sum(1).mean()
