@@ -128,7 +128,8 @@ def pretrain(
     validation_share
         Share of the cells that are held out to report the loss on; the weights never see them.
     token_budget
-        Most tokens to go through the network at once. Lower it to save memory; what is learned stays the same.
+        Most tokens to go through the network at once. Lower it to save memory; but for the draws of dropout, what is learned
+        stays the same.
     device
         `"auto"` takes cuda, then mps, then cpu. Naming a device that is not there is an error.
     precision
