@@ -113,6 +113,12 @@ def test_a_half_understood_split_is_refused(ready, trained, untouched):
     then.check()
 
 
+def test_a_column_that_marks_one_side_is_refused():
+    with pytest.raises(ScbinInputError, match="F27.*'is_train'.*'True'"):
+        named_sides(pd.Series([True, False]), "is_train")
+    assert named_sides(pd.Series([True, False]), "treated") is None
+
+
 def test_donors_are_no_sides():
     for names in (["a", "b"], ["test", "pilot"], [np.nan, np.nan], [1, 2]):
         assert named_sides(pd.Series(names), "x") is None

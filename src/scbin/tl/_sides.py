@@ -25,6 +25,7 @@ _WORDS = {
     "validation": ("validation", "validate", "val", "valid", "dev", "development"),
     "test": ("test", "testing", "held-out", "heldout", "holdout", "hold-out"),
 }
+_IN_NAMES = ("train", "valid", "test", "held", "split")  # of a column of True and False, such as "is_train"
 _SIDE_OF = {word: side for side, words in _WORDS.items() for word in words}
 
 
@@ -58,7 +59,8 @@ def named_sides(column: pd.Series, name: str) -> np.ndarray | None:
     sides = [_SIDE_OF.get(word, "" if is_missing(word) else None) for word in words]
     if None not in sides and any(sides):
         return np.array([*sides, ""], dtype=object)[codes].astype(str)
-    if "train" in sides:
+    marks = pd.api.types.is_bool_dtype(column.dtype) and any(word in name.lower() for word in _IN_NAMES)
+    if "train" in sides or marks:
         wrong = [repr(str(value)) for value, side in zip(distinct, sides, strict=True) if side is None]
         raise ScbinInputError(
             "F27",
