@@ -121,3 +121,33 @@ def test_masked_genes_against_a_loop():
 def test_ranked_genes():
     scores = ranked_gene_scores(np.array([3, 4, 5, 6]), np.array([3, 4, 5, 0]), np.log([0.5, 0.5, 0.5, 0.5]))
     assert scores == {"n_genes": 4.0, "exact": 0.75, "log_loss": pytest.approx(np.log(2))}
+
+
+def test_area_in_a_cross_validation_goes_over_pairs_within_folds():
+    rng = np.random.default_rng(0)
+    truth, fold = rng.integers(0, 3, 90), rng.integers(0, 4, 90)
+    probability = rng.dirichlet(np.ones(3), 90)
+    areas = []
+    for k in range(3):
+        wins = [
+            float(probability[i, k] > probability[j, k])
+            for i in range(90)
+            for j in range(90)
+            if truth[i] == k != truth[j] and fold[i] == fold[j]
+        ]
+        areas.append(np.mean(wins))
+    assert roc_auc(truth, probability, fold) == pytest.approx(np.mean(areas))
+    assert roc_auc(truth, probability, np.zeros(90)) == pytest.approx(roc_auc(truth, probability))
+    # shares of the other folds: they know nothing, but pooled they are lower where the class is held out
+    shares = np.array([[np.mean(truth[fold != f] == k) for k in range(3)] for f in fold])
+    assert roc_auc(truth, shares) < 0.5 and roc_auc(truth, shares, fold) == 0.5
+    assert np.isnan(roc_auc(truth, probability, truth))
+
+
+def test_the_means_of_folds_correlate_with_nothing():
+    truth, fold = np.arange(30.0), np.arange(30) // 6
+    means = np.array([truth[fold != f].mean() for f in fold])
+    assert np.isnan(regression_scores(truth, means, fold)["pearson"])
+    assert regression_scores(truth, truth + means, fold)["pearson"] == pytest.approx(
+        np.corrcoef(truth, truth + means)[0, 1]
+    )

@@ -16,7 +16,7 @@ from scbin.tl._expression import log_normalised, variable_genes
 from scbin.tl._metrics import classification_scores, regression_scores
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from anndata import AnnData
     from scipy.sparse import csr_matrix
@@ -102,26 +102,45 @@ def lessons(
     return made
 
 
-def baseline_scores(
-    taught: Sequence[Lesson], methods: Sequence[str], kind: str, *, seed: int = 0, f1: F1 = "macro"
-) -> dict[str, dict[str, float]]:
-    """Let each method learn and answer in every fold, and score all its answers together."""
-    asked = np.concatenate([lesson.asked for lesson in taught])
-    scores = {}
-    if kind == "number":
-        for method in methods:
-            answers = [predicted_numbers(method, one.train, one.learned, one.test, seed=seed) for one in taught]
-            scores[method] = regression_scores(asked, np.concatenate(answers))
-        return scores
-    classes = np.unique(np.concatenate([asked, *(lesson.learned for lesson in taught)]))
-    truth = np.searchsorted(classes, asked)
+def baseline_answers(
+    taught: Sequence[Lesson], methods: Sequence[str], kind: str, *, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Let each method learn and answer in every fold; return numbers (cells,) or probabilities (cells, classes) in its order."""
+    classes = _classes(taught) if kind == "class" and taught else np.zeros(0)
+    answers = {}
     for method in methods:
-        parts = [
-            class_probabilities(
-                method, one.train, np.searchsorted(classes, one.learned), one.test, len(classes), seed=seed
-            )
-            for one in taught
-        ]
-        probability = np.concatenate(parts)
-        scores[method] = classification_scores(truth, probability.argmax(axis=1), probability, f1=f1)
-    return scores
+        parts = []
+        for one in taught:
+            if kind == "number":
+                parts.append(predicted_numbers(method, one.train, one.learned, one.test, seed=seed))
+            else:
+                codes = np.searchsorted(classes, one.learned)
+                parts.append(class_probabilities(method, one.train, codes, one.test, len(classes), seed=seed))
+        answers[method] = np.concatenate(parts)
+    return answers
+
+
+def baseline_scores(
+    taught: Sequence[Lesson],
+    answers: Mapping[str, np.ndarray],
+    kind: str,
+    scored: np.ndarray,
+    *,
+    f1: F1 = "macro",
+) -> dict[str, dict[str, float]]:
+    """Score the answers of all folds together, on those cells that are `scored` (cells,)."""
+    if not taught:
+        return {}
+    asked = np.concatenate([lesson.asked for lesson in taught])[scored]
+    fold = np.repeat(np.arange(len(taught)), [len(lesson.asked) for lesson in taught])[scored]
+    if kind == "number":
+        return {method: regression_scores(asked, given[scored], fold) for method, given in answers.items()}
+    truth = np.searchsorted(_classes(taught), asked)
+    return {
+        method: classification_scores(truth, given[scored].argmax(axis=1), given[scored], f1=f1, fold=fold)
+        for method, given in answers.items()
+    }
+
+
+def _classes(taught: Sequence[Lesson]) -> np.ndarray:
+    return np.unique(np.concatenate([each for lesson in taught for each in (lesson.asked, lesson.learned)]))

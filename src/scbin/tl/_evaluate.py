@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,13 +11,14 @@ import pandas as pd
 
 from scbin import _keys
 from scbin._anndata import check_adata, write_uns
-from scbin._errors import ScbinInputError
+from scbin._arguments import numbers, plain, shown, texts, whole_numbers
+from scbin._errors import ScbinInputError, ScbinTypeError
 from scbin.get._evaluate import evaluate_df
 from scbin.get._predicted import read_predicted
 from scbin.get._recorded import Recorded, kind_of, predicted_targets, recorded, truth_column, truth_name
 from scbin.tl._baselines import CLASS_BASELINES, NUMBER_BASELINES
 from scbin.tl._calibrate import judges_of
-from scbin.tl._compare import baseline_scores, lessons, read_truth
+from scbin.tl._compare import baseline_answers, baseline_scores, lessons, read_truth
 from scbin.tl._evaluate_genes import GENES, score_genes
 from scbin.tl._folds import plan_folds
 from scbin.tl._metrics import classification_scores, regression_scores
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from scbin.get._predicted import Predicted
     from scbin.model import Model
     from scbin.nn.device import Precision
+    from scbin.tl._compare import Lesson
     from scbin.tl._metrics import F1
 
 
@@ -110,7 +113,8 @@ def evaluate(
         The scores of this and earlier targets, as a `DataFrame`.
 
     For classes, averages go over the classes that scored cells have: then balanced accuracy and macro recall are the same
-    number. A cell without a prediction counts as wrong. `calibration_error` compares the probability of the class given with how
+    number. A cell without a prediction counts as wrong; of numbers such cells are left out for all methods. In a
+    cross-validation, the area under the ROC curve goes over pairs of cells of the same fold. `calibration_error` compares the probability of the class given with how
     often it is right, in 15 bins :cite:p:`guo2017`.
 
     Raises
@@ -131,6 +135,13 @@ def evaluate(
     check_adata(adata)
     if f1 not in ("macro", "seed"):
         raise ScbinInputError("E21", f"f1 is {f1!r}; choose 'macro' or 'seed'.")
+    whole_numbers(n_genes=n_genes, high_bin=high_bin, seed=seed, token_budget=token_budget)
+    numbers(gene_mask_prob=gene_mask_prob)
+    texts(optional=True, target=target, truth_key=truth_key, split_key=split_key, layer=layer)
+    n_genes, seed = plain(n_genes), plain(seed)
+    if n_genes < 1 or not 0 <= seed < 2**32:
+        name, value, least = ("n_genes", n_genes, "1") if n_genes < 1 else ("seed", seed, "0, and below 2**32")
+        raise ScbinInputError("E43", f"{name} is {value}; it needs to be at least {least}.")
     network: dict[str, Any] = {
         "tokens_key": tokens_key,
         "device": device,
@@ -158,17 +169,23 @@ def evaluate(
         known = truth_column(reference, asked.target, record, other_key)
         pair = (reference, read_truth(known, asked.target, asked.kind, record))
         folds = replace(folds, text=f"{len(folds.test):,} cells; reference: {len(pair[1].rows):,}")
-    scores = {}
+    taught: list[Lesson] = []
     if methods := _chosen_baselines(baselines, truth.kind):
         taught = lessons(adata, truth, folds, reference=pair, n_genes=n_genes, layer=layer, values=values)
-        scores = baseline_scores(taught, methods, truth.kind, seed=seed, f1=f1)
+    answers = baseline_answers(taught, methods, truth.kind, seed=seed)
     if asked.model is not None:
         # where the cells were cut into folds, all of them are scored: then none may say how sure the model is to be
         judges = None if folds.cut else judges_of(adata, split_key, truth_key)
         question = Asked(asked.model, [asked.target], tokens_key=network.pop("tokens_key"))
         write_answers(adata, question, judges, **network)
     found = read_predicted(adata, asked.target, truth_key=truth_key, cells="all")
-    return _write(adata, asked.target, {"scbin": _score(found, folds.test, f1), **scores}, folds.text)
+    scored = _scored_rows(found, folds.test)
+    rows = folds.test if pair is not None else np.concatenate([test for _, test in folds.parts])
+    scores = {"scbin": _score(found, scored, f1)}
+    scores |= baseline_scores(taught, answers, truth.kind, np.isin(rows, scored), f1=f1)
+    n_left = len(folds.test) - len(scored)
+    left_out = f", {n_left:,} without a prediction left out" if n_left else ""
+    return _write(adata, asked.target, scores, folds.text + left_out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,6 +251,10 @@ def _chosen_baselines(baselines: Sequence[str] | str, kind: str) -> tuple[str, .
         if baselines in ("all", "none"):
             return known if baselines == "all" else ()
         baselines = [baselines]
+    if not isinstance(baselines, Iterable) or not all(isinstance(name, str) for name in baselines):
+        raise ScbinTypeError(
+            "E44", f"baselines is {shown(baselines)}; pass 'all', 'none', or names among: {', '.join(known)}."
+        )
     for name in baselines:
         if name not in known:
             raise ScbinInputError("E19", f"{name!r} is not a baseline here. There are: {', '.join(known)}.")
@@ -245,6 +266,14 @@ def _trained_last(adata: AnnData, asked: _Asked) -> bool:
     trained = adata.uns.get(_keys.UNS, {}).get(_keys.MODEL_ID)
     asked_of = asked.record.model if asked.model is None else asked.model.fingerprint
     return bool(trained is not None and trained == asked_of)
+
+
+def _scored_rows(found: Predicted, test: np.ndarray) -> np.ndarray:
+    """Return the test cells that all methods are scored on: for numbers those that scbin can say something about."""
+    if found.kind == "class":
+        return test
+    answered = np.intersect1d(test, found.cells[np.isfinite(found.predicted)])
+    return answered if len(answered) else test
 
 
 def _score(found: Predicted, test: np.ndarray, f1: F1) -> dict[str, float]:

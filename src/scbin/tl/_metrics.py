@@ -27,6 +27,7 @@ def classification_scores(
     probability: np.ndarray | None = None,
     *,
     f1: F1 = "macro",
+    fold: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Score the classes given to cells.
 
@@ -44,6 +45,8 @@ def classification_scores(
     f1
         `"macro"`: mean of the F1 of the classes; `"seed"`: harmonic mean of macro precision and macro recall, as PerturbGene
         reports it.
+    fold
+        Which fold's model answered for each cell (cells,), in a cross-validation.
     """
     from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
@@ -62,34 +65,50 @@ def classification_scores(
         "macro_recall": complete,
         "macro_f1": harmonic if f1 == "seed" else float(by_class.mean()),
     }
-    return scores if probability is None else {**scores, **probability_scores(truth, probability)}
+    return scores if probability is None else {**scores, **probability_scores(truth, probability, fold)}
 
 
-def probability_scores(truth: np.ndarray, probability: np.ndarray) -> dict[str, float]:
+def probability_scores(truth: np.ndarray, probability: np.ndarray, fold: np.ndarray | None = None) -> dict[str, float]:
     """Score class probabilities (cells, classes): ROC AUC, calibration error, Brier score, log loss."""
     probability = np.asarray(probability, dtype=np.float64)
     known = np.isfinite(probability).all(axis=1)
     if not known.any():
         return dict.fromkeys(("roc_auc", "calibration_error", "brier", "log_loss"), float("nan"))
     truth, probability = np.asarray(truth)[known], probability[known]
+    fold = None if fold is None else fold[known]
     own = probability[np.arange(len(truth)), truth]
     onehot = np.eye(probability.shape[1])[truth]
     return {
-        "roc_auc": roc_auc(truth, probability),
+        "roc_auc": roc_auc(truth, probability, fold),
         "calibration_error": calibration_error(probability.max(axis=1), probability.argmax(axis=1) == truth),
         "brier": float(((probability - onehot) ** 2).sum(axis=1).mean()),
         "log_loss": float(-np.log(np.clip(own, _LEAST, 1.0)).mean()),
     }
 
 
-def roc_auc(truth: np.ndarray, probability: np.ndarray) -> float:
-    """Return the mean area under the one-vs-rest ROC curves of the classes that some cells have and others have not."""
+def roc_auc(truth: np.ndarray, probability: np.ndarray, fold: np.ndarray | None = None) -> float:
+    """Return the mean area under the one-vs-rest ROC curves of the classes that some cells have and others have not.
+
+    The area is the share of pairs of a cell of the class and another one that stand in the right order. In a cross-validation
+    pairs within a `fold` count: models of different folds have learned other frequencies, and who answered would tell the class.
+    """
+    fold = np.zeros(len(truth), dtype=np.int64) if fold is None else fold
+    areas = [_area(truth == k, probability[:, k], fold) for k in np.unique(truth)]
+    known = [area for area in areas if area is not None]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def _area(positive: np.ndarray, score: np.ndarray, fold: np.ndarray) -> float | None:
     from sklearn.metrics import roc_auc_score
 
-    classes = np.unique(truth)
-    if len(classes) < 2:
-        return float("nan")
-    return float(np.mean([roc_auc_score(truth == k, probability[:, k]) for k in classes]))
+    pairs, areas = [], []
+    for number in np.unique(fold):
+        here = fold == number
+        n_positive = int(positive[here].sum())
+        if 0 < n_positive < here.sum():
+            pairs.append(n_positive * (int(here.sum()) - n_positive))
+            areas.append(float(roc_auc_score(positive[here], score[here])))
+    return float(np.average(areas, weights=pairs)) if pairs else None
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray, *, n_bins: int = N_BINS) -> float:
@@ -100,16 +119,21 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray, *, n_bins: int 
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
 
-def regression_scores(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    """Score numbers given to cells: MAE, R2 and Pearson's r; cells without a prediction are left out and counted."""
+def regression_scores(truth: np.ndarray, predicted: np.ndarray, fold: np.ndarray | None = None) -> dict[str, float]:
+    """Score numbers given to cells: MAE, R2 and Pearson's r; cells without a prediction are left out and counted.
+
+    What gives all cells of a `fold` the same number correlates with nothing.
+    """
     from scipy.stats import pearsonr
     from sklearn.metrics import mean_absolute_error, r2_score
 
     truth, predicted = np.asarray(truth, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
     known = np.isfinite(predicted)
     truth, predicted = truth[known], predicted[known]
+    fold = np.zeros(len(truth), dtype=np.int64) if fold is None else fold[known]
     varies = len(truth) > 1 and np.ptp(truth) > 0
-    correlates = varies and np.ptp(predicted) > 1e-12 * max(1.0, float(np.abs(predicted).max()))
+    least = 1e-12 * max(1.0, float(np.abs(predicted).max(initial=0.0)))
+    correlates = varies and any(np.ptp(predicted[fold == number]) > least for number in np.unique(fold))
     return {
         "n_cells": float(len(truth)),
         "mae": float(mean_absolute_error(truth, predicted)) if len(truth) else float("nan"),
