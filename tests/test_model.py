@@ -102,6 +102,10 @@ def test_what_json_cannot_hold_is_made_plain_at_once(bare, tmp_path):
     assert json.loads(json.dumps(model.training)) == model.training
     model.save(tmp_path / "model")
     assert Model.load(tmp_path / "model").training == model.training
+    model = Model(bare.bert, bare.vocabulary, training={"loss": float("nan"), "all": [np.float32("inf"), 1.0]})
+    assert model.training == {"loss": None, "all": [None, 1.0]}
+    model.save(tmp_path / "model", overwrite=True)
+    assert Model.load(tmp_path / "model").training == model.training
     with pytest.raises(ScbinInputError, match="M19"):
         Model(bare.bert, bare.vocabulary, training={"f": object()})
 

@@ -95,7 +95,8 @@ class Model:
 
     def __post_init__(self) -> None:
         # what JSON can hold, before anyone relies on it: the same values before saving and after loading
-        self.training = json.loads(json.dumps(dict(self.training), default=_plain))
+        text = json.dumps(dict(self.training), default=_plain)
+        self.training = json.loads(text, parse_constant=lambda _: None)  # it has no NaN
 
     @property
     def config(self) -> BertConfig:

@@ -619,6 +619,12 @@ def test_a_save_that_was_killed_between_two_renames(trained, model_dir, monkeypa
 
 
 def test_a_description_too_large_to_be_read_is_not_written(trained, tmp_path, monkeypatch):
+    nested = json.loads("[" * 15 + "]" * 15)
+    with pytest.raises(ScbinModelError, match="M66"):
+        Model(trained[1].bert, trained[1].vocabulary, training={"nested": nested}).save(tmp_path / "model")
+    Model(trained[1].bert, trained[1].vocabulary, training={"nested": nested[0]}).save(tmp_path / "model")
+    assert Model.load(tmp_path / "model").training == {"nested": nested[0]}
+    shutil.rmtree(tmp_path / "model")
     monkeypatch.setattr("scbin.nn.checkpoint.MAX_JSON", 10_000)
     with pytest.raises(ScbinModelError, match="M66"):
         Model(trained[1].bert, trained[1].vocabulary, training={"note": "x" * 10_000}).save(tmp_path / "model")

@@ -21,9 +21,11 @@ from scbin.nn.files import (
 )
 from scbin.nn.limits import CONFIG_KEYS
 from scbin.nn.untrusted import (
+    MAX_DEPTH,
     MAX_JSON,
     MAX_WEIGHTS,
     check_plain,
+    depth,
     downloads,
     parse_json,
     read_config,
@@ -70,11 +72,11 @@ def write_model_directory(
     config = {key: getattr(bert.config, key) for key in CONFIG_KEYS}
     config |= {"architectures": ["BertForMaskedLM"], "model_type": "bert", "dtype": "float32"}
     text = _json_bytes(about)
-    if len(text) > MAX_JSON:
+    if len(text) > MAX_JSON or depth(about) > MAX_DEPTH:
         raise ScbinModelError(
             "M66",
-            f"what describes the model has {len(text):,} bytes as JSON, and at most {MAX_JSON:,} can be read again. Keep less in "
-            "model.training.",
+            f"what describes the model has {len(text):,} bytes as JSON in {depth(about)} levels, and at most {MAX_JSON:,} in "
+            f"{MAX_DEPTH} can be read again. Keep less in model.training.",
         )
     files: dict[str, Any] = {
         CONFIG: _json_bytes(config),

@@ -99,21 +99,21 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ScbinModelError("M08", f"{path.name} is not valid JSON for a model ({str(error)[:80]}).") from error
     if not isinstance(content, dict):
         raise ScbinModelError("M08", f"{path.name} holds a {type(content).__name__}, not an object.")
-    if _depth(content) > MAX_DEPTH:
+    if depth(content) > MAX_DEPTH:
         raise ScbinModelError("M08", f"{path.name} is nested deeper than {MAX_DEPTH} levels.")
     return content
 
 
-def _depth(content: Any) -> int:
-    """Levels of nesting; what the parser let through is shallow enough to be walked."""
-    level, depth = [content], 0
+def depth(content: Any) -> int:
+    """Return the levels of nesting; what the parser let through is shallow enough to be walked."""
+    level, n_levels = [content], 0
     while level:
-        depth += 1
+        n_levels += 1
         inner = [
             list(part.values()) if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)
         ]
         level = [item for part in inner for item in part if isinstance(item, dict | list)]
-    return depth
+    return n_levels
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
