@@ -146,6 +146,7 @@ def test_donors_on_both_sides_are_pointed_out(ready, trained):
         ("F10", None, {"target": "cell_type", "kind": None}),
         ("F26", None, {"target": "cell_type", "class_weights": {"B cell": "a"}}),
         ("F29", None, {"target": "tf", "level": "gene", "head": "mlp"}),
+        ("F40", None, {"target": "tf", "level": "gene", "sampling": "balanced"}),
         ("F33", None, {"target": "cell/type"}),
         ("F34", None, {"target": "cell_type", "lora": "yes"}),
     ],
@@ -394,3 +395,14 @@ def test_splits_that_cannot_be_are_refused(ready, untouched, code, arguments):
     with pytest.raises(ScbinInputError, match=code):
         scbin.tl.split(ready, **arguments)
     then.check()
+
+
+def test_classes_of_held_out_cells_alone_are_learned_with_balanced_weights(ready, trained):
+    del ready.obs["donor_id"]
+    ready.obs["side"] = np.where(ready.obs["cell_type"] == "monocyte", "validation", "train")
+    ready.obs.loc[ready.obs_names[:6], "side"] = "validation"
+    model = scbin.tl.finetune(ready, trained[1], target="cell_type", split_key="side", class_weights="balanced", **FIT)
+    scbin.tl.predict(ready, model, **HOW)
+    known = ready.obs["scbin_status"] == "ok"
+    given = ready.obs["scbin_cell_type"][known]
+    assert given.notna().all() and (given[ready.obs["cell_type"][known] == "monocyte"] == "monocyte").mean() > 0.8

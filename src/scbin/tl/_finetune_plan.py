@@ -148,6 +148,10 @@ def check_choices(
             f"head={head!r} reads whole cells; with level='gene' the head is linear in the vector of each gene's token. Leave "
             "head out.",
         )
+    if level == "gene" and sampling is not None:
+        raise ScbinInputError(
+            "F40", "sampling='balanced' draws cells by their class; with level='gene' use class_weights='balanced'."
+        )
     if not isinstance(lora, bool | Mapping):
         raise ScbinTypeError("F34", f"lora is {shown(lora)}; pass True, False, or a mapping for peft.LoraConfig.")
     shares = {"validation_share": validation_share, "gene_drop": gene_drop, "label_smoothing": label_smoothing}
@@ -170,7 +174,7 @@ def weights_of_classes(
     values = label.values[training] if level == "cell" else label.values
     counts = np.bincount(values[np.isfinite(values)].astype(np.int64), minlength=len(classes)).astype(np.float64)
     if class_weights == "balanced":
-        weights = np.where(counts > 0, 1 / np.maximum(counts, 1), 0.0)
+        weights = 1 / np.maximum(counts, 1)  # a class of the held-out cells alone is learned from them in the end
     elif isinstance(class_weights, str) or not hasattr(class_weights, "items"):
         raise ScbinTypeError("F26", f"class_weights is {class_weights!r}; pass 'balanced', {{class: weight}}, or None.")
     else:
