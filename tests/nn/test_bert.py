@@ -127,3 +127,11 @@ def test_devices_and_precision():
             resolve_device(name)
     with pytest.raises(ScbinInputError, match="T21"):
         resolve_precision("half", cpu, bert_config(vocabulary, "tiny"))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**70])
+def test_a_seed_beyond_the_generators(seed):
+    vocabulary = Vocabulary.build("rank", ["A", "B", "C"], max_length=8)
+    with pytest.raises(ScbinInputError, match=r"T63.*seed"):
+        build_bert(vocabulary, "tiny", seed=seed)
+    build_bert(vocabulary, "tiny", seed=np.int64(2**63 - 1))

@@ -76,6 +76,8 @@ def build_bert(
     >>> build_bert(vocabulary, "tiny", hidden_size=32).config.hidden_size
     32
     """
+    if not 0 <= seed < 2**63:
+        raise ScbinInputError("T63", f"seed is {seed}; it needs to be a whole number from 0 to below 2**63.")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(seed))
         return BertForMaskedLM(bert_config(vocabulary, name, **overrides))
