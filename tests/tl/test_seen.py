@@ -173,3 +173,17 @@ def test_models_that_remember_nothing_are_told_by_their_fingerprint(many, quick)
     many.obs["side"] = np.where(np.arange(240) % 2, "train", "test")
     with pytest.warns(ScbinInputWarning, match=r"E42.*100%"):
         genes(many, model, split_key="side")
+
+
+def test_where_too_few_cells_are_asked_to_tell_they_may_have_been_seen(toy, quick, monkeypatch):
+    monkeypatch.setattr("scbin.tl._seen.N_KEPT", 1)
+    scbin.pp.tokenize(toy, phenotypes=["cell_type"])
+    model = scbin.tl.pretrain(toy, **quick)
+    hashes = cell_hashes(toy.obsm["X_tokens"], model.vocabulary)
+    later = np.ones(60, dtype=bool)
+    later[np.argsort(hashes)[:20]] = False  # beyond the only hash that is kept nothing is known
+    toy.obs["side"] = np.where(later, "test", "train")
+    assert share_seen(model.training["cells"], hashes[later]) is None
+    with pytest.warns(ScbinInputWarning, match="E42"):
+        genes(toy, model, split_key="side")
+    assert codes(lambda: scbin.tl.evaluate(toy, model, target="cell_type", split_key="side", **BARE)) == ["E17"]

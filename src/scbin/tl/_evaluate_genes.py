@@ -98,12 +98,11 @@ def _folds(
 
 
 def _share_learned(tokens: csr_matrix, vocabulary: Vocabulary, model: Model, *, last: bool) -> float:
-    """Return which share of some cells the network learned from: all, where a model of an earlier version cannot tell."""
+    """Return which share of some cells the network learned from: where it cannot tell, all if it was trained last on them."""
     if "settings" not in model.training:  # it was not pretrained here, or not at all
         return 0.0
-    cells = model.training.get("cells")
-    known = None if cells is None else share_seen(cells, cell_hashes(tokens, vocabulary))
-    return float(cells is None and last) if known is None else known
+    known = share_seen(model.training.get("cells"), cell_hashes(tokens, vocabulary))
+    return float(last) if known is None else known
 
 
 def _held_out(tokens: csr_matrix, vocabulary: Vocabulary, model: Model, *, last: bool) -> Folds | None:

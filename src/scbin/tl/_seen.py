@@ -121,22 +121,23 @@ def warn_if_learned(
     """
     found = _tokens_of(adata, folds.test, tokens_key)
     hashes = np.zeros(0, dtype=np.uint64) if found is None else cell_hashes(*found)
-    tuned, shown = (share_seen(learned.get(what), hashes) or 0.0 for what in ("finetuning", "pretraining"))
-    if folds.cut and (own or max(tuned, 0.0 if "finetuning" in learned else shown) >= LEAST):
+    tuned, shown = (share_seen(learned.get(what), hashes) for what in ("finetuning", "pretraining"))
+    taught = (tuned if "finetuning" in learned else shown) or 0.0
+    if folds.cut and (own or taught >= LEAST):
         warn(
             "E16",
             f"the model learned from these cells, and no split says which it did not see: its score says how well it remembers "
             f"{target!r}. Call scbin.tl.split before fine-tuning, or pass split_key=.",
         )
-    elif tuned >= LEAST:
+    elif tuned is not None and tuned >= LEAST:
         warn(
             "E16",
             f"the model learned {target!r} from about {tuned:.0%} of the cells it is scored on: its score says in part how well "
             "it remembers them. Score it by the split that it was fine-tuned with, or fine-tune it by this one.",
         )
     elif found is not None and _carried(*found, target, truth, folds.test):
-        forgotten = learned.get("pretraining") == "" and _keys.PRETRAIN in adata.uns.get(_keys.UNS, {})
-        if shown >= LEAST or forgotten:
+        unknown = shown is None and "pretraining" in learned and _keys.PRETRAIN in adata.uns.get(_keys.UNS, {})
+        if unknown or (shown is not None and shown >= LEAST):
             warn(
                 "E17",
                 f"the tokens of test cells carry their {target!r}, and a model was pretrained on these cells: it may have "
