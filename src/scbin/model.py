@@ -27,7 +27,6 @@ from scbin.nn.description import (
     thinned,
 )
 from scbin.nn.embedding import pooling_weights
-from scbin.nn.files import recovered
 from scbin.nn.hub import local_directory
 from scbin.nn.published import read_geneformer
 from scbin.nn.published_bins import read_perturbgene, read_polygene
@@ -195,7 +194,7 @@ class Model:
         ScbinModelError
             If the directory is not a whole and sound model, or the hub does not have it.
         """
-        path = recovered(local_directory(path, revision))
+        path = local_directory(path, revision)
         bert, about = read_model_directory(path)
         known = {"format", "vocabulary", "readout", "training", "history"}
         if about.get("format") != FORMAT or set(about) - {"projection", "head", "decoder"} != known:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from scbin._errors import ScbinInputError, ScbinModelError
 from scbin.nn.checkpoint import ALLOWED
+from scbin.nn.files import recovered
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
@@ -17,7 +18,7 @@ def local_directory(path: str | os.PathLike[str], revision: str | None) -> Path:
 
     Nothing is fetched without a revision, so that a misspelt path never becomes a request to a server.
     """
-    directory = Path(path)
+    directory = Path(path) if revision is not None else recovered(Path(path))
     hub_id = path if isinstance(path, str) and HUB_ID.fullmatch(path) else None
     if revision is not None and (hub_id is None or os.path.lexists(directory)):
         what = "a path on this machine" if os.path.lexists(directory) else "no 'owner/name' of the hub"
