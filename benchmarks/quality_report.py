@@ -179,7 +179,8 @@ def _picture(rows: pd.DataFrame, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(rows.sort_values("n_cells", ascending=False)["set"]))
-    batched = [name for name in reversed(names) if rows.loc[rows["set"] == name, "mixing"].notna().any()]
+    told = rows[rows["method"].isin(["Harmony", "scVI, batch_key", "scbin, batch_key"])]  # of the batches
+    batched = [name for name in reversed(names) if told.loc[told["set"] == name, "mixing"].notna().any()]
     heights = [1.2 + 0.5 * len(names), *([3.1] if batched else [])]
     with plt.rc_context(_STYLE):
         figure = plt.figure(figsize=(11.5, sum(heights)), layout="constrained")
