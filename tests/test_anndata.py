@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from scbin._anndata import check_writable, read_obs, read_tokens, write_obs, write_obsm, write_uns
-from scbin._errors import ScbinInputError
+from scbin._errors import ScbinInputError, ScbinTypeError
 from scbin.pp import iter_tokens, tokenize
 
 
@@ -52,6 +52,8 @@ def test_read_obs_names_the_closest(toy: ad.AnnData):
     assert read_obs(toy, "sex").tolist()[:2] == ["male", "female"]
     with pytest.raises(ScbinInputError, match="'cell_type'"):
         read_obs(toy, "celltype")
+    with pytest.raises(ScbinTypeError, match="A01.*one name"):
+        read_obs(toy, ["sex"])
 
 
 def test_foreign_keys_are_not_replaced(toy: ad.AnnData):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from anndata.abc import CSCDataset, CSRDataset
 from scipy import sparse
 
 from scbin import _keys
-from scbin._arguments import texts
+from scbin._arguments import shown, texts
 from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinTypeError, count
 from scbin._sparse import DiskRows, check_columns, check_offsets, check_structure
 from scbin.encoding.vocabulary import Vocabulary
@@ -61,6 +61,8 @@ def check_adata(adata: object) -> ad.AnnData:
 
 def read_obs(adata: ad.AnnData, key: str) -> pd.Series:
     """Return the column `key` of obs; if there is none, name the closest ones."""
+    if not isinstance(key, Hashable):
+        raise ScbinTypeError("A01", f"{shown(key)} is no name of a column of adata.obs; pass one name.")
     if key in adata.obs.columns:
         return adata.obs[key]
     names = [str(name) for name in adata.obs.columns]
