@@ -13,7 +13,7 @@ from scbin._errors import ScbinInputError
 from scbin.encoding.vocabulary import CLS
 from scbin.nn.attention import to_device
 from scbin.nn.pooling import pool
-from scbin.nn.reading import each_pack
+from scbin.nn.reading import hidden_packs, products_in
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
     from transformers import BertForMaskedLM
 
-    from scbin.data.packing import Pack
     from scbin.encoding.vocabulary import Vocabulary
-    from scbin.nn.attention import Layout
     from scbin.nn.reading import How
 
 Pooling = Literal["weighted", "mean", "cls"]
@@ -89,19 +87,17 @@ def mean_gene_vectors(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean of each gene's vectors over the cells that have its token (genes, hidden), and how many have (genes,).
 
-    NaN for genes that no cell has. The further parameters are those of `each_pack`.
+    NaN for genes that no cell has. The further parameters are those of `hidden_packs`.
     """
     n_genes = len(vocabulary.genes)
     sums = torch.zeros(n_genes, bert.config.hidden_size, dtype=torch.float64)
     counts = np.zeros(n_genes, dtype=np.int64)
 
-    def add(pack: Pack, hidden: torch.Tensor, layout: Layout) -> None:
+    for _, pack, _, hidden in hidden_packs(bert, tokens, what="embedding genes", **how):
         at = np.flatnonzero(vocabulary.is_gene_token(pack.input_ids))
         genes = vocabulary.genes_at(pack.input_ids[at], pack.position_ids[at])
         sums.index_add_(0, torch.from_numpy(genes), hidden[to_device(at, hidden.device)].double().cpu())
-        np.add(counts, np.bincount(genes, minlength=n_genes), out=counts)
-
-    each_pack(bert, tokens, add, what="embedding genes", **how)
+        counts += np.bincount(genes, minlength=n_genes)
     means = np.where(counts[:, None] > 0, sums.numpy() / np.maximum(counts, 1)[:, None], np.nan)
     return means.astype(np.float32), counts
 
@@ -120,15 +116,14 @@ def embed_tokens(bert: BertForMaskedLM, tokens: csr_matrix, weights: Weights, **
     weights
         Weight of each token in the mean over its row, from `pooling_weights`.
     how
-        Of `each_pack`.
+        Of `hidden_packs`.
     """
     result = np.full((tokens.shape[0], bert.config.hidden_size), np.nan, dtype=np.float32)
     totals = np.add.reduceat(np.append(weights.of(tokens.data, tokens.indices), 0), tokens.indptr[:-1])
     has_vector = totals > 0  # reduceat gives an empty row its neighbour's value, but there is nothing to read in it
-
-    def add(pack: Pack, hidden: torch.Tensor, layout: Layout) -> None:
+    mixed = products_in(how.get("precision", "float32"), how.get("device", "auto"), bert)
+    for rows, pack, layout, hidden in hidden_packs(bert, tokens, kept=has_vector, what="embedding", **how):
         own = to_device(weights.of(pack.input_ids, pack.position_ids), hidden.device)
-        result[pack.cells] = pool(hidden, layout, own).cpu().numpy()
-
-    each_pack(bert, tokens, add, rows=has_vector, what="embedding", **how)
+        with torch.inference_mode(), mixed:
+            result[rows] = pool(hidden, layout, own).cpu().numpy()
     return result

@@ -8,59 +8,23 @@ import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
-from tqdm.auto import tqdm
 
-from scbin.data.packing import make_pack, plan_packs
-from scbin.nn.attention import pack_layout, to_device
-from scbin.nn.bert import encode_pack, logits_at
-from scbin.nn.device import resolve_device, resolve_precision
+from scbin.nn.attention import to_device
+from scbin.nn.bert import logits_at
+from scbin.nn.device import resolve_device
 from scbin.nn.heads import evidence, gene_values
+from scbin.nn.reading import hidden_packs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from scipy.sparse import csr_matrix
-    from torch import Tensor
     from transformers import BertForMaskedLM
 
-    from scbin.data.packing import Pack
     from scbin.encoding.vocabulary import Vocabulary
-    from scbin.nn.attention import Layout
     from scbin.nn.device import Precision
     from scbin.nn.embedding import Weights
     from scbin.nn.heads import Head
-
-
-def hidden_packs(
-    bert: BertForMaskedLM,
-    tokens: csr_matrix,
-    *,
-    layer: int = -1,
-    device: str = "auto",
-    precision: Precision = "float32",
-    token_budget: int = 32_768,
-    progress: bool = False,
-    what: str = "predicting",
-) -> Iterator[tuple[np.ndarray, Pack, Layout, Tensor]]:
-    """Yield rows, their pack, its layout and its hidden states (T, H); rows without tokens are left out.
-
-    The network is on the device, without gradients, for the time of the iteration.
-    """
-    target = resolve_device(device)
-    dtype = resolve_precision(precision, target, bert.config)
-    home, was_training = bert.device, bert.training
-    bert.to(target).eval()  # type: ignore[arg-type]
-    try:
-        packs = plan_packs(np.diff(tokens.indptr), token_budget)
-        for rows in tqdm(packs, desc=what, unit="pack", disable=not progress or len(packs) < 2):
-            pack = make_pack(tokens, rows)
-            layout = pack_layout(pack.cu_seqlens, target)
-            input_ids, position_ids = to_device(pack.input_ids, target), to_device(pack.position_ids, target)
-            with torch.inference_mode(), torch.autocast(target.type, dtype, enabled=dtype != torch.float32):
-                hidden = encode_pack(bert, input_ids, position_ids, layout, layer)
-            yield rows, pack, layout, hidden
-    finally:
-        bert.to(home).train(was_training)  # type: ignore[arg-type]
 
 
 def answer_cells(

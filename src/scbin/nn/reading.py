@@ -14,7 +14,7 @@ from scbin.nn.bert import encode_pack
 from scbin.nn.device import resolve_device, resolve_precision
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
 
     from scipy.sparse import csr_matrix
     from torch import Tensor
@@ -35,54 +35,59 @@ class How(TypedDict, total=False):
     progress: bool
 
 
-def each_pack(
+def hidden_packs(
     bert: BertForMaskedLM,
     tokens: csr_matrix,
-    use: Callable[[Pack, Tensor, Layout], None],
     *,
-    rows: np.ndarray | None = None,
+    kept: np.ndarray | None = None,
     layer: int = -1,
     device: str = "auto",
     precision: Precision = "float32",
     token_budget: int = 32_768,
     progress: bool = False,
-    what: str = "embedding",
-) -> None:
-    """Let a network read all rows, and hand on the hidden states of each pack of them.
+    what: str = "predicting",
+) -> Iterator[tuple[np.ndarray, Pack, Layout, Tensor]]:
+    """Yield rows, their pack, its layout and its hidden states (T, H); rows without tokens are left out.
+
+    The network is on the device, without gradients, for the time of the iteration.
 
     Parameters
     ----------
     bert
-        The network; it is on the device afterwards only for the time of the call.
+        The network.
     tokens
         Token matrix.
-    use
-        Called with each pack, its hidden states (T, hidden) and its layout.
-    rows
-        Which rows are read (cells,). Default: all.
+    kept
+        Whether each row is read (cells,). Default: all are.
     layer
         Whose hidden states: -1 the last, -2 the one before, 0 the embeddings.
     device, precision
         Where, and in which precision of the matrix products.
     token_budget
         Most tokens to go through the network at once.
-    progress
-        Show a progress bar.
-    what
-        Its text.
+    progress, what
+        Whether a progress bar is shown, and its text.
     """
     target = resolve_device(device)
-    dtype = resolve_precision(precision, target, bert.config)
-    lengths = np.diff(tokens.indptr) if rows is None else np.where(rows, np.diff(tokens.indptr), 0)
+    lengths = np.diff(tokens.indptr) if kept is None else np.where(kept, np.diff(tokens.indptr), 0)
+    mixed = products_in(precision, device, bert)
     home, was_training = bert.device, bert.training
     bert.to(target).eval()  # type: ignore[arg-type]
     try:
-        with torch.inference_mode(), torch.autocast(target.type, dtype, enabled=dtype != torch.float32):
-            packs = plan_packs(lengths, token_budget)
-            for chosen in tqdm(packs, desc=what, unit="pack", disable=not progress or len(packs) < 2):
-                pack = make_pack(tokens, chosen)
-                layout = pack_layout(pack.cu_seqlens, target)
-                input_ids, position_ids = to_device(pack.input_ids, target), to_device(pack.position_ids, target)
-                use(pack, encode_pack(bert, input_ids, position_ids, layout, layer), layout)
+        packs = plan_packs(lengths, token_budget)
+        for rows in tqdm(packs, desc=what, unit="pack", disable=not progress or len(packs) < 2):
+            pack = make_pack(tokens, rows)
+            layout = pack_layout(pack.cu_seqlens, target)
+            input_ids, position_ids = to_device(pack.input_ids, target), to_device(pack.position_ids, target)
+            with torch.inference_mode(), mixed:
+                hidden = encode_pack(bert, input_ids, position_ids, layout, layer)
+            yield rows, pack, layout, hidden
     finally:
         bert.to(home).train(was_training)  # type: ignore[arg-type]
+
+
+def products_in(precision: Precision, device: str, bert: BertForMaskedLM) -> torch.autocast:
+    """Return the context in which matrix products are computed in a precision."""
+    target = resolve_device(device)
+    dtype = resolve_precision(precision, target, bert.config)
+    return torch.autocast(target.type, dtype, enabled=dtype != torch.float32)
