@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from scbin.get._recorded import Recorded
 
-SHARES = ("train", "validation", "test")
 Cells = Literal["auto", "test", "all"]
 
 

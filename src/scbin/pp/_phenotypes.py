@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 def phenotype_columns(adata: AnnData, phenotypes: Any, vocabulary: Vocabulary | None) -> dict[str, str]:
     """Return {category: obs column}: as asked, or, for a vocabulary, the columns of its own names that exist."""
     if phenotypes is None and vocabulary is not None:
-        names = {p.name: AGE_COLUMNS if p.name == "age" else (p.name,) for p in vocabulary.phenotypes}
-        there = {name: [column for column in columns if column in adata.obs.columns] for name, columns in names.items()}
-        return {name: columns[-1] for name, columns in there.items() if columns}
+        found = {p.name: own_column(adata, p.name) for p in vocabulary.phenotypes}
+        return {name: column for name, column in found.items() if column is not None}
     if isinstance(phenotypes, str):
         phenotypes = [phenotypes]
     if not hasattr(phenotypes, "items"):
@@ -34,6 +33,13 @@ def phenotype_columns(adata: AnnData, phenotypes: Any, vocabulary: Vocabulary | 
         for name in phenotypes:
             vocabulary.phenotype(name)
     return dict(phenotypes)
+
+
+def own_column(adata: AnnData, name: str) -> str | None:
+    """Return the column of obs that goes by the name of a category, None where there is none."""
+    columns = AGE_COLUMNS if name == "age" else (name,)
+    there = [column for column in columns if column in adata.obs.columns]
+    return there[-1] if there else None
 
 
 def age_widths(columns: Mapping[str, str], asked: Literal[10, 20] | None, given: Vocabulary | None) -> dict[str, int]:

@@ -10,9 +10,9 @@ import numpy as np
 from scbin import _keys
 from scbin._anndata import read_obs
 from scbin._errors import ScbinInputError
-from scbin.encoding.phenotypes import AGE_COLUMNS
 from scbin.get._recorded import Recorded, true_labels
 from scbin.nn.prediction import calibrated
+from scbin.pp._phenotypes import own_column
 from scbin.tl._sides import named_sides
 
 if TYPE_CHECKING:
@@ -39,14 +39,12 @@ class Judges:
     def _classes(self, adata: AnnData, phenotype: Phenotype) -> np.ndarray:
         """Return the true value of each cell as its place among those of the phenotype (cells,), -1 where there is none."""
         unknown = np.full(adata.n_obs, -1, dtype=np.int64)
-        own = AGE_COLUMNS[::-1] if phenotype.name == "age" else (phenotype.name,)
-        named = own if self.truth_key is None else (self.truth_key,)
-        there = [name for name in named if name in adata.obs.columns]
-        if not there or not self.validation.any():
+        column = own_column(adata, phenotype.name) if self.truth_key is None else self.truth_key
+        if column is None or column not in adata.obs.columns or not self.validation.any():
             return unknown
         how = Recorded("", phenotype.name, "class", phenotype.values, age_groups=phenotype.age_groups)
         try:
-            labels = true_labels(read_obs(adata, there[0]), there[0], how)
+            labels = true_labels(read_obs(adata, column), column, how)
         except ScbinInputError:  # a column of that name that holds no labels
             return unknown
         place = {value: k for k, value in enumerate(phenotype.values)}

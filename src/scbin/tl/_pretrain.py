@@ -238,8 +238,8 @@ def pretrain(
         tensorboard=None if tensorboard is None else Path(tensorboard),
         wandb=wandb,
     )
+    training, _ = split(tokens, None, settings)
     if epochs is None:
-        training, _ = split(tokens, None, settings)
         steps_asked = replace(chosen, cells_per_step=settings.cells_per_step)
         settings = replace(settings, epochs=steps_asked.epochs_for(len(training)))
     _warn_if_too_large(chosen, n_cells, fitting)
@@ -251,7 +251,7 @@ def pretrain(
         Readout(pooling, gene_weights=gene_weights if pooling == "weighted" else None),
         {
             **_summary(preset, chosen, recipe, settings, result),
-            "cells": remembered_cells(tokens, vocabulary, split(tokens, None, settings)[0]),
+            "cells": remembered_cells(tokens, vocabulary, training),
         },
         result.history,
         decoder=result.decoder,
