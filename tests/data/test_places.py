@@ -5,7 +5,7 @@ import pytest
 
 import scbin
 from scbin._anndata import read_tokens
-from scbin.data.places import across_batches, places, with_neighbors
+from scbin.data.places import across_batches, places, shared_and_own
 
 
 @pytest.fixture
@@ -20,21 +20,55 @@ def two_batches():
     return scores, kinds, batches
 
 
-def test_neighbours_equal_the_matrix_written_out():
-    scores = np.random.default_rng(0).normal(size=(30, 4))
+def test_shared_and_own_equal_the_matrices_written_out():
+    scores = np.random.default_rng(0).normal(size=(300, 4))
     distances = np.linalg.norm(scores[:, None] - scores[None], axis=2)
     near = np.argsort(distances, axis=1)[:, 1:6]
-    graph = np.eye(30, dtype=bool)
+    graph = np.eye(300, dtype=bool)
     for cell, others in enumerate(near):
         graph[cell, others] = graph[others, cell] = True
     walk = graph / graph.sum(axis=1, keepdims=True)
-    expected = 0.15 * scores + 0.35 * walk @ scores + 0.5 * walk @ walk @ scores
-    np.testing.assert_allclose(with_neighbors(scores, 5), expected, atol=1e-12)
+    shared = 0.15 * scores + 0.35 * walk @ scores + 0.5 * walk @ walk @ scores
+    own = (scores - shared) / (scores - shared).std(axis=0)
+    around = np.linalg.norm(shared[:, None] - shared[None], axis=2)
+    length = 2 * np.median(np.sort(around, axis=1)[:, 6])  # a fiftieth of 300
+    expected = np.hstack([shared, length * own / np.linalg.norm(own, axis=1, keepdims=True)])
+    np.testing.assert_allclose(shared_and_own(scores, 5), expected, atol=1e-9)
 
 
-def test_few_cells_have_few_neighbours():
-    assert with_neighbors(np.ones((1, 3))).shape == (1, 3)
-    np.testing.assert_allclose(with_neighbors(np.array([[0.0], [2.0]])).mean(), 1.0)
+@pytest.mark.parametrize("n_cells", [1, 2, 20, 1200])
+def test_all_cells_have_as_much_of_their_own(n_cells):
+    lying = shared_and_own(np.random.default_rng(1).gamma(1.0, size=(n_cells, 3)))
+    assert lying.shape == (n_cells, 6)
+    lengths = np.linalg.norm(lying[:, 3:], axis=1)
+    np.testing.assert_allclose(lengths, lengths[0], rtol=1e-9)
+    assert (lengths > 0).all() or n_cells == 1
+
+
+def test_cells_that_are_all_alike_lie_together():
+    np.testing.assert_allclose(shared_and_own(np.ones((30, 3)))[:, :3], 1.0)
+    np.testing.assert_allclose(np.ptp(shared_and_own(np.ones((30, 3))), axis=0), 0.0, atol=1e-6)
+
+
+def test_the_own_part_joins_kinds_and_makes_no_hubs():
+    """Two kinds, each along a line and with noise: neighbours come from further along it, and none is everybody's."""
+    from sklearn.neighbors import NearestNeighbors
+
+    rng = np.random.default_rng(0)
+    kinds = np.repeat([0, 1], 300)
+    scores = rng.normal(size=(600, 12)) * rng.gamma(4, 0.25, size=(600, 1))
+    scores[:, 0] += 12 * kinds
+    scores[:, 1] += np.tile(np.linspace(0, 6, 300), 2)
+    lying = shared_and_own(scores)
+
+    def around(places):
+        return NearestNeighbors(n_neighbors=15).fit(places).kneighbors(return_distance=False)
+
+    both, shared, raw = around(lying), around(lying[:, :12]), around(scores)
+    assert (kinds[both] == kinds[:, None]).all()
+    along = np.arange(600)[:, None]
+    assert np.abs(both - along).mean() > 1.1 * np.abs(shared - along).mean()
+    assert np.bincount(both.ravel(), minlength=600).std() < 0.7 * np.bincount(raw.ravel(), minlength=600).std()
 
 
 def test_kinds_that_batches_share_come_together_and_others_stay(two_batches):

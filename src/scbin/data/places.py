@@ -1,4 +1,4 @@
-"""Where cells lie by what the data alone say: leading components, drawn together with neighbours, brought together over batches."""
+"""Where cells lie by what the data alone say: among their neighbours, and across batches, along the leading components."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ if TYPE_CHECKING:
     from scbin.encoding.vocabulary import Vocabulary
 
 N_COMPONENTS = 30
-N_NEIGHBORS = 10
+N_NEIGHBORS = 15
 _SCALING = 0.85  # between genes as loud as they are and genes all alike
 _SHARES = (0.15, 0.35, 0.5)  # of the cell itself, its neighbours, and their neighbours
+_OWN, _AROUND = 2.0, 0.02  # how long a cell's own part is, in distances to the nearest fiftieth of all cells
+_MEASURED = 500  # cells from which that distance is known well enough
 _MUTUAL, _ANCHORS, _ROUNDS = 20, 80, 5  # many anchors: a way that cells of a kind share, not that of one of them
 
 
 def places(
     tokens: sp.csr_matrix, vocabulary: Vocabulary, batches: np.ndarray | None = None, *, seed: int = 0
 ) -> np.ndarray:
-    """Return where cells lie (cells, components), the leading components first.
+    """Return where cells lie (cells, 2 components), what they share with others first.
 
-    Principal components of partly standardised expression. Without batches each cell is drawn towards its neighbours; with
-    batches, cells that find each other across them are.
+    Principal components of partly standardised expression, cells of different batches brought together if asked for; then
+    what each cell shares with its neighbours, and beside it what it has for itself.
 
     Parameters
     ----------
@@ -41,24 +43,43 @@ def places(
     loadings = gene_loadings(tokens, vocabulary, N_COMPONENTS, scaling=_SCALING, seed=seed)
     scores = loadings.scores(token_expression(tokens, vocabulary))
     scores = scores - scores.mean(axis=0)
-    return with_neighbors(scores) if batches is None else across_batches(scores, batches)
+    return shared_and_own(scores if batches is None else across_batches(scores, batches))
 
 
-def with_neighbors(scores: np.ndarray, n_neighbors: int = N_NEIGHBORS) -> np.ndarray:
-    """Return each cell's place averaged with those of its nearest neighbours, and of theirs.
+def shared_and_own(scores: np.ndarray, n_neighbors: int = N_NEIGHBORS) -> np.ndarray:
+    """Return what each cell shares with its neighbours, and beside it what it has for itself (cells, 2 components).
 
-    What two cells of a kind differ in is mostly which molecules happened to be counted; it goes, and what kinds differ in
-    stays. The weights were chosen by measurement: more of it makes tighter groups that are further apart, and splits them.
+    What two cells of a kind differ in is mostly which molecules happened to be counted. In the average over neighbours, and
+    theirs, it goes, and what kinds differ in stays. Alone, that makes each kind a thin sheet, which clustering cuts into pieces.
+    So what a cell differs in from the average stands in columns of its own, where it blurs no border between kinds; and
+    with the same length for all cells, so that none is everybody's neighbour for having little of it.
 
     Examples
     --------
-    >>> with_neighbors(np.array([[0.0], [1.0], [10.0], [11.0]]), n_neighbors=1).ravel()
-    array([ 0.425,  0.575, 10.425, 10.575])
+    >>> places = shared_and_own(np.array([[0.0], [1.0], [10.0], [11.0]]), n_neighbors=1)
+    >>> places.round(3)
+    array([[ 0.425, -0.3  ],
+           [ 0.575,  0.3  ],
+           [10.425, -0.3  ],
+           [10.575,  0.3  ]])
     """
     step = _walk(scores, min(n_neighbors, len(scores) - 1))
     once = step @ scores
-    own, near, far = _SHARES
-    return own * scores + near * once + far * (step @ once)
+    itself, near, far = _SHARES
+    shared = itself * scores + near * once + far * (step @ once)
+    own = scores - shared
+    own /= np.maximum(own.std(axis=0), 1e-12)
+    own /= np.maximum(np.linalg.norm(own, axis=1, keepdims=True), 1e-12)
+    return np.hstack([shared, _OWN * _reach(shared, n_neighbors) * own])
+
+
+def _reach(places: np.ndarray, n_neighbors: int) -> float:
+    """Return how far the nearest fiftieth of all cells lies around a cell, and no fewer than its neighbours: the median."""
+    from sklearn.metrics import pairwise_distances
+
+    farthest = min(max(int(_AROUND * len(places)), n_neighbors), len(places) - 1)
+    some = places[:: -(-len(places) // _MEASURED)]
+    return float(np.median(np.partition(pairwise_distances(some, places), farthest, axis=1)[:, farthest]))
 
 
 def _walk(scores: np.ndarray, n_neighbors: int) -> sp.csr_matrix:
