@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from scbin.encoding.vocabulary import Vocabulary
 
 N_COMPONENTS = 30
-N_NEIGHBORS = 15
+N_NEIGHBORS = 10
 _SCALING = 0.85  # between genes as loud as they are and genes all alike
-_SHARES = (0.15, 0.35, 0.5)  # of the cell itself, its neighbours, and their neighbours
+_NEAR, _FAR = 0.4, 0.6  # shares of the neighbours and of their neighbours, the cell itself among both
 _OWN, _AROUND = 2.0, 0.02  # how long a cell's own part is, in distances to the nearest fiftieth of all cells
 _MEASURED = 500  # cells from which that distance is known well enough
 _MUTUAL, _ANCHORS, _ROUNDS = 20, 80, 5  # many anchors: a way that cells of a kind share, not that of one of them
@@ -56,19 +56,18 @@ def shared_and_own(scores: np.ndarray, n_neighbors: int = N_NEIGHBORS) -> np.nda
 
     Examples
     --------
-    >>> places = shared_and_own(np.array([[0.0], [1.0], [10.0], [11.0]]), n_neighbors=1)
-    >>> places.round(3)
-    array([[ 0.425, -0.3  ],
-           [ 0.575,  0.3  ],
-           [10.425, -0.3  ],
-           [10.575,  0.3  ]])
+    >>> shared_and_own(np.array([[0.0], [1.0], [3.0], [20.0], [21.0], [23.0]]), n_neighbors=1).round(2)
+    array([[ 0.75, -1.  ],
+           [ 1.3 , -1.  ],
+           [ 1.8 ,  1.  ],
+           [20.75, -1.  ],
+           [21.3 , -1.  ],
+           [21.8 ,  1.  ]])
     """
     step = _walk(scores, min(n_neighbors, len(scores) - 1))
     once = step @ scores
-    itself, near, far = _SHARES
-    shared = itself * scores + near * once + far * (step @ once)
+    shared = _NEAR * once + _FAR * (step @ once)
     own = scores - shared
-    own /= np.maximum(own.std(axis=0), 1e-12)
     own /= np.maximum(np.linalg.norm(own, axis=1, keepdims=True), 1e-12)
     return np.hstack([shared, _OWN * _reach(shared, n_neighbors) * own])
 
