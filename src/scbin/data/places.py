@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 N_COMPONENTS = 30
 N_NEIGHBORS = 10
 _SCALING = 0.85  # between genes as loud as they are and genes all alike
-_NEAR, _FAR = 0.4, 0.6  # shares of the neighbours and of their neighbours, the cell itself among both
+_FAR = 0.6  # share of the neighbours' neighbours in the average; the rest is the neighbours', the cell itself among them
 _OWN, _AROUND = 2.0, 0.02  # how long a cell's own part is, in distances to the nearest fiftieth of all cells
 _MEASURED = 500  # cells from which that distance is known well enough
 _MUTUAL, _ANCHORS, _ROUNDS = 20, 80, 5  # many anchors: a way that cells of a kind share, not that of one of them
@@ -64,9 +64,10 @@ def shared_and_own(scores: np.ndarray, n_neighbors: int = N_NEIGHBORS) -> np.nda
            [21.3 , -1.  ],
            [21.8 ,  1.  ]])
     """
-    step = _walk(scores, min(n_neighbors, len(scores) - 1))
+    n_neighbors = min(n_neighbors, len(scores) // 5)  # of few cells the neighbours' neighbours would be all
+    step = _walk(scores, n_neighbors)
     once = step @ scores
-    shared = _NEAR * once + _FAR * (step @ once)
+    shared = once + _FAR * (step @ once - once)
     own = scores - shared
     own /= np.maximum(np.linalg.norm(own, axis=1, keepdims=True), 1e-12)
     return np.hstack([shared, _OWN * _reach(shared, n_neighbors) * own])
