@@ -166,7 +166,7 @@ class Model:
         }
         parts: dict[str, Mapping[str, torch.Tensor]] = {}
         if self.projection is not None:
-            about["projection"], parts[PROJECTION] = {"width": self.projection.width}, _as_tensors(self.projection)
+            about["projection"], parts[PROJECTION] = self.projection.describe(), _as_tensors(self.projection)
         if self.head is not None:
             about["head"] = self.head.plan.to_dict()
             parts[HEAD] = {name: tensor.detach() for name, tensor in self.head.state_dict().items()}

@@ -31,7 +31,7 @@ def test_shared_and_own_equal_the_matrices_written_out():
     shared = 0.4 * walk @ scores + 0.6 * walk @ walk @ scores
     own = scores - shared
     around = np.linalg.norm(shared[:, None] - shared[None], axis=2)
-    length = 2 * np.median(np.sort(around, axis=1)[:, 6])  # a fiftieth of 300
+    length = 1.6 * np.median(np.sort(around, axis=1)[:, 6])  # a fiftieth of 300
     expected = np.hstack([shared, length * own / np.linalg.norm(own, axis=1, keepdims=True)])
     np.testing.assert_allclose(shared_and_own(scores, 5), expected, atol=1e-9)
 

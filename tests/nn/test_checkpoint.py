@@ -489,10 +489,13 @@ def test_a_vocabulary_that_does_not_fit_the_network(model_dir, trained, n_genes)
     refuse(model_dir, "M18")
 
 
-@pytest.mark.parametrize("width", [0, 64, 10**9, 128.0, True, "128", None])
-def test_a_projection_of_another_width_than_described_is_refused(model_dir, width):
-    assert Model.load(model_dir).projection.width == 128
-    edit_json(model_dir, "scbin.json", projection={"width": width})
+@pytest.mark.parametrize("junk", [0, 1, 64, 10**9, 128.0, True, "128", None])
+@pytest.mark.parametrize("part", ["width", "own"])
+def test_a_projection_of_another_size_than_described_is_refused(model_dir, part, junk):
+    described = Model.load(model_dir).projection.describe()
+    assert described["width"] == 128
+    assert 1 < described["own"] < 64
+    edit_json(model_dir, "scbin.json", projection=described | {part: junk})
     with pytest.raises(ScbinModelError):
         Model.load(model_dir)
 

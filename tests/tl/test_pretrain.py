@@ -334,7 +334,9 @@ def test_the_projection_is_part_of_the_model(cells, quick, tmp_path):
     scbin.tl.embed(cells, loaded, key_added="own", projection=False, progress=False)
     np.testing.assert_allclose(loaded.place(cells.obsm["own"]), cells.obsm["X_scbin"], atol=1e-5)
     about = json.loads((tmp_path / "model" / "scbin.json").read_text())
-    assert about["projection"] == {"width": 128}
+    assert about["projection"] == {"width": 128, "own": model.projection.n_own}
+    lengths = np.linalg.norm(cells.obsm["X_scbin"] @ model.projection.own.T, axis=1)
+    np.testing.assert_allclose(lengths[np.isfinite(lengths)], model.projection.length.item(), rtol=1e-4)
     bare = scbin.tl.pretrain(cells, projection=False, **quick)
     assert bare.projection is None
     np.testing.assert_allclose(cells.obsm["X_scbin"], cells.obsm["own"], atol=1e-5)

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 N_COMPONENTS = 30
 N_NEIGHBORS = 10
 _SCALING = 0.85  # between genes as loud as they are and genes all alike
-_FAR = 0.6  # share of the neighbours' neighbours in the average; the rest is the neighbours', the cell itself among them
-_OWN, _AROUND = 2.0, 0.02  # how long a cell's own part is, in distances to the nearest fiftieth of all cells
+_FAR = (
+    0.6  # share of the neighbours' neighbours in the average; the rest is the neighbours', the cell itself among them
+)
+_OWN, _AROUND = 1.6, 0.02  # how long a cell's own part is, in distances to the nearest fiftieth of all cells
 _MEASURED = 500  # cells from which that distance is known well enough
 _MUTUAL, _ANCHORS, _ROUNDS = 20, 80, 5  # many anchors: a way that cells of a kind share, not that of one of them
 
@@ -57,12 +59,12 @@ def shared_and_own(scores: np.ndarray, n_neighbors: int = N_NEIGHBORS) -> np.nda
     Examples
     --------
     >>> shared_and_own(np.array([[0.0], [1.0], [3.0], [20.0], [21.0], [23.0]]), n_neighbors=1).round(2)
-    array([[ 0.75, -1.  ],
-           [ 1.3 , -1.  ],
-           [ 1.8 ,  1.  ],
-           [20.75, -1.  ],
-           [21.3 , -1.  ],
-           [21.8 ,  1.  ]])
+    array([[ 0.75, -0.8 ],
+           [ 1.3 , -0.8 ],
+           [ 1.8 ,  0.8 ],
+           [20.75, -0.8 ],
+           [21.3 , -0.8 ],
+           [21.8 ,  0.8 ]])
     """
     n_neighbors = min(n_neighbors, len(scores) // 5)  # of few cells the neighbours' neighbours would be all
     step = _walk(scores, n_neighbors)

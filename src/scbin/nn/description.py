@@ -128,10 +128,13 @@ def read_projection(path: Path, fields: Mapping[str, Any] | None, hidden_size: i
     """Return the projection that is described."""
     if not _is_there(path, fields) or fields is None:
         return None
-    width = fields.get("width")
-    if set(fields) != {"width"} or type(width) is not int or not 1 <= width <= MOST_WIDTH:
+    width, n_own = fields.get("width"), fields.get("own", 0)
+    known = {"width"} <= set(fields) <= {"width", "own"}
+    if not known or type(width) is not int or type(n_own) is not int:
         raise ValueError("this is not what a projection is described by")
-    tensors = read_tensors(path, Projection.shapes(hidden_size, width))
+    if not (1 <= width <= MOST_WIDTH and 0 <= n_own <= hidden_size):
+        raise ValueError("a projection of this size is not possible")
+    tensors = read_tensors(path, Projection.shapes(hidden_size, width, n_own))
     return Projection.from_tensors({name: tensor.numpy() for name, tensor in tensors.items()})
 
 

@@ -32,6 +32,9 @@ class Projection:
         Into the hidden layer (hidden, width), (width,).
     outer, bias
         Out of it (width, places), (places,).
+    own, length
+        Directions of what a cell has for itself (own, places), orthonormal, and how much of it every cell is given (1,). `None`:
+        cells have as much as they have.
     """
 
     centre: np.ndarray
@@ -41,6 +44,8 @@ class Projection:
     inner_bias: np.ndarray
     outer: np.ndarray
     bias: np.ndarray
+    own: np.ndarray | None = None
+    length: np.ndarray | None = None
 
     def __call__(self, vectors: np.ndarray) -> np.ndarray:
         """Return the places (cells, places) of pooled vectors (cells, hidden); NaN stays NaN."""
@@ -48,32 +53,53 @@ class Projection:
             standard = torch.from_numpy(((vectors - self.centre) * self.scale).astype(np.float32))
             hidden = F.gelu(standard @ torch.from_numpy(self.inner) + torch.from_numpy(self.inner_bias))
             placed = standard @ torch.from_numpy(self.linear) + hidden @ torch.from_numpy(self.outer)
-            return (placed + torch.from_numpy(self.bias)).numpy()
+            return self._evened(placed + torch.from_numpy(self.bias)).numpy()
+
+    def _evened(self, placed: Tensor) -> Tensor:
+        """Give all cells (cells, places) the same length of what they have for themselves."""
+        if self.own is None or self.length is None:
+            return placed
+        directions = torch.from_numpy(self.own)
+        own = placed @ directions.T
+        stretch = torch.from_numpy(self.length) / own.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        return placed + ((stretch - 1) * own) @ directions
 
     # ---- storage ----------------------------------------------------------------------------------------------------
 
+    def describe(self) -> dict[str, int]:
+        """Return what tells the shapes of the `tensors`."""
+        return {"width": self.width} | ({"own": self.n_own} if self.n_own else {})
+
     def tensors(self) -> dict[str, np.ndarray]:
-        """Return everything as float32 arrays by name."""
-        return {item.name: getattr(self, item.name) for item in fields(self)}
+        """Return everything there is as float32 arrays by name."""
+        arrays = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: array for name, array in arrays.items() if array is not None}
 
     @property
     def width(self) -> int:
         """Of the hidden layer."""
         return len(self.inner_bias)
 
+    @property
+    def n_own(self) -> int:
+        """Number of directions of what a cell has for itself."""
+        return 0 if self.own is None else len(self.own)
+
     @staticmethod
-    def shapes(hidden_size: int, width: int) -> dict[str, tuple[int, ...]]:
+    def shapes(hidden_size: int, width: int, n_own: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of each of the `tensors`."""
         wide, square = (hidden_size,), (hidden_size, hidden_size)
-        return {
+        shapes: dict[str, tuple[int, ...]] = {
             "centre": wide, "scale": wide, "linear": square, "inner": (hidden_size, width), "inner_bias": (width,),
             "outer": (width, hidden_size), "bias": wide,
         }  # fmt: skip
+        return shapes | {"own": (n_own, hidden_size), "length": (1,)} if n_own else shapes
 
     @classmethod
     def from_flat(cls, numbers: np.ndarray, hidden_size: int, width: int) -> Projection:
         """Read back all numbers of the `tensors`, laid end to end."""
-        shapes = cls.shapes(hidden_size, width)
+        without = sum(np.prod(shape, dtype=int) for shape in cls.shapes(hidden_size, width, 0).values())
+        shapes = cls.shapes(hidden_size, width, max(numbers.size - without - 1, 0) // hidden_size)
         ends = np.cumsum([np.prod(shape, dtype=int) for shape in shapes.values()])[:-1]
         parts = zip(shapes.items(), np.split(numbers.ravel(), ends), strict=True)
         return cls.from_tensors({name: part.reshape(shape) for (name, shape), part in parts})
@@ -81,13 +107,14 @@ class Projection:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, np.ndarray]) -> Projection:
         """Read back `tensors`."""
-        return cls(**{item.name: np.ascontiguousarray(tensors[item.name], dtype=np.float32) for item in fields(cls)})
+        return cls(**{name: np.ascontiguousarray(tensor, dtype=np.float32) for name, tensor in tensors.items()})
 
 
 def fit_projection(
     vectors: np.ndarray,
     places: np.ndarray,
     *,
+    n_own: int = 0,
     width: int = WIDTH,
     n_steps: int = 3_000,
     dropout: float = DROPOUT,
@@ -104,6 +131,8 @@ def fit_projection(
         Pooled vectors of cells.
     places
         Where each should lie, the leading directions first.
+    n_own
+        How many of the last of them are what a cell has for itself, as long in all cells: the projection gives all that length.
     width
         Of the hidden layer.
     n_steps
@@ -119,7 +148,7 @@ def fit_projection(
     >>> fit_projection(vectors, vectors[:, :3])(vectors).shape
     (100, 8)
     """
-    hidden_size = vectors.shape[1]
+    hidden_size, n_shared = vectors.shape[1], places.shape[1] - n_own
     places = places[:, :hidden_size]
     centre, deviation = vectors.mean(axis=0, dtype=np.float64), vectors.std(axis=0, dtype=np.float64)
     scale = np.where(deviation > 1e-8, 1 / np.maximum(deviation, 1e-8), 0.0)
@@ -131,17 +160,19 @@ def fit_projection(
         line, inner, outer = _fit(x, y, width, min(n_steps, 4 * len(x)), dropout)
     rotation, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((hidden_size, hidden_size)))
     turn = rotation[: places.shape[1]]
-    return Projection.from_tensors(
-        {
-            "centre": centre,
-            "scale": scale,
-            "linear": spread * _array(line.weight).T @ turn,
-            "inner": _array(inner.weight).T,
-            "inner_bias": _array(inner.bias),
-            "outer": spread * _array(outer.weight).T @ turn,
-            "bias": (spread * _array(line.bias + outer.bias) + middle) @ turn,
-        }
-    )
+    tensors = {
+        "centre": centre,
+        "scale": scale,
+        "linear": spread * _array(line.weight).T @ turn,
+        "inner": _array(inner.weight).T,
+        "inner_bias": _array(inner.bias),
+        "outer": spread * _array(outer.weight).T @ turn,
+        "bias": (spread * _array(line.bias + outer.bias) + middle) @ turn,
+    }
+    if own := places[:, n_shared:].shape[1]:
+        length = np.sqrt(np.square(places[:, n_shared:]).sum(axis=1).mean(keepdims=True))
+        tensors |= {"own": turn[-own:], "length": length}
+    return Projection.from_tensors(tensors)
 
 
 def _array(tensor: Tensor) -> np.ndarray:

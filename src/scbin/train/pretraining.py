@@ -188,7 +188,8 @@ def _projection(
     def on_the_first() -> np.ndarray:
         seen = np.isfinite(vectors).all(axis=1)
         aim = places(own[seen], vocabulary, None if batches is None else batches[cells][seen], seed=settings.seed)
-        fitted = fit_projection(vectors[seen], aim, width=width, dropout=dropout, seed=settings.seed)
+        n_own = aim.shape[1] // 2
+        fitted = fit_projection(vectors[seen], aim, n_own=n_own, width=width, dropout=dropout, seed=settings.seed)
         return np.concatenate([array.ravel() for array in fitted.tensors().values()])[None]
 
     return Projection.from_flat(world.from_first(on_the_first), bert.config.hidden_size, width)
