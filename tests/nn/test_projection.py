@@ -83,11 +83,7 @@ def with_own(cells):
     vectors, places = cells
     own = vectors[:, 4:7] + np.abs(vectors[:, 7:10])
     own *= 2.5 / np.linalg.norm(own, axis=1, keepdims=True)
-    return (
-        vectors,
-        np.hstack([places[:, :2], own]),
-        fit_projection(vectors, np.hstack([places[:, :2], own]), n_own=3, dropout=0.0),
-    )
+    return vectors, np.hstack([places[:, :2], own]), fit_projection(vectors, places[:, :2], own, dropout=0.0)
 
 
 def test_all_cells_new_ones_too_get_the_same_length_of_their_own(with_own):
@@ -116,13 +112,13 @@ def test_own_parts_are_stored_and_cut_with_the_places(with_own):
     again = Projection.from_flat(flat, 16, fitted.width)
     np.testing.assert_array_equal(again(vectors), fitted(vectors))
     assert fitted.describe() == {"width": 128, "own": 3}
-    narrow = fit_projection(vectors[:, :4], places, n_own=3, n_steps=5)
+    narrow = fit_projection(vectors[:, :4], places[:, :2], places[:, 2:], n_steps=5)
     assert narrow.n_own == 2  # of five numbers four are kept
-    assert fit_projection(vectors[:, :2], places, n_own=3, n_steps=5).describe() == {"width": 128}
+    assert fit_projection(vectors[:, :2], places[:, :2], places[:, 2:], n_steps=5).describe() == {"width": 128}
 
 
 def test_cells_without_anything_of_their_own(with_own):
     vectors, places, _ = with_own
-    fitted = fit_projection(vectors, np.hstack([places[:, :2], np.zeros((600, 3))]), n_own=3, n_steps=20)
+    fitted = fit_projection(vectors, places[:, :2], np.zeros((600, 3)), n_steps=20)
     np.testing.assert_allclose(fitted(vectors) @ fitted.own.T, 0, atol=1e-5)
     assert np.isnan(fitted(np.full((1, 16), np.nan, dtype=np.float32))).all()

@@ -15,21 +15,20 @@ if TYPE_CHECKING:
 N_COMPONENTS = 30
 N_NEIGHBORS = 10
 _SCALING = 0.85  # between genes as loud as they are and genes all alike
-_FAR = (
-    0.6  # share of the neighbours' neighbours in the average; the rest is the neighbours', the cell itself among them
-)
+_FAR = 0.6  # share of the neighbours' neighbours in the average, beside the neighbours
 _OWN, _AROUND = 1.6, 0.02  # how long a cell's own part is, in distances to the nearest fiftieth of all cells
 _MEASURED = 500  # cells from which that distance is known well enough
+_FEWEST = 8  # directions of a cell's own: in two, say, cells of one length would be a ring
 _MUTUAL, _ANCHORS, _ROUNDS = 20, 80, 5  # many anchors: a way that cells of a kind share, not that of one of them
 
 
 def places(
-    tokens: sp.csr_matrix, vocabulary: Vocabulary, batches: np.ndarray | None = None, *, seed: int = 0
-) -> np.ndarray:
-    """Return where cells lie (cells, 2 components), what they share with others first.
+    tokens: sp.csr_matrix, vocabulary: Vocabulary, room: int, batches: np.ndarray | None = None, *, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return where cells lie (cells, components): what they share with others, and what they have for themselves.
 
-    Principal components of partly standardised expression, cells of different batches brought together if asked for; then
-    what each cell shares with its neighbours, and beside it what it has for itself.
+    Principal components of partly standardised expression, cells of different batches brought together if asked for, and
+    then seen among their neighbours.
 
     Parameters
     ----------
@@ -37,42 +36,41 @@ def places(
         Token rows, none of them empty.
     vocabulary
         Of the tokens.
+    room
+        How many numbers both parts may have together.
     batches
         Which batch each cell is of (cells,).
     seed
         Of the solver's start.
     """
-    loadings = gene_loadings(tokens, vocabulary, N_COMPONENTS, scaling=_SCALING, seed=seed)
+    loadings = gene_loadings(tokens, vocabulary, min(N_COMPONENTS, max(room // 2, 1)), scaling=_SCALING, seed=seed)
     scores = loadings.scores(token_expression(tokens, vocabulary))
     scores = scores - scores.mean(axis=0)
     return shared_and_own(scores if batches is None else across_batches(scores, batches))
 
 
-def shared_and_own(scores: np.ndarray, n_neighbors: int = N_NEIGHBORS) -> np.ndarray:
-    """Return what each cell shares with its neighbours, and beside it what it has for itself (cells, 2 components).
+def shared_and_own(scores: np.ndarray, n_neighbors: int = N_NEIGHBORS) -> tuple[np.ndarray, np.ndarray]:
+    """Return what each cell shares with its neighbours, and what it has for itself (cells, components).
 
     What two cells of a kind differ in is mostly which molecules happened to be counted. In the average over neighbours, and
     theirs, it goes, and what kinds differ in stays. Alone, that makes each kind a thin sheet, which clustering cuts into pieces.
-    So what a cell differs in from the average stands in columns of its own, where it blurs no border between kinds; and
+    So what a cell differs in from the average comes in columns of its own, where it blurs no border between kinds; and
     with the same length for all cells, so that none is everybody's neighbour for having little of it.
 
     Examples
     --------
-    >>> shared_and_own(np.array([[0.0], [1.0], [3.0], [20.0], [21.0], [23.0]]), n_neighbors=1).round(2)
-    array([[ 0.75, -0.8 ],
-           [ 1.3 , -0.8 ],
-           [ 1.8 ,  0.8 ],
-           [20.75, -0.8 ],
-           [21.3 , -0.8 ],
-           [21.8 ,  0.8 ]])
+    >>> scores = np.random.default_rng(0).normal(size=(100, 10))
+    >>> shared, own = shared_and_own(scores)
+    >>> bool(shared.std() < 0.5 * scores.std()), np.ptp(np.linalg.norm(own, axis=1)).round(6)
+    (True, np.float64(0.0))
     """
     n_neighbors = min(n_neighbors, len(scores) // 5)  # of few cells the neighbours' neighbours would be all
     step = _walk(scores, n_neighbors)
     once = step @ scores
     shared = once + _FAR * (step @ once - once)
-    own = scores - shared
+    own = (scores - shared)[:, : scores.shape[1] if scores.shape[1] >= _FEWEST else 0]
     own /= np.maximum(np.linalg.norm(own, axis=1, keepdims=True), 1e-12)
-    return np.hstack([shared, _OWN * _reach(shared, n_neighbors) * own])
+    return shared, _OWN * _reach(shared, n_neighbors) * own
 
 
 def _reach(places: np.ndarray, n_neighbors: int) -> float:

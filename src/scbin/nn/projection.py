@@ -113,8 +113,8 @@ class Projection:
 def fit_projection(
     vectors: np.ndarray,
     places: np.ndarray,
+    own: np.ndarray | None = None,
     *,
-    n_own: int = 0,
     width: int = WIDTH,
     n_steps: int = 3_000,
     dropout: float = DROPOUT,
@@ -131,8 +131,8 @@ def fit_projection(
         Pooled vectors of cells.
     places
         Where each should lie, the leading directions first.
-    n_own
-        How many of the last of them are what a cell has for itself, as long in all cells: the projection gives all that length.
+    own
+        What each has for itself (cells, own), in all cells of one length: the projection will give that to all.
     width
         Of the hidden layer.
     n_steps
@@ -148,8 +148,9 @@ def fit_projection(
     >>> fit_projection(vectors, vectors[:, :3])(vectors).shape
     (100, 8)
     """
-    hidden_size, n_shared = vectors.shape[1], places.shape[1] - n_own
-    places = places[:, :hidden_size]
+    hidden_size = vectors.shape[1]
+    n_shared = min(places.shape[1], hidden_size)
+    places = (places if own is None else np.hstack([places, own]))[:, :hidden_size]
     centre, deviation = vectors.mean(axis=0, dtype=np.float64), vectors.std(axis=0, dtype=np.float64)
     scale = np.where(deviation > 1e-8, 1 / np.maximum(deviation, 1e-8), 0.0)
     middle, spread = places.mean(axis=0), max(float(places.std()), 1e-12)
@@ -169,9 +170,9 @@ def fit_projection(
         "outer": spread * _array(outer.weight).T @ turn,
         "bias": (spread * _array(line.bias + outer.bias) + middle) @ turn,
     }
-    if own := places[:, n_shared:].shape[1]:
+    if n_shared < places.shape[1]:
         length = np.sqrt(np.square(places[:, n_shared:]).sum(axis=1).mean(keepdims=True))
-        tensors |= {"own": turn[-own:], "length": length}
+        tensors |= {"own": turn[n_shared:], "length": length}
     return Projection.from_tensors(tensors)
 
 

@@ -187,9 +187,9 @@ def _projection(
 
     def on_the_first() -> np.ndarray:
         seen = np.isfinite(vectors).all(axis=1)
-        aim = places(own[seen], vocabulary, None if batches is None else batches[cells][seen], seed=settings.seed)
-        n_own = aim.shape[1] // 2
-        fitted = fit_projection(vectors[seen], aim, n_own=n_own, width=width, dropout=dropout, seed=settings.seed)
+        among = None if batches is None else batches[cells][seen]
+        shared, alone = places(own[seen], vocabulary, bert.config.hidden_size, among, seed=settings.seed)
+        fitted = fit_projection(vectors[seen], shared, alone, width=width, dropout=dropout, seed=settings.seed)
         return np.concatenate([array.ravel() for array in fitted.tensors().values()])[None]
 
     return Projection.from_flat(world.from_first(on_the_first), bert.config.hidden_size, width)
