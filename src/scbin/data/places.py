@@ -61,8 +61,8 @@ def shared_and_own(scores: np.ndarray, n_neighbors: int = N_NEIGHBORS) -> tuple[
     --------
     >>> scores = np.random.default_rng(0).normal(size=(100, 10))
     >>> shared, own = shared_and_own(scores)
-    >>> bool(shared.std() < 0.5 * scores.std()), np.ptp(np.linalg.norm(own, axis=1)).round(6)
-    (True, np.float64(0.0))
+    >>> bool(shared.std() < 0.5 * scores.std()), float(np.ptp(np.linalg.norm(own, axis=1)).round(6))
+    (True, 0.0)
     """
     n_neighbors = min(n_neighbors, len(scores) // 5)  # of few cells the neighbours' neighbours would be all
     step = _walk(scores, n_neighbors)
