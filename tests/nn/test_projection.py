@@ -63,8 +63,7 @@ def test_the_seed_decides_and_no_global_generator_moves(cells):
 
 
 def test_flat_and_back(fitted):
-    flat = np.concatenate([array.ravel() for array in fitted.tensors().values()])
-    again = Projection.from_flat(flat, 16, fitted.width)
+    again = Projection.from_flat(fitted.flat(), 16)
     assert {name: array.shape for name, array in again.tensors().items()} == Projection.shapes(16, 128, 0)
     for name, array in fitted.tensors().items():
         np.testing.assert_array_equal(array, again.tensors()[name])
@@ -108,8 +107,7 @@ def test_distances_with_own_parts_are_kept(with_own):
 
 def test_own_parts_are_stored_and_cut_with_the_places(with_own):
     vectors, places, fitted = with_own
-    flat = np.concatenate([array.ravel() for array in fitted.tensors().values()])
-    again = Projection.from_flat(flat, 16, fitted.width)
+    again = Projection.from_flat(fitted.flat(), 16)
     np.testing.assert_array_equal(again(vectors), fitted(vectors))
     assert fitted.describe() == {"width": 128, "own": 3}
     narrow = fit_projection(vectors[:, :4], places[:, :2], places[:, 2:], n_steps=5)

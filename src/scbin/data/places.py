@@ -68,18 +68,19 @@ def shared_and_own(scores: np.ndarray, n_neighbors: int = N_NEIGHBORS) -> tuple[
     step = _walk(scores, n_neighbors)
     once = step @ scores
     shared = once + _FAR * (step @ once - once)
-    own = (scores - shared)[:, : scores.shape[1] if scores.shape[1] >= _FEWEST else 0]
+    if scores.shape[1] < _FEWEST:
+        return shared, scores[:, :0]
+    own = scores - shared
     own /= np.maximum(np.linalg.norm(own, axis=1, keepdims=True), 1e-12)
     return shared, _OWN * _reach(shared, n_neighbors) * own
 
 
 def _reach(places: np.ndarray, n_neighbors: int) -> float:
     """Return how far the nearest fiftieth of all cells lies around a cell, and no fewer than its neighbours: the median."""
-    from sklearn.metrics import pairwise_distances
-
-    farthest = min(max(int(_AROUND * len(places)), n_neighbors), len(places) - 1)
     some = places[:: -(-len(places) // _MEASURED)]
-    return float(np.median(np.partition(pairwise_distances(some, places), farthest, axis=1)[:, farthest]))
+    n_around = max(int(_AROUND * len(places)), n_neighbors)
+    around = _nearest(some, places, n_around + 1, distances=True)  # the cell itself is one of them
+    return float(np.median(around.data.reshape(len(some), -1).max(axis=1)))
 
 
 def _walk(scores: np.ndarray, n_neighbors: int) -> sp.csr_matrix:

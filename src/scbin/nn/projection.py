@@ -95,13 +95,17 @@ class Projection:
         }  # fmt: skip
         return shapes | {"own": (n_own, hidden_size), "length": (1,)} if n_own else shapes
 
+    def flat(self) -> np.ndarray:
+        """Return `width`, `n_own` and all numbers of the `tensors`, laid end to end."""
+        return np.concatenate([[self.width, self.n_own], *(array.ravel() for array in self.tensors().values())])
+
     @classmethod
-    def from_flat(cls, numbers: np.ndarray, hidden_size: int, width: int) -> Projection:
-        """Read back all numbers of the `tensors`, laid end to end."""
-        without = sum(np.prod(shape, dtype=int) for shape in cls.shapes(hidden_size, width, 0).values())
-        shapes = cls.shapes(hidden_size, width, max(numbers.size - without - 1, 0) // hidden_size)
+    def from_flat(cls, numbers: np.ndarray, hidden_size: int) -> Projection:
+        """Read back what `flat` gave."""
+        width, n_own = numbers[:2].astype(int)
+        shapes = cls.shapes(hidden_size, width, n_own)
         ends = np.cumsum([np.prod(shape, dtype=int) for shape in shapes.values()])[:-1]
-        parts = zip(shapes.items(), np.split(numbers.ravel(), ends), strict=True)
+        parts = zip(shapes.items(), np.split(numbers[2:], ends), strict=True)
         return cls.from_tensors({name: part.reshape(shape) for (name, shape), part in parts})
 
     @classmethod

@@ -181,18 +181,18 @@ def _projection(
     cells = training
     if len(cells) > MOST_CELLS:
         cells = np.sort(np.random.default_rng(settings.seed).choice(cells, MOST_CELLS, replace=False))
-    own = hide_phenotypes(tokens[cells], vocabulary)
-    vectors = embed_together(bert, own, weights, world, device=settings.device, token_budget=settings.token_budget)
+    shown = hide_phenotypes(tokens[cells], vocabulary)
+    vectors = embed_together(bert, shown, weights, world, device=settings.device, token_budget=settings.token_budget)
     width, dropout = (WIDTH, DROPOUT) if batches is None else (4 * WIDTH, 0.0)  # what tells batches apart is small
 
     def on_the_first() -> np.ndarray:
         seen = np.isfinite(vectors).all(axis=1)
         among = None if batches is None else batches[cells][seen]
-        shared, alone = places(own[seen], vocabulary, bert.config.hidden_size, among, seed=settings.seed)
-        fitted = fit_projection(vectors[seen], shared, alone, width=width, dropout=dropout, seed=settings.seed)
-        return np.concatenate([array.ravel() for array in fitted.tensors().values()])[None]
+        shared, own = places(shown[seen], vocabulary, bert.config.hidden_size, among, seed=settings.seed)
+        fitted = fit_projection(vectors[seen], shared, own, width=width, dropout=dropout, seed=settings.seed)
+        return fitted.flat()[None]
 
-    return Projection.from_flat(world.from_first(on_the_first), bert.config.hidden_size, width)
+    return Projection.from_flat(world.from_first(on_the_first)[0], bert.config.hidden_size)
 
 
 def _cell_terms(
