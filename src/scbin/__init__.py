@@ -5,28 +5,82 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 if TYPE_CHECKING:
     from scbin import datasets, get, pl, pp, tl
-    from scbin._errors import ScbinError, ScbinInputWarning
-    from scbin.encoding.vocabulary import Vocabulary
+    from scbin._errors import (
+        ScbinError,
+        ScbinInputError,
+        ScbinInputWarning,
+        ScbinModelError,
+        ScbinTrainingError,
+        ScbinTrainingWarning,
+        ScbinTypeError,
+    )
     from scbin.model import Model
+    from scbin.nn.losses import Loss
+    from scbin.nn.presets import Network
+    from scbin.tl._edits import Statistics
+    from scbin.tokens.rules import Tokenization
+    from scbin.tokens.vocabulary import Vocabulary
+    from scbin.train.labels import Finetuning
+    from scbin.train.masking import Masking
+    from scbin.train.settings import Training
 
-__all__ = ["Model", "ScbinError", "ScbinInputWarning", "Vocabulary", "datasets", "get", "pl", "pp", "tl"]
-
+_ROOMS = ("datasets", "get", "pl", "pp", "tl")
 # loaded when first used: torch takes seconds, and `import scbin` shall not
-_CLASSES = {"Model": "scbin.model", "Vocabulary": "scbin.encoding.vocabulary"}
-_CLASSES |= {"ScbinError": "scbin._errors", "ScbinInputWarning": "scbin._errors"}
+_CLASSES = {
+    "Model": "scbin.model",
+    "Vocabulary": "scbin.tokens.vocabulary",
+    "Tokenization": "scbin.tokens.rules",
+    "Network": "scbin.nn.presets",
+    "Training": "scbin.train.settings",
+    "Finetuning": "scbin.train.labels",
+    "Masking": "scbin.train.masking",
+    "Loss": "scbin.nn.losses",
+    "Statistics": "scbin.tl._edits",
+    "ScbinError": "scbin._errors",
+    "ScbinInputError": "scbin._errors",
+    "ScbinTypeError": "scbin._errors",
+    "ScbinModelError": "scbin._errors",
+    "ScbinTrainingError": "scbin._errors",
+    "ScbinInputWarning": "scbin._errors",
+    "ScbinTrainingWarning": "scbin._errors",
+}
+
+__all__ = [
+    "Finetuning",
+    "Loss",
+    "Masking",
+    "Model",
+    "Network",
+    "ScbinError",
+    "ScbinInputError",
+    "ScbinInputWarning",
+    "ScbinModelError",
+    "ScbinTrainingError",
+    "ScbinTrainingWarning",
+    "ScbinTypeError",
+    "Statistics",
+    "Tokenization",
+    "Training",
+    "Vocabulary",
+    "datasets",
+    "get",
+    "pl",
+    "pp",
+    "tl",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name in _CLASSES:
         return getattr(importlib.import_module(_CLASSES[name]), name)
-    if name in __all__:
+    if name in _ROOMS:
         return importlib.import_module(f"scbin.{name}")
     raise AttributeError(f"module 'scbin' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__})
