@@ -1,16 +1,17 @@
-"""Reading tokens back, and writing slots."""
+"""Reading tokens back, reading matrices by blocks, and writing slots."""
 
 from __future__ import annotations
 
-import warnings
-
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
+from scipy import sparse
 
-from scbin._anndata import check_writable, read_obs, read_tokens, write_obs, write_obsm, write_uns
+from scbin._adata import check_writable, iter_blocks, read_obs, read_tokens, write, write_uns
 from scbin._errors import ScbinInputError, ScbinTypeError
-from scbin.pp import iter_tokens, tokenize
+from scbin.pp import tokenize
+from scbin.tokens.tokens import MemoryTokens, Tokens
 
 
 def code_of(call) -> str:
@@ -19,38 +20,79 @@ def code_of(call) -> str:
     return caught.value.code
 
 
-def test_read_tokens_not_tokenized(toy: ad.AnnData):
-    assert code_of(lambda: read_tokens(toy)) == "T01"
+# ---- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def test_read_tokens_after_concat(toy: ad.AnnData):
+def test_tokens_are_read_from_an_anndata_or_passed_through(toy: ad.AnnData):
+    assert code_of(lambda: read_tokens(toy)) == "V01"
+    assert code_of(lambda: read_tokens("path")) == "I55"
+    tokenize(toy, key_added="mine")
+    with pytest.raises(ScbinInputError, match="tokens_key='mine'"):
+        read_tokens(toy)
+    tokens = read_tokens(toy, key="mine")
+    assert isinstance(tokens, Tokens) and tokens.n_cells == 60
+    assert (tokens.names == toy.obs_names).all() and tokens.obs("sex").equals(toy.obs["sex"])
+    assert read_tokens(tokens, tokens.vocabulary) is tokens
+    other = read_tokens(tokenize(toy, encoding="rank", copy=True)).vocabulary
+    for data in (tokens, toy):
+        assert code_of(lambda data=data: read_tokens(data, other, "mine")) == "V03"
+    rows = np.array([5, 2, 5])
+    assert (tokens.take(rows) != toy.obsm["mine"][rows]).nnz == 0
+    assert MemoryTokens(tokens.matrix, tokens.vocabulary).names[3] == "3"
+
+
+def test_the_vocabulary_goes_with_the_cells(toy: ad.AnnData):
     tokenize(toy)
     a, b = toy[:30].copy(), toy[30:].copy()
-    b.obs_names = [f"b{k}" for k in range(30)]
-    assert code_of(lambda: read_tokens(ad.concat([a, b]))) == "T02"
-    joined, vocabulary = read_tokens(ad.concat([a, b], uns_merge="same"))
-    assert (joined != toy.obsm["X_tokens"]).nnz == 0
-    assert read_tokens(ad.concat([a, b]), vocabulary)[0].shape == joined.shape
+    assert code_of(lambda: read_tokens(ad.concat([a, b]))) == "V02"
+    joined = read_tokens(ad.concat([a, b], uns_merge="same"))
+    assert (joined.matrix != toy.obsm["X_tokens"]).nnz == 0
+    assert read_tokens(ad.concat([a, b]), joined.vocabulary).matrix.shape == joined.matrix.shape
 
 
-def test_read_tokens_of_another_vocabulary(toy: ad.AnnData):
-    other = tokenize(toy, encoding="rank", copy=True)
-    tokenize(toy)
-    assert code_of(lambda: read_tokens(toy, read_tokens(other)[1])) == "T03"
+def test_rows_of_two_vocabularies_are_refused(toy: ad.AnnData, tmp_path):
+    """Two samples tokenized by themselves may have tables of one width, but their tokens mean different genes."""
+    a, b = toy[:30].copy(), toy[30:].copy()
+    tokenize(a, n_genes=10)
+    tokenize(b, n_genes=10)
+    vocabulary = read_tokens(a).vocabulary
+    assert a.obsm["X_tokens"].shape[1] == b.obsm["X_tokens"].shape[1] and vocabulary != read_tokens(b).vocabulary
+    for uns_merge in (None, "first"):
+        joined = ad.concat([a, b], uns_merge=uns_merge)
+        with pytest.raises(ScbinInputError, match="V03.*several vocabularies.*30 cells"):
+            read_tokens(joined, vocabulary)
+    with pytest.raises(ScbinInputError, match="V03.*of another vocabulary"):
+        read_tokens(joined[30:].copy(), vocabulary)
+    assert read_tokens(joined[:30].copy(), vocabulary).n_cells == 30
+    joined.obs.loc[joined.obs_names[30:], "scbin_vocabulary"] = np.nan  # cells without tokens of their own
+    assert code_of(lambda: read_tokens(joined, vocabulary)) == "V03"
+    a.write_h5ad(tmp_path / "a.h5ad")
+    back = ad.read_h5ad(tmp_path / "a.h5ad")
+    assert isinstance(back.obs["scbin_vocabulary"].dtype, pd.CategoricalDtype)
+    assert read_tokens(back).vocabulary == vocabulary
 
 
-def test_read_tokens_of_another_width_or_type(toy: ad.AnnData):
-    tokenize(toy)
-    kept = toy.obsm["X_tokens"]
-    toy.obsm["X_tokens"] = kept[:, :20]
-    assert code_of(lambda: read_tokens(toy)) == "T04"
-    toy.obsm["X_tokens"] = kept.astype(np.float64)
-    assert code_of(lambda: read_tokens(toy)) == "T04"
+# ---- matrices --------------------------------------------------------------------------------------------------------
+
+
+def test_damage_on_disk_is_named(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    for name, place, value in (("indices", 100, 5000), ("indptr", 20, 10**7)):
+        ad.AnnData(sparse.random(30, 20, 0.5, format="csr", dtype=np.float32)).write_h5ad(tmp_path / "a.h5ad")
+        with h5py.File(tmp_path / "a.h5ad", "r+") as file:
+            file[f"X/{name}"][place] = value
+        adata = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
+        with pytest.raises(ScbinInputError, match="I43.*damaged"):
+            list(iter_blocks(adata))
+        adata.file.close()
+
+
+# ---- slots -----------------------------------------------------------------------------------------------------------
 
 
 def test_read_obs_names_the_closest(toy: ad.AnnData):
     assert read_obs(toy, "sex").tolist()[:2] == ["male", "female"]
-    with pytest.raises(ScbinInputError, match="'cell_type'"):
+    with pytest.raises(ScbinInputError, match="A06.*'cell_type'"):
         read_obs(toy, "celltype")
     with pytest.raises(ScbinTypeError, match="A01.*one name"):
         read_obs(toy, ["sex"])
@@ -58,43 +100,20 @@ def test_read_obs_names_the_closest(toy: ad.AnnData):
 
 def test_foreign_keys_are_not_replaced(toy: ad.AnnData):
     toy.obsm["X_mine"] = np.zeros((60, 2))
-    assert code_of(lambda: write_obsm(toy, "X_mine", np.ones((60, 2)))) == "I54"
-    assert code_of(lambda: check_writable(toy, "obs", "sex")) == "I54"
-    write_obsm(toy, "X_other", np.zeros((60, 2)))
-    write_obsm(toy, "X_other", np.ones((60, 2)))
+    assert code_of(lambda: write(toy, "obsm", "X_mine", np.ones((60, 2)))) == "A04"
+    assert code_of(lambda: check_writable(toy, "obs", "sex")) == "A04"
+    write(toy, "obsm", "X_other", np.zeros((60, 2)))
+    write(toy, "obsm", "X_other", np.ones((60, 2)))
     assert toy.obsm["X_other"].all()
+    write(toy, "obsm", "X_other", None)
+    assert "X_other" not in toy.obsm and toy.uns["scbin"]["written"] == "[]"
 
 
 def test_views_become_real_without_a_warning(toy: ad.AnnData):
     view = toy[:10]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        write_obs(view, "scbin_x", np.zeros(10))
+    write(view, "obs", "scbin_x", np.zeros(10))  # warnings are errors
     assert not view.is_view
     assert "scbin_x" not in toy.obs
     write_uns(view, "a", "1")
     write_uns(view, "b", "2")
     assert {"a", "b"} <= set(view.uns["scbin"])
-
-
-def test_iter_tokens_equals_tokenize(toy: ad.AnnData, tmp_path):
-    tokenize(toy, phenotypes=["sex"])
-    _, vocabulary = read_tokens(toy)
-    toy.write_h5ad(tmp_path / "toy.h5ad")
-    backed = ad.read_h5ad(tmp_path / "toy.h5ad", backed="r")
-    parts = list(iter_tokens(backed, like=vocabulary))
-    backed.file.close()
-    assert (parts[0] != toy.obsm["X_tokens"]).nnz == 0
-
-
-def test_iter_tokens_notices_a_change_of_values(toy: ad.AnnData, monkeypatch: pytest.MonkeyPatch):
-    from scbin import _anndata
-
-    tokenize(toy)
-    _, vocabulary = read_tokens(toy)
-    mixed = toy.copy()
-    x = toy.X.toarray()
-    x[30:] = np.log1p(x[30:] / x[30:].sum(axis=1, keepdims=True) * 1e4)
-    mixed.X = x
-    monkeypatch.setattr(_anndata, "BLOCK", 400)
-    assert code_of(lambda: list(iter_tokens(mixed, like=vocabulary))).startswith("I0")

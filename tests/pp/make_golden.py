@@ -22,29 +22,54 @@ GENES = [f"GENE{chr(65 + j)}" for j in range(N_GENES)]
 EDGES = [0.5, 5.0, 6.5, 7.5]
 PAD, MASK, CLS, END, START = range(5)
 
-# name of the file: arguments of scbin.pp.tokenize
+# name of the file: arguments of scbin.pp.tokenize, those of scbin.Tokenization among them
 CASES = {
-    "bins_linear": {},
-    "bins_explicit": {"bins": EDGES},
-    "bins_explicit_keep": {"bins": EDGES, "zeros": "keep"},
-    "bins_polygene": {"bins": "polygene"},
-    "bins_perturbgene": {"bins": "perturbgene"},
-    "bins_quantile_per_cell": {"bins": "quantile_per_cell", "n_bins": 4},
-    "bins_quantile": {"bins": "quantile", "n_bins": 4},
-    "bins_quantile_keep": {"bins": "quantile", "n_bins": 4, "zeros": "keep"},
-    "bins_quantile_per_gene": {"bins": "quantile_per_gene", "n_bins": 3},
-    "bins_log2": {"bins": "log2"},
-    "bins_log2_keep": {"bins": "log2", "zeros": "keep"},
-    "gene_bins_linear": {"encoding": "gene_bins", "bins": "linear", "n_bins": 12},
+    "counts": {},
+    "bins_linear": {"rule": "linear"},
+    "bins_explicit": {"rule": EDGES},
+    "bins_explicit_keep": {"rule": EDGES, "zeros": "keep"},
+    "bins_polygene": {"rule": "polygene"},
+    "bins_perturbgene": {"rule": "perturbgene"},
+    "bins_quantile_per_cell": {"rule": "quantile_per_cell", "n_bins": 4},
+    "bins_quantile": {"rule": "quantile", "n_bins": 4},
+    "bins_quantile_keep": {"rule": "quantile", "n_bins": 4, "zeros": "keep"},
+    "bins_quantile_per_gene": {"rule": "quantile_per_gene", "n_bins": 3},
+    "bins_log2": {"rule": "log2"},
+    "bins_log2_keep": {"rule": "log2", "zeros": "keep"},
+    "gene_bins_linear": {"encoding": "gene_bins", "rule": "linear", "n_bins": 12},
     "binary": {"encoding": "binary", "threshold": 6.0},
     "gene_bins": {"encoding": "gene_bins"},
     "gene_bins_keep": {"encoding": "gene_bins", "zeros": "keep"},
     "rank": {"encoding": "rank"},
+    "rank_depth": {"encoding": "rank", "depth": True},
     "rank_geneformer_v1": {"encoding": "rank", "layout": "geneformer_v1"},
     "rank_geneformer_v2": {"encoding": "rank", "layout": "geneformer_v2"},
     "rank_bionemo": {"encoding": "rank", "layout": "bionemo"},
     "rank_short": {"encoding": "rank", "max_length": 6},
 }
+
+
+def arguments_of(case: str) -> tuple[dict, dict]:
+    """Return the arguments of `tokenize` and those of `Tokenization`; but for two cases, cells have no `[DEPTH]`."""
+    given = {"depth": case == "counts", **CASES[case]}
+    return {k: v for k, v in given.items() if k in ("encoding", "rule")}, {
+        k: v for k, v in given.items() if k not in ("encoding", "rule")
+    }
+
+
+def with_depth(row: list[int], rest: list[list[int]]) -> list[list[int]]:
+    """Put the level of the cell's counts behind [CLS]: [NO_DEPTH] and 32 levels from 32 counts up, two per doubling."""
+    level = sum(round(2 ** (5 + k / 2)) <= sum(row) for k in range(31))
+    moved = [[p + 1, t if t < 5 else t + 33] for p, t in rest[1:]]
+    return [rest[0], [1, 5 + 1 + level], *moved]
+
+
+def count_level(x: int) -> int:
+    """Molecules: exact to 16, then each bin begins 15 % above the one before."""
+    level, edge = min(x, 16), 17
+    while x >= edge:
+        level, edge = level + 1, max(edge + 1, round(edge * 1.15))
+    return level
 
 
 def level_of(value: float, edges: list[float]) -> int:
@@ -122,7 +147,9 @@ def levelled(name: str, row: list[int]) -> list[list[int]]:
     n_levels = 13 if linear else max(log2_level(x) for cell in COUNTS for x in cell) + 1
     out = [[0, CLS], [1, START]]
     for j, x in enumerate(row):
-        if name.startswith("bins_log2") or (joint and not linear):
+        if name == "counts":
+            level = count_level(x)
+        elif name.startswith("bins_log2") or (joint and not linear):
             level = log2_level(x)
         else:
             edges = fitted[j] if fitted else edges_of(name, values)[: 12 if linear else None]
@@ -156,7 +183,10 @@ def ranked(name: str, row: list[int]) -> list[list[int]]:
 
 
 def make(name: str) -> list[list[list[int]]]:
-    return [(ranked if name.startswith("rank") else levelled)(name, row) for row in COUNTS]
+    rows = [(ranked if name.startswith("rank") else levelled)(name, row) for row in COUNTS]
+    if name in ("counts", "rank_depth"):
+        return [with_depth(row, rest) for row, rest in zip(COUNTS, rows, strict=True)]
+    return rows
 
 
 if __name__ == "__main__":

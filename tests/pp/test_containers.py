@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import threading
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import sparse
 
-from scbin import _anndata
-from scbin._anndata import iter_blocks, read_tokens
+from scbin import _adata
+from scbin._adata import iter_blocks, read_tokens
 from scbin._errors import ScbinInputError
-from scbin.pp import tokenize
+from scbin.pp import iter_tokens, tokenize
+from scbin.tokens import kernels
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import CONTAINERS, in_container
@@ -42,7 +45,7 @@ def fingerprint(adata: ad.AnnData) -> dict[str, str]:
         content = array.tobytes() if array.dtype != object else repr(array.tolist()).encode()
         return hashlib.sha256(content + str((array.dtype, array.shape, array.flags.c_contiguous)).encode()).hexdigest()
 
-    own = {"scbin_status"}
+    own = {"scbin_status", "scbin_vocabulary"}
     obs = adata.obs[[c for c in adata.obs.columns if c not in own]]
     return {
         "X": of(adata.X),
@@ -57,16 +60,16 @@ def fingerprint(adata: ad.AnnData) -> dict[str, str]:
 @pytest.mark.filterwarnings("ignore::scbin._errors.ScbinInputWarning")
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("kind", CONTAINERS)
-def test_same_tokens(plain: ad.AnnData, kind: str, encoding: str, tmp_path: Path):
+def test_i12_i14_i15_i56_same_tokens_in_blocks_of_any_size(
+    plain, kind: str, encoding: str, tmp_path: Path, monkeypatch
+):
     expected = tokenize(plain, encoding=encoding, phenotypes=["kind"], copy=True)
+    monkeypatch.setattr(_adata, "BLOCK", 100)
     adata = in_container(plain, kind, tmp_path)
     tokenize(adata, encoding=encoding, phenotypes=["kind"])
-    out, vocabulary = read_tokens(adata)
-    reference, its_vocabulary = read_tokens(expected)
-    assert vocabulary == its_vocabulary
-    assert (out.indptr == reference.indptr).all()
-    assert (out.indices == reference.indices).all()
-    assert (out.data == reference.data).all()
+    out, reference = read_tokens(adata).matrix, read_tokens(expected).matrix
+    assert read_tokens(adata).vocabulary == read_tokens(expected).vocabulary
+    assert (out != reference).nnz == 0
     assert out.dtype == reference.dtype
     assert adata.obs["scbin_status"].tolist() == expected.obs["scbin_status"].tolist()
 
@@ -89,21 +92,42 @@ def test_caller_is_unchanged(plain: ad.AnnData, kind: str, fails: bool, tmp_path
     assert fingerprint(adata) == before
 
 
-@pytest.mark.filterwarnings("ignore::scbin._errors.ScbinInputWarning")
-@pytest.mark.parametrize("kind", CONTAINERS)
-def test_block_size_does_not_matter(plain: ad.AnnData, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    expected = tokenize(plain, copy=True)
-    monkeypatch.setattr(_anndata, "BLOCK", 100)
-    adata = in_container(plain, kind, tmp_path)
-    tokenize(adata)
-    assert (adata.obsm["X_tokens"] != expected.obsm["X_tokens"]).nnz == 0
-    assert adata.uns["scbin"]["vocabulary"] == expected.uns["scbin"]["vocabulary"]
-
-
 @pytest.mark.parametrize("kind", CONTAINERS)
 def test_iter_blocks(plain: ad.AnnData, kind: str, tmp_path: Path):
     adata = in_container(plain, kind, tmp_path)
     parts = list(iter_blocks(adata, block_values=100))
-    np.testing.assert_array_equal(np.vstack([part.toarray() for _, part in parts]), plain.X)
-    assert [start for start, _ in parts] == np.cumsum([0] + [part.shape[0] for _, part in parts[:-1]]).tolist()
-    assert all(part.has_canonical_format for _, part in parts)
+    np.testing.assert_array_equal(np.vstack([part.csr().toarray() for part in parts]), plain.X)
+    assert [part.start for part in parts] == np.cumsum([0] + [part.n_rows for part in parts[:-1]]).tolist()
+    assert all(part.csr().has_canonical_format for part in parts)
+
+
+@pytest.mark.filterwarnings("ignore::scbin._errors.ScbinInputWarning")
+@pytest.mark.parametrize("threads", [1, 2, 9])
+def test_threads_and_blocks_do_not_matter(threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Three hundred cells in some sixty blocks of a file; of some, the columns are not in order or zeros are stored."""
+    matrix = sparse.csr_matrix(np.random.default_rng(3).poisson(0.8, size=(300, 90)).astype(np.float32))
+    adata = ad.AnnData(matrix.copy(), var=pd.DataFrame(index=[f"GENE{k}x" for k in range(90)]))
+    expected = tokenize(adata, encoding="rank", copy=True)
+    vocabulary = read_tokens(expected).vocabulary
+    for row in (40, 41, 220):
+        part = slice(matrix.indptr[row], matrix.indptr[row + 1])
+        matrix.indices[part], matrix.data[part] = matrix.indices[part][::-1].copy(), matrix.data[part][::-1].copy()
+    adata.X = matrix
+    adata.write_h5ad(tmp_path / "many.h5ad")
+    monkeypatch.setattr(_adata, "BLOCK", 250)
+    monkeypatch.setattr(kernels, "SMALL", 0)
+    monkeypatch.setattr(kernels, "n_threads", lambda: threads)
+    backed = ad.read_h5ad(tmp_path / "many.h5ad", backed="r")
+    parts = list(iter_tokens(backed, like=vocabulary))
+    assert len(parts) > 50
+    assert (sparse.vstack(parts) != expected.obsm["X_tokens"]).nnz == 0
+    some = iter_tokens(backed, like=vocabulary)
+    next(some)
+    some.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("scbin-read")]
+    tokenize(backed, encoding="rank")
+    assert read_tokens(backed).vocabulary == vocabulary
+    backed.file.close()
+    adata.X.data[adata.X.indptr[[30, 120, 290]]] = [-1.5, np.nan, np.inf]
+    with pytest.raises(ScbinInputError, match=r"I05.*2 values .*\(cell '120', .*: nan, cell '290', .*: inf\)"):
+        tokenize(adata)

@@ -14,51 +14,61 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-import scbin
-from scbin._anndata import check_adata, raw_blocks, read_tokens
+from scbin import Tokenization, Vocabulary
+from scbin._adata import Block, check_adata, iter_blocks, read_tokens
 from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinTypeError
-from scbin._sparse import DiskRows
-from scbin.encoding.encode import Encoder, joined_offsets
-from scbin.encoding.genes import match_genes
-from scbin.encoding.kernels import compact, frozen, over_rows
-from scbin.encoding.values import Reading
-from scbin.encoding.vocabulary import Vocabulary
+from scbin.io.dictionaries import geneformer_vocabulary
 from scbin.pp import check, iter_tokens, tokenize
+from scbin.tokens.encoding import Encoder
+from scbin.tokens.genes import match_genes, strip_version
+from scbin.tokens.kernels import frame_rows, frozen, over_rows
+from scbin.tokens.values import Reading
 
-COUNTS = np.random.default_rng(5).poisson(1.5, size=(12, 30)).astype(np.float32)
+RNG = np.random.default_rng(5)
+COUNTS = RNG.poisson(1.5, size=(12, 30)).astype(np.float32)
 COUNTS[:, 0] += 1
 DEPTH = COUNTS.sum(axis=1, keepdims=True)
 LOGS = np.log1p(COUNTS / DEPTH * 1e4)
+NOISE = np.abs(np.random.default_rng(0).normal(size=COUNTS.shape)).astype(np.float32)
 SYMBOLS = [f"GENE{chr(65 + k)}{k}" for k in range(30)]
+IDS = [f"ENSG{k:011d}" for k in range(30)]
 
 
 def cells(x=COUNTS, *, names=None, obs=None, **kwargs) -> ad.AnnData:
     x = sparse.csr_matrix(x) if isinstance(x, np.ndarray) and x.dtype != object else x
     obs = pd.DataFrame(obs, index=[f"c{k}" for k in range(x.shape[0])])
-    var = pd.DataFrame(index=pd.Index((names or SYMBOLS)[: x.shape[1]], dtype=object))
-    return ad.AnnData(x, obs=obs, var=var, **kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # anndata remarks on repeated names
+        return ad.AnnData(x, obs=obs, var=pd.DataFrame(index=pd.Index((names or SYMBOLS)[: x.shape[1]])), **kwargs)
 
 
-def tokens(adata, **kwargs):
+def labelled(values) -> ad.AnnData:
+    return cells(obs={"kind": values})
+
+
+def tokens(adata, **kwargs) -> np.ndarray:
     tokenize(adata, **kwargs)
-    return read_tokens(adata)[0].toarray()
+    return read_tokens(adata).matrix.toarray()
+
+
+def vocabulary_of(adata, **kwargs) -> Vocabulary:
+    return read_tokens(tokenize(adata, copy=True, **kwargs)).vocabulary
 
 
 def record(adata) -> dict:
     return json.loads(adata.uns["scbin"]["tokenize"])
 
 
-EXPECTED = tokens(cells())
-VOCABULARY = read_tokens(scbin.pp.tokenize(cells(), copy=True))[1]
+def same(adata, expected=None, **kwargs) -> None:
+    np.testing.assert_array_equal(tokens(adata, **kwargs), EXPECTED if expected is None else expected)
 
 
-def fails(adata, code: str, *words: str, **kwargs):
+def fails(adata, code: str, *words: str, **kwargs) -> None:
     before = list(adata.obsm) if isinstance(adata, ad.AnnData) else []
     with pytest.raises(ScbinInputError) as caught:
         tokenize(adata, **kwargs)
     assert caught.value.code == code, str(caught.value)
-    for word in words:
-        assert word in str(caught.value)
+    assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
     assert not isinstance(adata, ad.AnnData) or list(adata.obsm) == before
 
 
@@ -68,23 +78,36 @@ def warns(adata, code: str, *words: str, **kwargs) -> np.ndarray:
         out = tokens(adata, **kwargs)
     found = {w.message.code: str(w.message) for w in caught if isinstance(w.message, ScbinInputWarning)}
     assert code in found, found
-    for word in words:
-        assert word in found[code]
+    assert [word for word in words if word not in found[code]] == [], found[code]
     return out
 
 
-def test_i01_log1p():
-    adata = cells(LOGS, layers={"counts": sparse.csr_matrix(COUNTS)})
-    np.testing.assert_array_equal(tokens(adata), EXPECTED)
-    assert record(adata)["values"] == "log1p"
-    assert record(adata)["target_sum"] == 10_000
+def changed(row: int, column: int, value: float) -> np.ndarray:
+    out = COUNTS.copy()
+    out[row, column] = value
+    return out
 
 
-@pytest.mark.parametrize("base", [2, 10])
-def test_i01_other_bases(base: int):
-    adata = cells((LOGS / np.log(base)).astype(np.float32))
-    np.testing.assert_array_equal(tokens(adata), EXPECTED)
-    assert record(adata)["base"] == base
+EXPECTED = tokens(cells())
+VOCABULARY = vocabulary_of(cells())
+LINEAR = vocabulary_of(cells(), rule="linear")
+
+
+# ---- what the values are ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["bins", "rank", "gene_bins", "binary"])
+@pytest.mark.parametrize("target", [1e4, 500.0, None])
+@pytest.mark.parametrize("base", [np.e, 2, 10])
+def test_i01_logs_give_the_tokens_and_the_vocabulary_of_their_counts(base, target, encoding):
+    scale = np.median(DEPTH) if target is None else target
+    logs = cells((np.log1p(COUNTS / DEPTH * scale) / np.log(base)).astype(np.float32))
+    counts = tokenize(cells(), encoding=encoding, copy=True)
+    same(logs, counts.obsm["X_tokens"].toarray(), encoding=encoding)
+    assert read_tokens(logs).vocabulary == read_tokens(counts).vocabulary
+    found = record(logs)
+    assert (found["values"], found["base"]) == ("log1p", pytest.approx(base))
+    assert found["target_sum"] == pytest.approx(scale, rel=1e-3)
 
 
 def test_i01_line_names_counts_layer(caplog):
@@ -93,203 +116,160 @@ def test_i01_line_names_counts_layer(caplog):
     assert "layers['counts'] holds counts" in caplog.text
 
 
-def test_i01_by_range_only():
-    noise = np.abs(np.random.default_rng(0).normal(size=COUNTS.shape)).astype(np.float32)
-    warns(cells(noise), "I01", "by its range only", 'values="log1p"')
-    tokenize(cells(noise), values="log1p")  # warnings are errors
+def test_i01_by_range_only(caplog):
+    caplog.set_level(logging.INFO)
+    warns(cells(NOISE), "I01", "by its range only", 'values="log1p"')
+    assert 'rule="linear"' in caplog.text
+    tokenize(cells(NOISE), values="log1p")  # warnings are errors
 
 
 def test_i01_by_note_in_uns():
-    noise = np.abs(np.random.default_rng(0).normal(size=COUNTS.shape)).astype(np.float32)
-    adata = cells(noise, uns={"log1p": {"base": None}})
+    adata = cells(NOISE, uns={"log1p": {"base": None}})
     tokenize(adata)
     assert "by uns" in record(adata)["text"]
-
-
-def test_i01_counts_despite_note():
-    adata = cells(uns={"log1p": {"base": None}})
-    np.testing.assert_array_equal(tokens(adata), EXPECTED)
+    same(cells(uns={"log1p": {"base": None}}))  # counts, despite a note
 
 
 def test_i01_another_sum_than_the_models():
-    logs = np.log1p(COUNTS / DEPTH * 500).astype(np.float32)
-    warns(cells(logs), "I01", "normalised to 500", "10,000", like=VOCABULARY)
+    expected = tokens(cells(), like=LINEAR)
+    same(cells(np.log1p(COUNTS / DEPTH * 500).astype(np.float32)), expected, like=LINEAR)
+    per_cell = np.linspace(300, 900, 12)[:, None]
+    warns(cells(np.log1p(COUNTS / DEPTH * per_cell).astype(np.float32)), "I01", "no common sum", "10,000", like=LINEAR)
 
 
-def test_i01_count_bins_on_logs():
-    fails(cells(LOGS), "I01", "reads counts", encoding="gene_bins")
+def test_i01_counts_that_logs_do_not_tell():
+    noise = cells(NOISE, uns={"log1p": {}})
+    for arguments in ({"encoding": "gene_bins"}, {"rule": "counts"}, {"like": VOCABULARY}):
+        fails(noise.copy(), "I01", "read counts", **arguments)
+    fails(noise.copy(), "A03", "depth=True", tokenization=Tokenization(depth=True))
+    fails(noise.copy(), "A03", "needs counts", flavor="pearson_residuals", n_genes=10)
+    out = warns(noise, "I01", "[NO_DEPTH]", like=LINEAR)
+    assert (out[:, 1] == LINEAR.depth.first_id).all()
 
 
-@pytest.mark.parametrize("target", [1e4, 1e6])
-def test_i02_normalised_not_logged(target: float):
-    fails(cells((COUNTS / DEPTH * target).astype(np.float32)), "I02", "sc.pp.log1p")
+def test_i01_a_cell_whose_logs_are_those_of_no_counts_is_said_to_be_rounded():
+    many = np.tile(COUNTS, (5, 1))
+    logs = np.log1p(many / many.sum(axis=1, keepdims=True) * 1e4)
+    logs[7, logs[7] > 0] *= 0.97
+    adata = cells(logs)
+    warns(adata, "I01", "1 cell has logs", "rounded")
+    with pytest.warns(ScbinInputWarning, match="I01.*rounded"):
+        list(iter_tokens(adata, like=read_tokens(adata).vocabulary))
 
 
-def test_i02_square_roots():
-    fails(cells(np.sqrt(COUNTS)), "I02", "square roots")
+@pytest.mark.parametrize(
+    ("x", "code", "words"),
+    [
+        (np.vstack([COUNTS[:3], LOGS[3:]]), "I01", ["two units", "3 cells", "9 cells"]),
+        *((COUNTS / DEPTH * target, "I02", ["sc.pp.log1p"]) for target in (1e4, 1e6)),
+        (np.sqrt(COUNTS), "I02", ["square roots"]),
+        (changed(2, 3, -2), "I04", ["1 value below 0", "cell 'c2', gene 'GENED3': -2", "original counts"]),
+        *((changed(2, 3, x), "I05", ["1 value that is not finite", "cell 'c2', gene 'GENED3'"]) for x in (np.nan, np.inf, -np.inf)),
+        (changed(1, 1, 1e30), "I08", ["1e+30"]),
+    ],
+)  # fmt: skip
+def test_i02_i04_i05_i08_values_that_cannot_be_read(x, code: str, words: list[str]):
+    fails(cells(x.astype(np.float32)), code, *words)
+    if code == "I05":
+        for values in ("counts", "log1p"):
+            fails(cells(x.astype(np.float32)), code, *words, values=values)
+
+
+def test_i08_large_values_that_are_warned_of_and_logs_that_are_none():
+    warns(cells(changed(1, 1, 2e6)), "I08")
+    fails(cells(np.where(LOGS == LOGS.max(), 40.5, LOGS)), "I08", "no log1p value", values="log1p")
 
 
 def test_i03_scaled():
-    scaled = (LOGS - LOGS.mean(axis=0)) / (LOGS.std(axis=0) + 1)
-    adata = cells(scaled, layers={"counts": sparse.csr_matrix(COUNTS)})
-    fails(adata, "I03", f"{(scaled < 0).sum():,} negative", "sc.pp.scale", "cell 'c", 'layer="counts"')
-    np.testing.assert_array_equal(tokens(adata, layer="counts"), EXPECTED)
+    scaled = LOGS - LOGS.mean(axis=0)
+    adata = cells(scaled)
+    adata.raw = cells(LOGS)
+    fails(adata, "I03", f"{(scaled < 0).sum():,} negative", "sc.pp.scale", "cell 'c", "adata.raw.to_adata()")
+    adata.layers["scaled"], adata.layers["data"] = scaled, LOGS
+    fails(adata, "I03", 'layer="data"')
+    fails(adata, "A06", "Available: 'scaled', 'data'.", layer="absent")
+    adata.layers["counts"] = COUNTS
+    fails(adata, "I03", 'layer="counts"')
+    same(adata, layer="counts")
+    with pytest.raises(ScbinInputError, match=r"I03.*log1p values\.$"):
+        tokenize(cells(scaled))
 
 
-def test_i04_negative_counts():
-    bad = COUNTS.copy()
-    bad[2, 3] = -2
-    fails(cells(bad), "I04", "cell 'c2', gene 'GENED3': -2", "original counts")
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("values", ["auto", "counts", "log1p"])
-def test_i05_not_finite(value: float, values: str):
-    bad = COUNTS.copy()
-    bad[2, 3] = value
-    fails(cells(bad), "I05", "cell 'c2', gene 'GENED3'", values=values)
-
-
-@pytest.mark.parametrize("dtype", ["float64", "float32", "int64", "int32", "uint16", "uint8", "bool"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "int64", "int32", "uint16", "uint8", "bool", ">f4", "float16"])
 def test_i06_value_types(dtype: str):
-    expected = EXPECTED if dtype != "bool" else tokens(cells((COUNTS > 0).astype(np.float32)))
-    np.testing.assert_array_equal(tokens(cells(COUNTS.astype(dtype))), expected)
-
-
-@pytest.mark.parametrize("dtype", [">f4", "float16"])
-def test_i06_value_types_that_only_dense_arrays_have(dtype: str):
-    np.testing.assert_array_equal(tokens(ad.AnnData(COUNTS.astype(dtype), var=cells().var)), EXPECTED)
+    expected = tokens(cells((COUNTS > 0).astype(np.float32))) if dtype == "bool" else EXPECTED
+    dense = dtype in (">f4", "float16")  # which only dense arrays have
+    same(ad.AnnData(COUNTS.astype(dtype), var=cells().var) if dense else cells(COUNTS.astype(dtype)), expected)
 
 
 def test_i06_large_counts_do_not_wrap():
-    big = COUNTS.copy()
-    big[0, 1] = 70_000
+    big = changed(0, 1, 70_000)
     adata = cells(big.astype(np.int64))
-    row = tokens(adata, encoding="rank")[0]
-    _, vocabulary = read_tokens(adata)
-    key = big[0] / np.asarray(vocabulary.medians)
-    assert vocabulary.genes[row[2] - vocabulary.first_gene_id] == SYMBOLS[int(np.argmax(key))]
+    row, vocabulary = tokens(adata, encoding="rank")[0], read_tokens(adata).vocabulary
+    best = SYMBOLS[int(np.argmax(big[0] / np.asarray(vocabulary.medians)))]
+    assert vocabulary.genes[row[vocabulary.first_gene_position] - vocabulary.first_gene_id] == best
 
 
 def test_i07_ambient_corrected():
     corrected = np.where(COUNTS > 0, COUNTS * 20 + np.random.default_rng(0).random(COUNTS.shape), 0)
     adata = cells(corrected.astype(np.float32))
     warns(adata, "I07", "non-integer counts")
-    assert record(adata)["values"] == "counts"
-    fails(adata, "I07", "reads counts", encoding="gene_bins")
+    assert (record(adata)["values"], record(adata)["unit"]) == ("counts", "log1p")
+    fails(adata, "I07", "read counts", encoding="gene_bins")
 
 
-def test_i08_too_large():
-    big = COUNTS.copy()
-    big[1, 1] = 2e6
-    warns(cells(big), "I08")
-    big[1, 1] = 1e30
-    fails(cells(big), "I08", "1e+30")
-
-
-def test_i09_negative_zero():
-    odd = np.where(COUNTS == 0, np.float32(-0.0), COUNTS)
-    matrix = sparse.csr_matrix(np.ones_like(odd))
-    matrix.data[:] = odd.ravel()
-    np.testing.assert_array_equal(tokens(cells(matrix)), EXPECTED)
+# ---- containers ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("encoding", ["bins", "rank", "binary", "gene_bins"])
-def test_i10_explicit_zeros(encoding: str):
+def test_i09_negative_zero_and_i10_explicit_zeros(encoding: str):
     matrix = sparse.csr_matrix(np.ones_like(COUNTS))
-    matrix.data[:] = COUNTS.ravel()
-    np.testing.assert_array_equal(tokens(cells(matrix), encoding=encoding), tokens(cells(), encoding=encoding))
+    matrix.data[:] = np.where(COUNTS == 0, np.where(np.arange(30) % 2, np.float32(-0.0), 0), COUNTS).ravel()
+    same(cells(matrix), tokens(cells(), encoding=encoding), encoding=encoding)
 
 
 def test_i11_unsorted_and_duplicate_indices():
     matrix = sparse.csr_matrix(COUNTS)
-    data, indices, indptr = [], [], [0]
-    for k in range(len(COUNTS)):
-        row = matrix[k]
-        data += [*row.data[::-1], 0.0, 2.0]
-        indices += [*row.indices[::-1], 0, 0]
-        indptr.append(len(data))
-    messy = sparse.csr_matrix((np.array(data, dtype=np.float32), indices, indptr), shape=COUNTS.shape)
-    messy.has_canonical_format = True  # a wrong flag must not be believed
-    messy.has_sorted_indices = True
+    rows = [matrix[k] for k in range(12)]
+    data = np.concatenate([[*row.data[::-1], 0.0, 2.0] for row in rows]).astype(np.float32)
+    indices = np.concatenate([[*row.indices[::-1], 0, 0] for row in rows])
+    messy = sparse.csr_matrix((data, indices, matrix.indptr + 2 * np.arange(13)), shape=COUNTS.shape)
+    messy.has_canonical_format = messy.has_sorted_indices = True  # wrong flags must not be believed
     more = COUNTS.copy()
     more[:, 0] += 2
-    before = messy.indices.copy()
-    np.testing.assert_array_equal(tokens(cells(messy)), tokens(cells(more)))
-    np.testing.assert_array_equal(messy.indices, before)
+    same(cells(messy), tokens(cells(more)))
+    np.testing.assert_array_equal(messy.indices, indices)
 
 
-def test_i12_csc():
-    np.testing.assert_array_equal(tokens(cells(sparse.csc_matrix(COUNTS))), EXPECTED)
-
-
-def test_i12_csc_on_disk_is_noted(tmp_path, caplog):
+def test_i12_csc_on_disk_is_noted_and_i17_backed(tmp_path, caplog):
     cells(sparse.csc_matrix(COUNTS)).write_h5ad(tmp_path / "a.h5ad")
     adata = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
     caplog.set_level(logging.INFO)
-    np.testing.assert_array_equal(tokens(adata), EXPECTED)
-    assert "CSR is faster" in caplog.text
+    same(adata)
+    assert "CSR is faster" in caplog.text and "until adata.write" in caplog.text
     adata.file.close()
 
 
-def test_i13_other_kinds():
-    adata = cells()
-    objects = ad.AnnData(COUNTS.astype(object), obs=adata.obs, var=adata.var)
-    fails(objects, "I13", "object", "astype")
-    adata = cells()
-    adata.layers["m"] = np.ma.masked_array(COUNTS, COUNTS > 3)
-    if isinstance(adata.layers["m"], np.ma.MaskedArray):  # as anndata keeps it
-        fails(adata, "I13", "filled", layer="m")
-
-
-def set_x(adata: ad.AnnData, value) -> None:
+def set_x(adata: ad.AnnData, value) -> ad.AnnData:
     """Put something into X that anndata itself would not take."""
     if hasattr(adata, "_X"):
         adata._X = value
     else:  # from 0.13 on, X is the layer None
         adata.layers._data[None] = value
+    return adata
 
 
-@pytest.mark.parametrize("kind", [sparse.coo_matrix, sparse.coo_array, sparse.lil_matrix, sparse.dok_matrix])
-def test_i13_other_sparse_formats(kind):
-    with pytest.raises(ValueError, match="CSR"):  # anndata itself refuses them
-        ad.AnnData(kind(COUNTS))
-    adata = cells()
-    set_x(adata, kind(COUNTS))  # should one get past it
-    fails(adata, "I13", f"sparse {kind(COUNTS).format}", "csr_matrix(X)")
-
-
-@pytest.mark.parametrize("value", [COUNTS.tolist(), COUNTS[0]], ids=["list", "one row"])
-def test_i13_no_matrix(value):
-    adata = cells()
-    set_x(adata, value)
-    fails(adata, "I13", type(value).__name__, "csr_matrix(X)")
-
-
-def test_i13_numpy_matrix_and_lists():
-    adata = cells()
-    adata.X = COUNTS.tolist()  # anndata makes arrays of both
-    np.testing.assert_array_equal(tokens(adata), EXPECTED)
+def test_i13_other_kinds():
+    for kind in (sparse.coo_matrix, sparse.coo_array, sparse.lil_matrix, sparse.dok_matrix):
+        fails(set_x(cells(), kind(COUNTS)), "I13", f"sparse {kind(COUNTS).format}", "csr_matrix(X)")
+    for value in (COUNTS.tolist(), COUNTS[0]):
+        fails(set_x(cells(), value), "I13", type(value).__name__, "csr_matrix(X)")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numpy and anndata both remark on it
-        adata.layers["m"] = np.matrix(COUNTS)
-        np.testing.assert_array_equal(tokens(adata, layer="m"), EXPECTED)
-        set_x(adata, np.matrix(COUNTS))
-        fails(adata, "I13", "numpy matrix", "np.asarray(X)")
-
-
-def test_i13_text():
+        warnings.simplefilter("ignore")  # numpy remarks on it
+        fails(set_x(cells(), np.matrix(COUNTS)), "I13", "numpy matrix", "np.asarray(X)")
+    fails(ad.AnnData(COUNTS.astype(object), var=cells().var), "I13", "object", "astype")
     fails(ad.AnnData(COUNTS.astype(str), var=cells().var), "I13", "<U", "astype")
-
-
-def test_i14_csr_array():
-    np.testing.assert_array_equal(tokens(cells(sparse.csr_array(COUNTS))), EXPECTED)
-
-
-@pytest.mark.parametrize("order", ["C", "F"])
-def test_i15_dense(order: str):
-    adata = ad.AnnData(np.array(COUNTS, order=order), obs=cells().obs, var=cells().var)
-    np.testing.assert_array_equal(tokens(adata), EXPECTED)
+    fails(set_x(cells(), np.ma.masked_array(COUNTS, COUNTS > 3)), "I13", "filled")
 
 
 def test_i16_dask_chunked_along_genes():
@@ -298,44 +278,75 @@ def test_i16_dask_chunked_along_genes():
     fails(adata, "I16", "rechunk((1000, -1))")
 
 
-def test_i17_backed_line(tmp_path, caplog):
-    cells().write_h5ad(tmp_path / "a.h5ad")
-    adata = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
-    caplog.set_level(logging.INFO)
-    np.testing.assert_array_equal(tokens(adata), EXPECTED)
-    assert "until adata.write" in caplog.text
-    adata.file.close()
-
-
 def test_i18_views():
-    adata = cells()
-    mask = np.arange(12) % 2 == 0
+    adata, mask = cells(), np.arange(12) % 2 == 0
     view = adata[mask]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        tokenize(view, like=VOCABULARY)
-    assert not view.is_view
-    assert "X_tokens" not in adata.obsm
+    tokenize(view, like=VOCABULARY)  # warnings are errors
+    assert not view.is_view and "X_tokens" not in adata.obsm
     np.testing.assert_array_equal(view.obsm["X_tokens"].toarray(), EXPECTED[mask])
     done = tokenize(adata[mask], like=VOCABULARY, copy=True)
     np.testing.assert_array_equal(done.obsm["X_tokens"].toarray(), EXPECTED[mask])
 
 
-def test_i19_empty_cells():
-    sparse_cells = COUNTS.copy()
-    sparse_cells[[1, 4]] = 0
-    adata = cells(sparse_cells)
+def test_i43_index_types_and_damage():
+    matrix = sparse.csr_matrix(COUNTS)
+    matrix.indices, matrix.indptr = matrix.indices.astype(np.int64), matrix.indptr.astype(np.int64)
+    same(cells(matrix))
+    for name, place, value in (("indptr", 3, 10**6), ("indices", 5, 99), ("indices", 5, -1)):
+        adata = cells(sparse.csr_matrix(COUNTS))
+        getattr(adata.X, name)[place] = value
+        fails(adata, "I43", "damaged")
+    adata = cells(sparse.csc_matrix(COUNTS))
+    adata.X.indices[5] = 99
+    fails(adata, "I43", "damaged")
+
+
+def test_i45_tokens_beyond_2_to_the_31(tmp_path):
+    """Rows far out in arrays of 2^31 tokens, of which only the pages in use exist."""
+    far, kinds = 2**31, [np.uint16, np.int32, np.uint16, np.int32]
+    ids, places, *out = (
+        np.memmap(tmp_path / f"{k}.bin", dtype=dtype, mode="w+", shape=(far + 10,)) for k, dtype in enumerate(kinds)
+    )
+    ids[far + 4 : far + 7], places[far + 4 : far + 7] = [7, 8, 9], [0, 1, 2]
+    rows = [np.array(row, dtype=np.int64) for row in ([far + 1, far + 4], [far + 4], [3])]
+    prefix = np.zeros((1, 0), dtype=np.uint32)
+    over_rows(frame_rows, *map(frozen, (*rows, ids, places, prefix)), 0, -1, *out)
+    assert out[0][far + 1 : far + 4].tolist() == [7, 8, 9] and out[1][far + 1 : far + 4].tolist() == [0, 1, 2]
+
+
+def test_i44_i45_offsets_are_64_bit():
+    block = next(iter_blocks(cells()))
+    assert block.indptr.dtype == np.int64
+    encoder = Encoder(VOCABULARY, np.arange(30, dtype=np.int32), Reading("counts"))
+    parts = [
+        encoder.encode(Block(0, block.data[a:b], block.indices[a:b], np.array([0, b - a]), 30), np.zeros((1, 0), int))
+        for a, b in zip(block.indptr, block.indptr[1:], strict=False)
+    ]
+    np.testing.assert_array_equal(sparse.vstack([part.tokens for part in parts]).toarray(), EXPECTED)
+
+
+# ---- cells -----------------------------------------------------------------------------------------------------------
+
+
+def test_i19_empty_cells_and_i57_mostly_empty_droplets():
+    few = COUNTS.copy()
+    few[[1, 4]] = 0
+    adata = cells(few)
     out = warns(adata, "I19", "2 cells", "'c1', 'c4'", "filter_cells", like=VOCABULARY)
     assert not out[[1, 4]].any()
     assert adata.obs["scbin_status"].iloc[[1, 4]].tolist() == ["empty", "empty"]
+    few[1] = COUNTS[1]
+    warns(cells(few), "I19", "1 cell has no counts at all ('c4'); it keeps its row")
+    many = sparse.vstack([sparse.csr_matrix(COUNTS), sparse.csr_matrix((5000, 30), dtype=np.float32)], format="csr")
+    out = warns(cells(many), "I19", "5,000 cells")
+    assert (out[:12] > 0).any(axis=1).all()
 
 
 def test_i20_no_gene_of_the_vocabulary():
-    vocabulary = Vocabulary.build("bins", SYMBOLS[:15], bins=VOCABULARY.bins)
     odd = COUNTS.copy()
     odd[3, :15] = 0
     adata = cells(odd)
-    warns(adata, "I20", "'c3'", like=vocabulary)
+    warns(adata, "I20", "'c3'", like=Vocabulary.build("bins", SYMBOLS[:15], bins=VOCABULARY.bins))
     assert adata.obs["scbin_status"].iloc[3] == "no_vocab_gene"
 
 
@@ -347,39 +358,60 @@ def test_i21_gene_zero_everywhere():
     assert record(adata)["genes_zero"] == 1
 
 
-def test_i22_duplicate_names():
-    names = SYMBOLS.copy()
-    names[9] = names[2]
-    summed = COUNTS.copy()
-    summed[:, 2] += summed[:, 9]
-    kept = [k for k in range(30) if k != 9]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        adata = cells(names=names)
-    expected = tokens(cells(summed[:, kept], names=[SYMBOLS[k] for k in kept]))
-    np.testing.assert_array_equal(warns(adata, "I22", repr(names[2])), expected)
-    fails(adata, "I22", 'duplicates="sum"', duplicates="error")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logged = cells(LOGS, names=names)
-    np.testing.assert_array_equal(warns(logged, "I22"), expected)
-
-
-def test_i23_made_unique():
-    names = SYMBOLS.copy()
-    names[9] = names[2] + "-1"
-    out = warns(cells(names=names), "I23", repr(names[9]))
-    assert out.shape[1] == EXPECTED.shape[1] - 1
-    vocabulary = Vocabulary.build("bins", names, bins=VOCABULARY.bins)  # here GENE-1 is a gene of its own
-    tokenize(cells(names=names), like=vocabulary)  # warnings are errors
-
-
 def test_i24_duplicate_cells():
     adata = cells()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adata.obs_names = ["same"] * 12
     np.testing.assert_array_equal(warns(adata, "I24"), EXPECTED)
+
+
+def test_i46_long_cells():
+    adata = cells()
+    assert (np.count_nonzero(tokens(adata, tokenization=Tokenization(max_length=10)), axis=1) <= 10).all()
+    assert record(adata)["cut_cells"] == 12 and 0 < record(adata)["cut_share"] < 1
+
+
+def test_i47_one_cell_one_gene_and_i48_nothing():
+    assert tokens(cells(COUNTS[:1])).shape[0] == 1
+    assert tokens(cells(COUNTS[:, :1])).any() and tokens(cells(COUNTS[:1, :1]), encoding="rank").any()
+    adata = cells(COUNTS[:0])
+    fails(adata, "I47", "like=model")  # no cells, no vocabulary
+    assert tokens(adata, like=VOCABULARY).shape == (0, VOCABULARY.n_positions)
+    assert adata.obsm["X_tokens"].dtype == np.uint16
+    assert list(adata.obs["scbin_status"].cat.categories) == ["ok", "empty", "no_vocab_gene"]
+    fails(ad.AnnData(np.zeros((3, 0), dtype=np.float32)), "I48", "no genes")
+    fails(ad.AnnData(obs=cells().obs, var=cells().var), "I48", "layer=")
+
+
+@pytest.mark.parametrize("bad", [None, "a.h5ad", [1], pd.DataFrame()])
+def test_i55_not_an_anndata(bad):
+    with pytest.raises(ScbinTypeError, match="I55"):
+        check_adata(bad)
+
+
+# ---- genes -----------------------------------------------------------------------------------------------------------
+
+
+def test_i22_duplicate_names():
+    names = SYMBOLS.copy()
+    names[9] = names[2]
+    summed = COUNTS.copy()
+    summed[:, 2] += summed[:, 9]
+    kept = [k for k in range(30) if k != 9]
+    for rule in ("counts", "linear"):
+        expected = tokens(cells(summed[:, kept], names=[SYMBOLS[k] for k in kept]), rule=rule)
+        for x in (COUNTS, LOGS):
+            np.testing.assert_array_equal(warns(cells(x, names=names), "I22", repr(names[2]), rule=rule), expected)
+    fails(cells(names=names), "I22", 'duplicates="sum"', tokenization=Tokenization(duplicates="error"))
+
+
+def test_i23_made_unique():
+    names = SYMBOLS.copy()
+    names[9] = names[2] + "-1"
+    assert warns(cells(names=names), "I23", repr(names[9])).shape[1] == EXPECTED.shape[1] - 1
+    vocabulary = Vocabulary.build("bins", names, bins=VOCABULARY.bins)  # here GENE-1 is a gene of its own
+    tokenize(cells(names=names), like=vocabulary)  # warnings are errors
 
 
 @pytest.mark.parametrize("bad", [[3], [np.nan], [None], [""]])
@@ -392,252 +424,64 @@ def test_i25_names_that_are_no_text(bad: list):
 def test_i25_empty_ids_in_a_column():
     adata = cells()
     adata.var["id"] = ["", np.nan, *SYMBOLS[2:]]
-    tokenize(adata, gene_key="id")
-    assert read_tokens(adata)[1].genes == tuple(SYMBOLS[2:])
+    assert vocabulary_of(adata, gene_key="id").genes == tuple(SYMBOLS[2:])
+
+
+def renamed(names: list[str]) -> Vocabulary:
+    return Vocabulary.build("bins", names, bins=VOCABULARY.bins, depth=True)
 
 
 def test_i26_versions():
-    ids = [f"ENSG{k:011d}" for k in range(30)]
-    plain = Vocabulary.build("bins", ids, bins=VOCABULARY.bins)
-    out = tokens(cells(names=[f"{name}.{k}" for k, name in enumerate(ids)]), like=plain)
-    np.testing.assert_array_equal(out, EXPECTED)
-    twins = ["ENSG00000000005.7", "ENSG00000000005.7_PAR_Y"]
-    assert match_genes([scbin.encoding.genes.strip_version(name) for name in twins]).genes == (
-        "ENSG00000000005",
-        "ENSG00000000005_PAR_Y",
-    )
+    same(cells(names=[f"{name}.{k}" for k, name in enumerate(IDS)]), like=renamed(IDS))
+    twins = [strip_version(name) for name in ("ENSG00000000005.7", "ENSG00000000005.7_PAR_Y")]
+    assert match_genes(twins).genes == ("ENSG00000000005", "ENSG00000000005_PAR_Y")
 
 
 def test_i27_species():
-    human = Vocabulary.build("bins", [f"ENSG{k:011d}" for k in range(30)], bins=VOCABULARY.bins)
-    fails(cells(names=[f"ENSMUSG{k:011d}" for k in range(30)]), "I27", "mouse", "human", like=human)
-    symbols = ["CD3E", "CD4", "GAPDH", "ACTB", "MALAT", "FOXP", "LYZ", "NKG", "GNLY", "CST", "PTPRC", "MS4A"]
-    human = Vocabulary.build("bins", symbols, bins=VOCABULARY.bins)
-    fails(cells(COUNTS[:, :12], names=[s.title() for s in symbols]), "I27", "mouse", like=human)
+    fails(cells(names=[f"ENSMUSG{k:011d}" for k in range(30)]), "I27", "mouse", "human", like=renamed(IDS))
+    symbols = "CD3E CD4 GAPDH ACTB MALAT FOXP LYZ NKG GNLY CST PTPRC MS4A".split()
+    mouse = cells(COUNTS[:, :12], names=[s.title() for s in symbols])
+    fails(mouse, "I27", "mouse", like=renamed(symbols))
 
 
 def test_i28_case():
-    fails(cells(names=[s.lower() for s in SYMBOLS]), "I28", 'case="upper"', like=VOCABULARY)
-    out = tokens(cells(names=[s.lower() for s in SYMBOLS]), like=VOCABULARY, case="upper")
-    np.testing.assert_array_equal(out, EXPECTED)
-
-
-def geneformer_like(genes: list[str], names: dict[str, str]) -> Vocabulary:
-    ids = {"<pad>": 0, "<mask>": 1, **{gene: k + 2 for k, gene in enumerate(genes)}}
-    return Vocabulary.from_geneformer(ids, dict.fromkeys(genes, 1.0), names)
+    lower = [s.lower() for s in SYMBOLS]
+    fails(cells(names=lower), "I28", 'case="upper"', like=VOCABULARY)
+    same(cells(names=lower), like=VOCABULARY, tokenization=Tokenization(case="upper"))
 
 
 def test_i29_aliases_and_i30_symbols_through_a_map(caplog):
-    ids = [f"ENSG{k:011d}" for k in range(30)]
-    vocabulary = geneformer_like(ids, {s.lower(): i for s, i in zip(SYMBOLS, ids, strict=True)})
+    ids = {"<pad>": 0, "<mask>": 1, **{gene: k + 2 for k, gene in enumerate(IDS)}}
+    names = {s.lower(): i for s, i in zip(SYMBOLS, IDS, strict=True)}
+    vocabulary = geneformer_vocabulary(ids, dict.fromkeys(IDS, 1.0), names)
     caplog.set_level(logging.INFO)
-    np.testing.assert_array_equal(tokens(cells(), like=vocabulary), tokens(cells(names=ids), like=vocabulary))
+    same(cells(), tokens(cells(names=IDS), like=vocabulary), like=vocabulary)
     assert "map of symbols" in caplog.text
 
 
 def test_i30_symbols_without_a_map():
-    ids = [f"ENSG{k:011d}" for k in range(30)]
     adata = cells()
-    adata.var["ensembl_id"] = ids
-    vocabulary = Vocabulary.build("bins", ids, bins=VOCABULARY.bins)
-    fails(adata, "I30", "symbols", "Ensembl ids", "gene_key='ensembl_id'", like=vocabulary)
-    np.testing.assert_array_equal(tokens(adata, like=vocabulary, gene_key="ensembl_id"), EXPECTED)
+    adata.var["ensembl_id"] = IDS
+    fails(adata, "I30", "symbols", "Ensembl ids", "gene_key='ensembl_id'", like=renamed(IDS))
+    same(adata, like=renamed(IDS), gene_key="ensembl_id")
 
 
-def test_i31_no_overlap():
+def test_i31_no_overlap_and_i32_low_overlap():
     fails(cells(names=[f"OTHER{k}" for k in range(30)]), "I31", "OTHER0", "GENEA0", like=VOCABULARY)
+    warns(cells(COUNTS[:, :18]), "I32", "of the counts", like=VOCABULARY)
+    fails(cells(COUNTS[:, :3]), "I32", "force=True", like=VOCABULARY)
+    warns(cells(COUNTS[:, :3]), "I32", like=VOCABULARY, tokenization=Tokenization(force=True))
 
 
-def test_i32_low_overlap():
-    warns(cells(COUNTS[:, :18], names=SYMBOLS), "I32", "of the counts", like=VOCABULARY)
-    few = cells(COUNTS[:, :3], names=SYMBOLS)
-    fails(few, "I32", "force=True", like=VOCABULARY)
-    warns(few, "I32", like=VOCABULARY, force=True)
-
-
-def test_i33_other_features():
+@pytest.mark.parametrize(("n", "words"), [(5, "5 columns are"), (1, "1 column is")])
+def test_i33_other_features(n: int, words: str):
     adata = cells()
-    kinds = ["Gene Expression"] * 25 + ["Antibody Capture"] * 5
-    adata.var["feature_types"] = kinds
-    out = warns(adata, "I33", "5 columns")
-    np.testing.assert_array_equal(out, tokens(cells(COUNTS[:, :25])))
+    adata.var["feature_types"] = ["Gene Expression"] * (30 - n) + ["Antibody Capture"] * n
+    np.testing.assert_array_equal(warns(adata, "I33", words), tokens(cells(COUNTS[:, : 30 - n])))
 
 
 def test_i34_transposed():
     fails(cells().T.copy(), "I34", "adata.T", like=VOCABULARY)
-
-
-def test_i35_missing_column():
-    fails(cells(obs={"cell_type": "T"}), "I35", "'cell_type'", phenotypes=["celltype"])
-    fails(cells(), "I35", layer="nothing")
-    fails(cells(), "I35", gene_key="nothing")
-
-
-def labelled(values) -> ad.AnnData:
-    return cells(obs={"kind": values})
-
-
-def test_i36_new_label():
-    adata = labelled(["a"] * 6 + ["b"] * 6)
-    tokenize(adata, phenotypes=["kind"])
-    vocabulary = read_tokens(adata)[1]
-    out = warns(labelled(["a"] * 8 + ["new"] * 4), "I36", "'new' (4 cells)", like=vocabulary)
-    assert (out[8:, 1] == vocabulary.phenotypes[0].missing_id).all()
-
-
-@pytest.mark.parametrize("missing", [np.nan, None, "", "unknown", "Unknown", " "])
-def test_i37_missing_labels(missing):
-    adata = labelled(pd.Series(["a"] * 6 + [missing] * 6, dtype=object).to_numpy())
-    out = tokens(adata, phenotypes=["kind"])
-    phenotype = read_tokens(adata)[1].phenotypes[0]
-    assert phenotype.values == ("a",)
-    assert (out[6:, 1] == phenotype.missing_id).all()
-
-
-def test_i38_unused_categories():
-    plain = labelled(["a"] * 6 + ["b"] * 6)
-    extra = labelled(pd.Categorical(["a"] * 6 + ["b"] * 6, categories=["z", "b", "a"]))
-    np.testing.assert_array_equal(tokens(plain, phenotypes="kind"), tokens(extra, phenotypes="kind"))
-
-
-def test_i39_ages():
-    stages = ["34-year-old human stage"] * 4 + ["third decade stage"] * 4 + ["adult stage"] * 4
-    adata = cells(obs={"development_stage": stages})
-    warns(adata, "I39", "'adult stage' (4)", phenotypes=["development_stage"], age_groups=10)
-    assert read_tokens(adata)[1].phenotypes[0].values == ("20-30", "30-40")
-    assert read_tokens(adata)[1].phenotypes[0].name == "age"
-
-
-def test_i39_ages_of_new_data_are_cut_as_those_of_the_vocabulary():
-    adata = cells(obs={"development_stage": ["34-year-old human stage"] * 6 + ["25-year-old stage"] * 6})
-    tokenize(adata, phenotypes=["development_stage"], age_groups=10)
-    vocabulary = Vocabulary.from_json(read_tokens(adata)[1].to_json())
-    assert vocabulary.phenotype("age").age_groups == 10
-    new = cells(obs={"development_stage": ["29-year-old human stage"] * 6 + ["fourth decade stage"] * 6})
-    out = tokens(new, like=vocabulary)
-    first = vocabulary.phenotypes[0].first_id
-    assert out[:, 1].tolist() == [first] * 6 + [first + 1] * 6
-    parts = [part.toarray() for part in iter_tokens(new, like=vocabulary)]
-    np.testing.assert_array_equal(np.vstack(parts), out)
-    as_text = cells(obs={"age": ["a"] * 6 + ["b"] * 6})
-    tokenize(as_text, phenotypes=["age"])
-    assert "age_groups" not in read_tokens(as_text)[1].to_json()
-
-
-def test_i40_rare_label():
-    warns(labelled(["a"] * 10 + ["b"] * 2), "I40", "'b' (2)", phenotypes=["kind"])
-
-
-def test_i41_odd_labels():
-    odd = ["a b", "a_b", "[MASK]", "x/y", "$z$", "ü"]
-    adata = labelled(np.repeat(odd, 2))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ScbinInputWarning)
-        tokenize(adata, phenotypes=["kind"])
-    assert set(read_tokens(adata)[1].phenotypes[0].values) == set(odd)
-    fails(labelled(["x" * 600] * 12), "I41", "600", phenotypes=["kind"])
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [([1.0, 2.0] * 6, ("1", "2")), ([10, 9] * 6, ("9", "10")), ([True, False] * 6, ("False", "True"))],
-)
-def test_i42_numbers_as_labels(values, expected):
-    adata = labelled(values)
-    tokenize(adata, phenotypes=["kind"])
-    assert read_tokens(adata)[1].phenotypes[0].values == expected
-
-
-def test_i42_continuous():
-    fails(labelled(np.linspace(0, 1, 12)), "I42", "looks continuous", phenotypes=["kind"])
-
-
-def test_i43_index_types_and_damage():
-    matrix = sparse.csr_matrix(COUNTS)
-    matrix.indices, matrix.indptr = matrix.indices.astype(np.int64), matrix.indptr.astype(np.int64)
-    np.testing.assert_array_equal(tokens(cells(matrix)), EXPECTED)
-    for damage in ("indptr", "column", "negative"):
-        broken = sparse.csr_matrix(COUNTS)
-        adata = cells(broken)
-        if damage == "indptr":
-            adata.X.indptr[3] = 10**6
-        else:
-            adata.X.indices[5] = 99 if damage == "column" else -1
-        fails(adata, "I43", "damaged")
-
-
-def test_i44_a_block_that_starts_beyond_2_to_the_31(tmp_path):
-    """A file with 2^31 more stored values than it has room for on disk: the chunks of the first cell do not exist."""
-    h5py = pytest.importorskip("h5py")
-    few = sparse.csr_matrix(COUNTS)
-    path, far = tmp_path / "a.h5ad", 2**31
-    more = cells(np.vstack([COUNTS[:1], COUNTS]))
-    more.write_h5ad(path)
-    with h5py.File(path, "r+") as file:
-        group = file["X"]
-        for name, values in (("data", few.data), ("indices", few.indices)):
-            del group[name]
-            stored = group.create_dataset(name, (far + few.nnz,), dtype=values.dtype, chunks=(65_536,))
-            stored[far:] = values
-        del group["indptr"]
-        group["indptr"] = np.concatenate([[0], far + few.indptr.astype(np.int64)])
-    assert path.stat().st_size < 2**22
-    adata = ad.read_h5ad(path, backed="r")
-    with DiskRows(adata.X.group) as rows:
-        assert rows.n_stored == far + few.nnz
-        found = rows.read(int(rows.indptr[1]), int(rows.indptr[-1]))
-        np.testing.assert_array_equal(found[0], few.data)
-        np.testing.assert_array_equal(found[1], few.indices)
-        assert not rows.read(far - 70_000, far)[0].any()  # nothing is stored there: the library fills in zeros
-    adata.file.close()
-
-
-def test_i45_tokens_beyond_2_to_the_31(tmp_path):
-    """Rows far out in arrays of 2^31 tokens, of which only the pages in use exist."""
-    far = 2**31
-    arrays = [
-        np.memmap(tmp_path / f"{k}.bin", dtype=dtype, mode="w+", shape=(far + 10,))
-        for k, dtype in enumerate([np.uint16, np.int32, np.uint16, np.int32])
-    ]
-    ids, positions, out_ids, out_positions = arrays
-    ids[far + 4 : far + 7], positions[far + 4 : far + 7] = [7, 8, 9], [0, 1, 2]
-    rows = (np.array([far + 1, far + 4]), np.array([far + 4]), np.array([3]))
-    over_rows(compact, *(frozen(row.astype(np.int64)) for row in rows), frozen(ids), frozen(positions), *arrays[2:])
-    assert out_ids[far + 1 : far + 4].tolist() == [7, 8, 9]
-    assert out_positions[far + 1 : far + 4].tolist() == [0, 1, 2]
-    assert joined_offsets([np.array([0, far, far + 2]), np.array([0, 5])]).tolist() == [0, far, far + 2, far + 7]
-
-
-def test_i44_i45_offsets_are_64_bit():
-    block = next(raw_blocks(cells()))
-    assert block.indptr.dtype == np.int64
-    encoder = Encoder(VOCABULARY, np.arange(30, dtype=np.int32), Reading("counts"))
-    phenotypes = np.zeros((12, 0), dtype=np.int64)
-    assert encoder.encode(block.data, block.indices, block.indptr, phenotypes).tokens.shape == (12, 33)
-
-
-def test_i46_long_cells():
-    adata = cells()
-    out = tokens(adata, max_length=10)
-    assert (np.count_nonzero(out, axis=1) <= 10).all()
-    assert record(adata)["cut_cells"] == 12
-    assert 0 < record(adata)["cut_share"] < 1
-
-
-def test_i47_one_cell_one_gene():
-    assert tokens(cells(COUNTS[:1])).shape[0] == 1
-    assert tokens(cells(COUNTS[:, :1])).any()
-    assert tokens(cells(COUNTS[:1, :1]), encoding="rank").any()
-
-
-def test_i48_nothing():
-    adata = cells(COUNTS[:0])
-    fails(adata, "E09", "like=model")  # no cells, no vocabulary
-    assert tokens(adata, like=VOCABULARY).shape == (0, 33)
-    assert adata.obsm["X_tokens"].dtype == np.uint16
-    assert list(adata.obs["scbin_status"].cat.categories) == ["ok", "empty", "no_vocab_gene"]
-    fails(ad.AnnData(np.zeros((3, 0), dtype=np.float32)), "I48", "no genes")
-    fails(ad.AnnData(obs=cells().obs, var=cells().var), "I48", "layer=")
 
 
 def test_i49_raw_is_suggested_not_used(caplog):
@@ -648,31 +492,110 @@ def test_i49_raw_is_suggested_not_used(caplog):
     assert "adata.raw.to_adata()" in caplog.text
 
 
+def test_genes_that_cannot_be_chosen():
+    adata = cells()
+    adata.var["mine"], adata.var["text"], adata.var["none"] = [k < 7 for k in range(30)], "yes", False
+    fails(adata, "A02", "'yes'", mask_var="text")
+    fails(adata, "A02", "mask_var=None", mask_var="none")
+    fails(adata, "A06", "True and False: 'mine', 'none'", mask_var="hvg")
+    fails(adata, "A02", "n_genes is 0", n_genes=0)
+    try:
+        import skmisc  # noqa: F401
+    except ImportError:
+        fails(adata, "A05", "scikit-misc", flavor="seurat_v3", n_genes=10)
+    else:
+        assert len(vocabulary_of(adata, flavor="seurat_v3", n_genes=10).genes) == 10
+    assert vocabulary_of(adata, mask_var="mine").genes == tuple(SYMBOLS[:7])
+    fails(cells(np.zeros((4, 5))), "V04", "empty", encoding="rank")
+    fails(cells(), "A02", "median", encoding="rank", tokenization=Tokenization(medians={"GENEA0": -1.0}))
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------------
+
+
+def test_i35_missing_column():
+    fails(cells(obs={"cell_type": "T"}), "A06", "'cell_type'", phenotypes=["celltype"])
+    fails(cells(), "A06", layer="nothing")
+    fails(cells(), "A06", gene_key="nothing")
+
+
+def test_i36_new_label():
+    vocabulary = vocabulary_of(labelled(["a"] * 6 + ["b"] * 6), phenotypes=["kind"])
+    out = warns(labelled(["a"] * 8 + ["new"] * 4), "I36", "'new' (4 cells)", like=vocabulary)
+    assert (out[8:, 1] == vocabulary.phenotypes[0].missing_id).all()
+
+
+@pytest.mark.parametrize("missing", [np.nan, None, "", "unknown", "Unknown", " "])
+def test_i37_missing_labels(missing):
+    adata = labelled(pd.Series(["a"] * 6 + [missing] * 6, dtype=object).to_numpy())
+    out, phenotype = tokens(adata, phenotypes=["kind"]), read_tokens(adata).vocabulary.phenotypes[0]
+    assert phenotype.values == ("a",)
+    assert (out[6:, 1] == phenotype.missing_id).all()
+
+
+def test_i38_unused_categories_and_i51_string_dtype():
+    values = ["a"] * 6 + ["b"] * 6
+    expected = tokens(labelled(values), phenotypes="kind")
+    same(labelled(pd.Categorical(values, categories=["z", "b", "a"])), expected, phenotypes="kind")
+    same(labelled(pd.array(values, dtype="string")), expected, phenotypes="kind")
+
+
+def test_i39_ages_of_new_data_are_cut_as_those_of_the_vocabulary():
+    fine = {"phenotypes": ["development_stage"], "tokenization": Tokenization(age_groups=10)}
+    stages = ["34-year-old human stage"] * 4 + ["third decade stage"] * 4 + ["adult stage"] * 4
+    adata = cells(obs={"development_stage": stages})
+    warns(adata, "I39", "'adult stage' (4)", **fine)
+    vocabulary = Vocabulary.from_json(read_tokens(adata).vocabulary.to_json())
+    assert (vocabulary.phenotype("age").values, vocabulary.phenotype("age").age_groups) == (("20-30", "30-40"), 10)
+    new = cells(obs={"development_stage": ["29-year-old human stage"] * 6 + ["fourth decade stage"] * 6})
+    out, first = tokens(new, like=vocabulary), vocabulary.phenotypes[0].first_id
+    assert out[:, 1].tolist() == [first] * 6 + [first + 1] * 6
+    np.testing.assert_array_equal(np.vstack([p.toarray() for p in iter_tokens(new, like=vocabulary)]), out)
+    assert "age_groups" not in vocabulary_of(cells(obs={"age": list("ab") * 6}), phenotypes=["age"]).to_json()
+
+
+def test_i40_rare_label():
+    warns(labelled(["a"] * 10 + ["b"] * 2), "I40", "'b' (2)", phenotypes=["kind"])
+    warns(labelled(["a"] * 11 + ["b"]), "I40", "there is 1 label of 'kind'", phenotypes=["kind"])
+
+
+def test_i41_odd_labels():
+    odd = ["a b", "a_b", "[MASK]", "x/y", "$z$", "ü"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ScbinInputWarning)
+        vocabulary = vocabulary_of(labelled(np.repeat(odd, 2)), phenotypes=["kind"])
+    assert set(vocabulary.phenotypes[0].values) == set(odd)
+    fails(labelled(["x" * 600] * 12), "I41", "600", phenotypes=["kind"])
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([1.0, 2.0] * 6, ("1", "2")), ([10, 9] * 6, ("9", "10")), ([True, False] * 6, ("False", "True"))],
+)
+def test_i42_numbers_as_labels(values, expected):
+    assert vocabulary_of(labelled(values), phenotypes=["kind"]).phenotypes[0].values == expected
+    fails(labelled(np.linspace(0, 1, 12)), "I42", "looks continuous", phenotypes=["kind"])
+
+
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("container", ["h5ad", "zarr"])
 def test_i50_round_trip(tmp_path, container: str):
     adata = labelled(["CD4+/CD25 T Reg"] * 6 + ["b"] * 6)
     expected = tokens(adata, phenotypes=["kind"])
-    path = tmp_path / f"a.{container}"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zarr remarks on its own formats
-        getattr(adata, f"write_{container}")(path)
-        back = getattr(ad, f"read_{container}")(path)
-    out, vocabulary = read_tokens(back)
-    np.testing.assert_array_equal(out.toarray(), expected)
-    assert vocabulary == read_tokens(adata)[1]
+        getattr(adata, f"write_{container}")(tmp_path / f"a.{container}")
+        back = getattr(ad, f"read_{container}")(tmp_path / f"a.{container}")
+    np.testing.assert_array_equal(read_tokens(back).matrix.toarray(), expected)
+    assert read_tokens(back).vocabulary == read_tokens(adata).vocabulary
     assert back.obs["scbin_status"].tolist() == ["ok"] * 12
-
-
-def test_i51_string_dtype():
-    adata = labelled(["a"] * 6 + ["b"] * 6)
-    expected = tokens(adata, phenotypes=["kind"])
-    adata.obs["kind"] = adata.obs["kind"].astype("string")
-    np.testing.assert_array_equal(tokens(adata, phenotypes=["kind"]), expected)
 
 
 def test_i52_a_column_that_cannot_be_written(tmp_path):
     adata = cells(obs={"mine": pd.Series([(k, {k}) for k in range(12)], dtype=object).to_numpy()})
-    np.testing.assert_array_equal(tokens(adata), EXPECTED)
+    same(adata)
     with pytest.raises(TypeError) as caught:  # from anndata, whose file it is
         adata.write_h5ad(tmp_path / "a.h5ad")
     assert "mine" in " ".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
@@ -680,67 +603,43 @@ def test_i52_a_column_that_cannot_be_written(tmp_path):
     adata.write_h5ad(tmp_path / "a.h5ad")
 
 
-@pytest.mark.parametrize("value", [np.ones(12), np.full((12, 33), np.nan), np.ones((12, 33), dtype=np.float32)])
-def test_i53_tokens_that_are_one_dimensional_or_not_whole(value):
+def test_i53_tokens_that_are_of_another_width_or_type_or_unknown():
     adata = cells()
     tokenize(adata)
-    adata.obsm["X_tokens"] = value
-    with pytest.raises(ScbinInputError, match=r"T04.*column.* of float"):
-        read_tokens(adata)
+    kept = adata.obsm["X_tokens"]
+    unknown = kept.copy()
+    unknown.data[0] = 60_000
+    for value in (np.ones(12), np.full(kept.shape, np.nan), kept.astype(np.float32), kept[:, :20], unknown):
+        adata.obsm["X_tokens"] = value
+        with pytest.raises(ScbinInputError, match="V02"):
+            read_tokens(adata)
 
 
-@pytest.mark.parametrize(("value", "code"), [(np.ones(12), "I53"), (np.full((12, 3), np.nan), "P02")])
-def test_i53_an_embedding_that_is_one_dimensional_or_has_no_numbers(value, code: str):
-    adata = cells()
-    adata.obsm["X_scbin"] = value
-    with pytest.raises(ScbinInputError, match=code):
-        scbin.pl.embedding(adata)
-
-
-def test_i54_foreign_key():
+def test_i54_foreign_key_and_two_sets_of_tokens():
     adata = cells()
     adata.obsm["mine"] = np.zeros((12, 2))
-    fails(adata, "I54", "key_added=", key_added="mine")
-    tokenize(adata, key_added="fresh")
-    tokenize(adata, key_added="fresh")
-    tokenize(adata)
-    tokenize(adata)
+    fails(adata, "A04", "key_added=", key_added="mine")
+    for _ in range(2):
+        tokenize(adata, encoding="rank", key_added="X_ranks")
+        tokenize(adata)
     for key in ("X_scbin", "X_scbin_2", "X_umap_scbin"):
         fails(adata, "A04", "embeddings", key_added=key)
     for key in ("", "a/b"):
-        fails(adata, "A03", repr(key), key_added=key)
-
-
-def test_two_sets_of_tokens_have_two_vocabularies():
-    adata = cells()
-    tokenize(adata, encoding="rank", key_added="X_ranks")
-    tokenize(adata)
-    assert read_tokens(adata, key="X_ranks")[1].encoding == "rank"
-    assert read_tokens(adata)[1] == VOCABULARY
+        fails(adata, "A02", repr(key), key_added=key)
+    assert read_tokens(adata, key="X_ranks").vocabulary.encoding == "rank"
+    assert read_tokens(adata).vocabulary == VOCABULARY
     assert json.loads(adata.uns["scbin"]["tokenize_X_ranks"])["encoding"] == "rank"
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"layer": 3},
-        {"gene_key": 3},
-        {"phenotypes": 3},
-        {"phenotypes": ["kind", 3]},
-        {"phenotypes": {"kind": 3}},
-        {"n_genes": "x"},
-        {"n_genes": 10.5},
-        {"n_bins": "x"},
-        {"n_bins": 3.5},
-        {"threshold": "x"},
-        {"mask_var": 3},
-        {"bins": 3},
-        {"bins": ["a", "b"]},
-        {"max_length": 10.5},
-        {"medians": [1, 2]},
-        {"force": "yes"},
-        {"key_added": 3},
-        {"copy": 1},
+        *({"layer": 3}, {"gene_key": 3}, {"phenotypes": 3}, {"phenotypes": ["kind", 3]}, {"phenotypes": {"kind": 3}}),
+        *({"n_genes": "x"}, {"n_genes": 10.5}, {"mask_var": 3}, {"rule": 3}, {"rule": ["a", "b"]}, {"key_added": 3}),
+        *({"copy": 1}, {"tokenization": 3}, {"like": 3}),
     ],
     ids=str,
 )
@@ -748,118 +647,66 @@ def test_arguments_of_another_type(arguments):
     fails(cells(obs={"kind": ["a"] * 12}), "A01", next(iter(arguments)), "pass ", **arguments)
 
 
-@pytest.mark.parametrize("name", ["encoding", "values", "zeros", "layout", "age_groups", "case", "duplicates"])
-def test_arguments_that_are_no_choice(name: str):
-    fails(cells(), "A02", f"{name} is 'nonsense'; choose one of", **{name: "nonsense"})
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n_bins": "x"},
+        {"n_bins": 3.5},
+        {"threshold": "x"},
+        {"max_length": 10.5},
+        {"medians": [1]},
+        {"force": "yes"},
+        {"depth": "x"},
+    ],
+    ids=str,
+)
+def test_finer_choices_of_another_type(fields):
+    with pytest.raises(ScbinTypeError, match=f"A01.*{next(iter(fields))}.*pass "):
+        Tokenization(**fields)
 
 
-def test_check_refuses_what_tokenize_refuses():
+def test_arguments_that_are_no_choice():
+    for name in ("encoding", "values", "flavor"):
+        fails(cells(), "A02", f"{name} is 'nonsense'; choose one of", **{name: "nonsense"})
+    for name in ("zeros", "layout", "age_groups", "case", "duplicates"):
+        with pytest.raises(ScbinInputError, match=f"A02.*{name} is 'nonsense'; choose one of"):
+            Tokenization(**{name: "nonsense"})
+    same(cells(), tokens(cells(), rule=[0.5, 5.0]), rule=np.array([0.5, 5.0]))  # edges in any sequence
+    fails(cells(), "A02", "quantile_per_cell", rule="squares")
+    fails(cells(), "A02", "n_bins is 0", rule="linear", tokenization=Tokenization(n_bins=0))
+    fails(cells(), "A03", "leave it out", like=VOCABULARY, encoding="rank")
+    with pytest.raises(ScbinTypeError, match="A01.*like is None"):
+        next(iter_tokens(cells(), like=None))
+
+
+def test_every_row_of_the_page_has_a_test():
+    """docs/inputs.md lists the codes for users; every one is in the name of a test here or of the containers."""
+    page = (Path(__file__).parents[2] / "docs" / "inputs.md").read_text()
+    listed = {
+        code
+        for line in page.splitlines()
+        if line.startswith("| I")
+        for code in re.findall(r"I\d\d", line.split("|")[1])
+    }
+    names = " ".join(
+        re.findall(
+            r"def (test_\w+)", Path(__file__).read_text() + (Path(__file__).parent / "test_containers.py").read_text()
+        )
+    )
+    assert [code for code in sorted(listed) if not re.search(rf"_{code.lower()}(_|\b)", names)] == []
+
+
+# ---- check -----------------------------------------------------------------------------------------------------------
+
+
+def test_check_reports_what_tokenize_would_do_and_changes_nothing(capsys):
+    table = check(cells(LOGS - 0.5))
+    assert table.loc[table["kind"] == "error", "code"].tolist() == ["I03"]
+    assert "negative" in capsys.readouterr().out
+    adata = cells()
+    assert set(check(adata, like=VOCABULARY, quiet=True)["kind"]) == {"ok"}
+    assert not len(adata.obsm) and not len(adata.uns) and not len(adata.obs.columns)
     for arguments, code in (({"quiet": 1}, "A01"), ({"layer": 3}, "A01"), ({"encoding": "no"}, "A02")):
         with pytest.raises(ScbinInputError) as caught:
             check(cells(), **arguments)
         assert caught.value.code == code
-
-
-def test_one_of_a_thing_is_not_called_many():
-    bad = COUNTS.copy()
-    bad[2, 3] = np.nan
-    fails(cells(bad), "I05", "1 value that is not finite")
-    bad[2, 3] = -1
-    fails(cells(bad), "I04", "1 value below 0")
-    none = COUNTS.copy()
-    none[4] = 0
-    warns(cells(none), "I19", "1 cell has no counts at all ('c4'); it keeps its row")
-    kinds = ["Gene Expression"] * 29 + ["Antibody Capture"]
-    adata = cells()
-    adata.var["feature_types"] = kinds
-    warns(adata, "I33", "1 column is not 'Gene Expression'", "was left out")
-    warns(labelled(["a"] * 11 + ["b"]), "I40", "there is 1 label of 'kind'", phenotypes=["kind"])
-
-
-def test_every_row_of_the_page_has_a_test():
-    """docs/inputs.md lists the codes for users; every one is the name of a test here."""
-    page = (Path(__file__).parents[2] / "docs" / "inputs.md").read_text()
-    rows = [re.findall(r"I\d\d", line.split("|")[1]) for line in page.splitlines() if line.startswith("| I")]
-    listed = [code for row in rows for code in row]
-    assert listed == [f"I{k:02d}" for k in range(1, 58)]
-    names = " ".join(name for name in globals() if name.startswith("test_"))
-    assert [code for code in listed if not re.search(rf"_{code.lower()}(_|\b)", names)] == []
-
-
-@pytest.mark.parametrize("bad", [None, "a.h5ad", [1], pd.DataFrame()])
-def test_i55_not_an_anndata(bad):
-    with pytest.raises(ScbinTypeError) as caught:
-        check_adata(bad)
-    assert caught.value.code == "I55"
-    assert isinstance(caught.value, TypeError)
-
-
-def test_i56_read_only(tmp_path):
-    matrix = sparse.csr_matrix(COUNTS)
-    for part in (matrix.data, matrix.indices, matrix.indptr):
-        part.setflags(write=False)
-    np.testing.assert_array_equal(tokens(cells(matrix)), EXPECTED)
-    np.save(tmp_path / "x.npy", COUNTS)
-    adata = cells()
-    adata.X = np.load(tmp_path / "x.npy", mmap_mode="r")
-    np.testing.assert_array_equal(tokens(adata), EXPECTED)
-
-
-def test_i57_mostly_empty_droplets():
-    many = sparse.vstack([sparse.csr_matrix(COUNTS), sparse.csr_matrix((5000, 30), dtype=np.float32)], format="csr")
-    adata = cells(many)
-    out = warns(adata, "I19", "5,000 cells")
-    assert (out[:12] > 0).any(axis=1).all()
-
-
-@pytest.mark.parametrize("edges", [[0.5, 5.0], (0.5, 5.0), np.array([0.5, 5.0])])
-def test_edges_of_any_sequence(edges):
-    np.testing.assert_array_equal(tokens(cells(), bins=edges), tokens(cells(), bins=[0.5, 5.0]))
-
-
-def test_scaled_values_beside_unscaled_ones():
-    """What was scaled is often still there: as a layer, or as `.raw`, which holds logs."""
-    scaled = LOGS - LOGS.mean(axis=0)
-    adata = cells(scaled)
-    adata.raw = cells(LOGS)
-    fails(adata, "I03", "adata.raw.to_adata()")
-    adata.layers["scaled"], adata.layers["data"] = scaled, LOGS
-    fails(adata, "I03", 'layer="data"')
-    with pytest.raises(ScbinInputError, match=r"I35.*Available: 'scaled', 'data'\."):
-        tokenize(adata, layer="absent")
-    adata.layers["counts"] = COUNTS
-    fails(adata, "I03", 'layer="counts"')
-    del adata.layers["data"], adata.layers["counts"], adata.raw
-    with pytest.raises(ScbinInputError, match=r"I03.*log1p values\.$"):
-        tokenize(adata)
-
-
-def test_genes_that_cannot_be_chosen():
-    adata = cells()
-    adata.var["mine"], adata.var["text"], adata.var["none"] = True, "yes", False
-    fails(adata, "E04", "'yes'", mask_var="text")
-    fails(adata, "E05", "mask_var=None", mask_var="none")
-    fails(adata, "E06", "True and False: 'mine', 'none'", mask_var="hvg")
-    fails(adata, "E07", "n_genes is 0", n_genes=0)
-    fails(cells(np.zeros((4, 5))), "E03", "empty", encoding="rank")
-    fails(cells(), "E08", "median", encoding="rank", medians={"GENEA0": -1.0})
-
-
-def test_like_another_encoding():
-    fails(cells(), "E02", "leave it out", like=VOCABULARY, encoding="rank")
-    fails(cells(), "E01", "like is a int", like=3)
-    with pytest.raises(ScbinTypeError, match="E01.*like is None"):
-        next(iter_tokens(cells(), like=None))
-
-
-def test_check_reports_errors_as_rows(capsys):
-    table = check(cells(LOGS - 0.5))
-    assert table.loc[table["kind"] == "error", "code"].tolist() == ["I03"]
-    assert "negative" in capsys.readouterr().out
-
-
-def test_check_changes_nothing():
-    adata = cells()
-    table = check(adata, like=VOCABULARY, quiet=True)
-    assert set(table["kind"]) == {"ok"}
-    assert not len(adata.obsm) and not len(adata.uns) and not len(adata.obs.columns)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import sparse
 
-from scbin._anndata import read_tokens
+from scbin import Tokenization
+from scbin._adata import read_tokens
 from scbin._errors import ScbinInputError
 from scbin.pp import tokenize
 
@@ -30,106 +31,64 @@ counts = hnp.arrays(
 encodings = st.sampled_from(ENCODINGS)
 
 
-def table(x, names=None, cells=None) -> ad.AnnData:
+def table(x, names=None) -> ad.AnnData:
     n, m = x.shape
     names = [f"GENE{k}x" for k in range(m)] if names is None else names
-    return ad.AnnData(x, obs=pd.DataFrame(index=cells or [f"c{k}" for k in range(n)]), var=pd.DataFrame(index=names))
+    return ad.AnnData(x, obs=pd.DataFrame(index=[f"c{k}" for k in range(n)]), var=pd.DataFrame(index=names))
 
 
 def tokens(adata: ad.AnnData, **kwargs) -> np.ndarray:
     tokenize(adata, **kwargs)
-    return read_tokens(adata)[0].toarray()
+    return read_tokens(adata).matrix.toarray()
 
 
-def fitted(x: np.ndarray, encoding: str):
+def fitted(x: np.ndarray, encoding: str, **kwargs):
     """The tokens and the vocabulary, None where no cell has a count (rank has no medians then)."""
-    adata = table(x)
     if encoding == "rank" and not x.any():
         return None, None
-    out = tokens(adata, encoding=encoding)
-    return out, read_tokens(adata)[1]
+    adata = table(x)
+    out = tokens(adata, encoding=encoding, **kwargs)
+    return out, read_tokens(adata).vocabulary
 
 
 @quick
-@given(counts, encodings, st.randoms(use_true_random=False))
-def test_permuting_cells_permutes_rows(x, encoding, random):
+@given(counts, encodings, st.randoms(use_true_random=False), st.integers(0, 8))
+def test_cells_are_independent_and_genes_have_no_order(x, encoding, random, cut):
     out, vocabulary = fitted(x, encoding)
-    if vocabulary is not None:
-        order = random.sample(range(len(x)), len(x))
-        np.testing.assert_array_equal(tokens(table(x[order]), like=vocabulary), out[order])
-
-
-@quick
-@given(counts, encodings, st.randoms(use_true_random=False))
-def test_permuting_genes_changes_nothing(x, encoding, random):
-    out, vocabulary = fitted(x, encoding)
-    if vocabulary is not None:
-        order = random.sample(range(x.shape[1]), x.shape[1])
-        names = [f"GENE{k}x" for k in order]
-        np.testing.assert_array_equal(tokens(table(x[:, order], names), like=vocabulary), out)
-
-
-@quick
-@given(counts, encodings, st.integers(0, 8))
-def test_parts_equal_the_whole(x, encoding, cut):
-    out, vocabulary = fitted(x, encoding)
-    if vocabulary is not None:
-        parts = [tokens(table(part), like=vocabulary) for part in (x[:cut], x[cut:])]
-        np.testing.assert_array_equal(np.vstack(parts), out)
+    if vocabulary is None:
+        return
+    order = random.sample(range(len(x)), len(x))
+    np.testing.assert_array_equal(tokens(table(x[order]), like=vocabulary), out[order])
+    parts = [tokens(table(part), like=vocabulary) for part in (x[:cut], x[cut:])]
+    np.testing.assert_array_equal(np.vstack(parts), out)
+    order = random.sample(range(x.shape[1]), x.shape[1])
+    np.testing.assert_array_equal(tokens(table(x[:, order], [f"GENE{k}x" for k in order]), like=vocabulary), out)
 
 
 @quick
 @given(counts, st.sampled_from(["bins", "rank", "binary"]), st.integers(2, 9))
-def test_rescaling_a_cell_changes_nothing(x, encoding, factor):
-    out, vocabulary = fitted(x, encoding)
+def test_rescaling_a_cell_changes_nothing_but_counts_and_depth(x, encoding, factor):
+    out, vocabulary = fitted(x, encoding, rule="linear", tokenization=Tokenization(depth=False))
     if vocabulary is not None:
         np.testing.assert_array_equal(tokens(table(x * factor), like=vocabulary), out)
 
 
 @quick
-@given(
-    counts,
-    encodings,
-    st.sampled_from(["csr", "csc", "array", "fortran", "int64", "float64", "zeros", "unsorted", "view"]),
-)
-def test_container_changes_nothing(x, encoding, kind):
-    out, vocabulary = fitted(x, encoding)
-    if vocabulary is None:
-        return
-    matrix = sparse.csr_matrix(np.ones_like(x))
-    matrix.data[:] = x.ravel()
-    if kind == "unsorted":
-        for row in range(len(x)):
-            part = slice(matrix.indptr[row], matrix.indptr[row + 1])
-            matrix.indices[part], matrix.data[part] = matrix.indices[part][::-1].copy(), matrix.data[part][::-1].copy()
-    made = {
-        "csr": lambda: sparse.csr_matrix(x),
-        "csc": lambda: sparse.csc_matrix(x),
-        "array": lambda: sparse.csr_array(x),
-        "fortran": lambda: np.asfortranarray(x),
-        "int64": lambda: x.astype(np.int64),
-        "float64": lambda: x.astype(np.float64),
-    }.get(kind, lambda: matrix)()
-    adata = table(made)
-    np.testing.assert_array_equal(tokens(adata[:] if kind == "view" else adata, like=vocabulary), out)
-
-
-@quick
-@given(counts, encodings)
-def test_ranks_and_bins_mean_what_they_say(x, encoding):
-    out, vocabulary = fitted(x, encoding)
-    if vocabulary is None:
-        return
-    for row, values in zip(out, x, strict=True):
-        ids = row[vocabulary.is_gene_token(row)]
-        if encoding == "rank":
-            genes = [int(vocabulary.genes[k - vocabulary.first_gene_id][4:-1]) for k in ids]
-            middle = dict(zip(vocabulary.genes, vocabulary.medians, strict=True))
-            keys = [float(values[g]) / middle[f"GENE{g}x"] for g in genes]
-            assert keys == sorted(keys, reverse=True)
-            assert sorted(genes) == np.flatnonzero(values).tolist()
-        else:
-            assert (len(ids) == 0) == (not values.any()) or encoding != "gene_bins"
+@given(counts, st.integers(2, 9))
+def test_a_molecule_is_a_molecule_at_any_depth(x, factor):
+    """The token of a count depends on nothing but the count; the depth is a token of its own."""
+    out, vocabulary = fitted(np.minimum(x, 30), "bins")
+    other = np.column_stack([np.minimum(x, 30)[:, :1], np.minimum(x, 30)[:, 1:] * factor])
+    again = tokens(table(other), like=vocabulary)
+    first, both = vocabulary.first_gene_position, (out[:, 0] > 0) & (again[:, 0] > 0)
+    np.testing.assert_array_equal(out[both, first], again[both, first])
+    expressed = out[:, first : first + x.shape[1]] > 0
+    values = vocabulary.token_values[out[:, first : first + x.shape[1]]]
+    exact = expressed & (x <= 16)
+    np.testing.assert_array_equal(values[exact], x[exact])
+    totals = np.minimum(x, 30).sum(axis=1)
+    levels = vocabulary.depth.first_id + 1 + np.digitize(totals, vocabulary.depth.edges)
+    np.testing.assert_array_equal(out[:, vocabulary.depth_position], np.where(totals > 0, levels, 0))
 
 
 odd_values = st.one_of(
@@ -143,13 +102,26 @@ odd_matrices = st.one_of(
     counts.map(np.sqrt),
     hnp.arrays(np.float32, st.tuples(st.integers(0, 6), st.integers(0, 6)), elements=odd_values),
 )
-odd_names = st.one_of(
-    st.text(max_size=8),
-    st.sampled_from(
-        ["", "CD3E", "CD3E-1", "ENSG00000000003.1", "ENSG00000000003", "ENSMUSG00000000001", "Cd3e", "cd3e"]
-    ),
-)
+ODD = ["", "CD3E", "CD3E-1", "ENSG00000000003.1", "ENSG00000000003", "ENSMUSG00000000001", "Cd3e", "cd3e"]
+odd_names = st.one_of(st.text(max_size=8), st.sampled_from(ODD))
 odd_labels = st.one_of(st.none(), st.text(max_size=5), st.sampled_from(["unknown", "a/b", "[MASK]", " ", "1"]))
+RULES = ["counts", "linear", "quantile", "quantile_per_gene", "quantile_per_cell", "log2"]
+arguments = st.fixed_dictionaries(
+    {},
+    optional={
+        "values": st.sampled_from(["auto", "counts", "log1p"]),
+        "rule": st.sampled_from(RULES),
+        "phenotypes": st.just(["kind"]),
+        "n_genes": st.integers(1, 4),
+        "tokenization": st.builds(
+            Tokenization,
+            zeros=st.sampled_from(["drop", "keep"]),
+            n_bins=st.integers(1, 5),
+            max_length=st.one_of(st.none(), st.integers(4, 12)),
+            depth=st.sampled_from([None, False]),
+        ),
+    },
+)
 
 
 @many
@@ -163,27 +135,13 @@ def test_nothing_but_typed_errors(x, data, encoding):
         adata = table(container(x), names)
     adata.obs["kind"] = pd.Series(labels, index=adata.obs_names, dtype=object).to_numpy()
     before = x.copy()
-    arguments = data.draw(
-        st.fixed_dictionaries(
-            {},
-            optional={
-                "values": st.sampled_from(["auto", "counts", "log1p"]),
-                "zeros": st.sampled_from(["drop", "keep"]),
-                "bins": st.sampled_from(["linear", "quantile", "quantile_per_gene", "quantile_per_cell", "log2"]),
-                "n_bins": st.integers(1, 5),
-                "max_length": st.integers(4, 12),
-                "phenotypes": st.just(["kind"]),
-                "n_genes": st.integers(1, 4),
-            },
-        )
-    )
     try:
-        tokenize(adata, encoding=encoding, **arguments)
+        tokenize(adata, encoding=encoding, **data.draw(arguments))
     except ScbinInputError:
         assert not len(adata.obsm)
         assert list(adata.obs.columns) == ["kind"]
         return
-    matrix, vocabulary = read_tokens(adata)
+    matrix, vocabulary = read_tokens(adata).matrix, read_tokens(adata).vocabulary
     assert matrix.shape == (len(x), vocabulary.n_positions)
     assert np.isfinite(x).all()
     lengths = np.diff(matrix.indptr)
@@ -193,5 +151,7 @@ def test_nothing_but_typed_errors(x, data, encoding):
     np.testing.assert_array_equal(dense, before)
     start, stop = vocabulary.group_start[matrix.indices], vocabulary.group_stop[matrix.indices]
     inside = (matrix.data >= start) & (matrix.data < stop)
-    specials = [*vocabulary.specials.values(), *(p.missing_id for p in vocabulary.phenotypes)]
-    assert (inside | np.isin(matrix.data, specials)).all()
+    control = [*vocabulary.specials.values(), *(p.missing_id for p in vocabulary.phenotypes)]
+    depth = vocabulary.depth
+    control += [] if depth is None else range(depth.first_id, depth.stop_id)
+    assert (inside | np.isin(matrix.data, control)).all()

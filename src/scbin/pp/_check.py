@@ -7,33 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from scbin._anndata import check_adata
-from scbin._arguments import flags
+from scbin._adata import check_adata
+from scbin._arguments import checked
 from scbin._errors import ScbinInputError, ScbinInputWarning, count
-from scbin.pp._fit import Fit
-from scbin.pp._plan import Options, prepare
+from scbin.pp._plan import Request, prepare
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from anndata import AnnData
 
-    from scbin.encoding.values import Values
-    from scbin.encoding.vocabulary import Encoding
 
-
-def check(
-    adata: AnnData,
-    *,
-    encoding: Encoding = "bins",
-    values: Values = "auto",
-    layer: str | None = None,
-    gene_key: str | None = None,
-    phenotypes: Sequence[str] | Mapping[str, str] | str | None = None,
-    like: Any = None,
-    quiet: bool = False,
-) -> pd.DataFrame:
-    """Print what was found in an AnnData and what `tokenize` would make of it.
+@checked
+def check(adata: AnnData, *, quiet: bool = False, **arguments: Any) -> pd.DataFrame:
+    """Print what was found in an AnnData and what :func:`scbin.pp.tokenize` would make of it.
 
     Call it first on data you do not know. Nothing is changed; what would be an error is a row of the table.
 
@@ -41,10 +26,10 @@ def check(
     ----------
     adata
         Cells by genes.
-    encoding, values, layer, gene_key, phenotypes, like
-        As for `tokenize`.
     quiet
         Only return the table.
+    **arguments
+        Those of :func:`scbin.pp.tokenize` that shape the tokens, such as `encoding`, `layer`, `phenotypes` or `like`.
 
     Returns
     -------
@@ -58,29 +43,25 @@ def check(
     >>> table["kind"].unique().tolist()
     ['ok']
     """
-    flags(quiet=quiet)
-    fit = Fit(encoding=encoding)
-    options = Options(values, layer, gene_key, phenotypes)
+    request = Request(**arguments)
     rows: list[tuple[str, str, str]] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             check_adata(adata)
-            plan = prepare(adata, like, fit, options)
-            result = plan.finish(list(plan.encode()))
-            rows += [("ok", "", line.removeprefix("scbin: ")) for line in result.lines]
-            rows.append(("ok", "", repr(plan.vocabulary)))
-            if like is not None:
-                shares = (result.record["overlap_counts"], result.record["overlap_genes"])
+            plan = prepare(adata, request)
+            _, _, record, lines = plan.finish(list(plan.encode()))
+            rows += [("ok", "", line.removeprefix("scbin: ")) for line in (*lines, repr(plan.vocabulary))]
+            if plan.given:
+                shares = (record["overlap_counts"], record["overlap_genes"])
                 rows.append(("ok", "", "in the vocabulary: {:.0%} of the counts, {:.0%} of the genes.".format(*shares)))
         except ScbinInputError as error:
             rows.append(("error", error.code, str(error).split("] ", 1)[-1]))
     found = [w.message for w in caught if isinstance(w.message, ScbinInputWarning)]
     rows += [("warning", message.code, str(message).split("] ", 1)[-1]) for message in found]
-    table = pd.DataFrame(rows, columns=["kind", "code", "finding"])
     if not quiet:
         shape = f"{count(adata.n_obs, 'cell')} x {count(adata.n_vars, 'gene')}" if hasattr(adata, "n_obs") else ""
         print(shape or type(adata).__name__)
         for kind, code, finding in rows:
             print(f"  {kind:8}{code:5}{finding}")
-    return table
+    return pd.DataFrame(rows, columns=["kind", "code", "finding"])

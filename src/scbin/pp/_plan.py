@@ -1,79 +1,328 @@
-"""Everything between the AnnData and the compiled loops: what is read, with which vocabulary, and what was found."""
+"""Everything between the AnnData and the encodings: what is read, with which vocabulary, and what was found."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 
-from scbin._anndata import warn
-from scbin._arguments import choices, flags, instances, texts
+from scbin._adata import Block, gene_columns, iter_blocks, layer_names, matrix_of, read_obs, warn
+from scbin._arguments import check_fields, instances, texts
 from scbin._errors import ScbinInputError, ScbinTypeError, count
-from scbin.encoding.encode import Encoded, Encoder, join_rows
-from scbin.encoding.genes import GeneMatch, clean_names, match_genes
-from scbin.encoding.values import Values
-from scbin.encoding.vocabulary import Vocabulary
-from scbin.pp._ahead import in_order
-from scbin.pp._fit import Fit, fit_vocabulary
-from scbin.pp._phenotypes import age_widths, cell_labels, phenotype_columns, phenotype_ids
-from scbin.pp._source import Source
+from scbin.tokens.encoding import Encoded, Encoder
+from scbin.tokens.fit import Cells, variable_genes
+from scbin.tokens.genes import GeneMatch, clean_names, match_genes
+from scbin.tokens.phenotypes import AGE_COLUMNS, age_labels, labels_of, token_ids, values_of
+from scbin.tokens.rules import Bins, Tokenization
+from scbin.tokens.values import Reading, Scan, Values, read_values
+from scbin.tokens.vocabulary import Vocabulary, encoding_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from anndata import AnnData
-    from scipy import sparse
 
-    from scbin._anndata import Block
-    from scbin.encoding.values import Reading, Scan
-
+Item = TypeVar("Item")
+Flavor = Literal["pearson_residuals", "seurat_v3", "dispersion"]
+COUNT_LAYERS = ("counts", "raw_counts", "raw")
 WARN_OVERLAP, LEAST_OVERLAP = 0.8, 0.2
-CHOICES = {
-    "values": get_args(Values),
-    "age_groups": (10, 20, None),
-    "case": ("exact", "upper"),
-    "duplicates": ("sum", "error"),
-}
+STATUS = ["ok", "empty", "no_vocab_gene"]
 
 
 @dataclass(frozen=True)
-class Options:
-    """How the AnnData is to be read."""
+class Request:
+    """What the user asked for; the names are the arguments of `tokenize`. Without a `tokenization` it is the default one."""
 
-    values: Values = "auto"
+    encoding: str = "bins"
+    rule: Any = None
+    phenotypes: Any = None
+    like: Any = None
     layer: str | None = None
+    values: Values = "auto"
     gene_key: str | None = None
-    phenotypes: Sequence[str] | Mapping[str, str] | str | None = None
-    age_groups: Literal[10, 20] | None = None
-    case: Literal["exact", "upper"] = "exact"
-    duplicates: Literal["sum", "error"] = "sum"
-    force: bool = False
+    n_genes: int = 2000
+    flavor: Flavor | None = None
+    mask_var: str | None = None
+    tokenization: Any = None
 
     def __post_init__(self) -> None:
-        choices(CHOICES, values=self.values, age_groups=self.age_groups, case=self.case, duplicates=self.duplicates)
-        texts(optional=True, layer=self.layer, gene_key=self.gene_key)
-        flags(force=self.force)
-        what = "a column of obs, a list of columns, or {category: column}"
-        asked = self.phenotypes
+        check_fields(self)
+        encoding_of(self.encoding)
+        instances((str, Bins, Sequence, np.ndarray), "a rule, a list of edges or a Bins", optional=True, rule=self.rule)
+        instances(Tokenization, "a scbin.Tokenization", optional=True, tokenization=self.tokenization)
+        object.__setattr__(self, "tokenization", self.tokenization or Tokenization())
+        what, asked = "a column of obs, a list of columns, or {category: column}", self.phenotypes
         instances((str, Mapping, Sequence, np.ndarray, pd.Index), what, optional=True, phenotypes=asked)
-        if asked is not None and not isinstance(asked, str):
-            for column in asked.values() if isinstance(asked, Mapping) else asked:
-                texts(phenotypes=column)
+        for column in asked.values() if isinstance(asked, Mapping) else asked if asked is not None else ():
+            texts(phenotypes=column)
+        if self.n_genes < 1:
+            raise ScbinInputError("A02", f"n_genes is {self.n_genes}; at least one gene is needed.")
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """The vocabulary of `like`, which may be a model, its directory or a vocabulary."""
+        like = self.like
+        if like is None:
+            return None
+        if isinstance(like, str | PathLike):
+            from scbin.model import Model  # brings torch, which tokenizing itself does not need
+
+            like = Model.load(like)
+        vocabulary = getattr(like, "vocabulary", like)
+        if not isinstance(vocabulary, Vocabulary):
+            fix = "pass a scbin model, the directory of one, or a vocabulary"
+            raise ScbinTypeError("A01", f"like is a {type(like).__name__}; {fix}.")
+        if self.encoding not in ("bins", vocabulary.encoding):
+            found = f"encoding={self.encoding!r} was asked for, but like= has {vocabulary.encoding!r}"
+            raise ScbinInputError("A03", f"{found}; leave it out.")
+        return vocabulary
 
 
-@dataclass(frozen=True)
-class Result:
-    """Everything that is written, made before anything is."""
+# ---- the matrix -----------------------------------------------------------------------------------------------------
 
-    tokens: sparse.csr_matrix
-    status: pd.Categorical
-    record: dict[str, Any]
-    lines: list[str]
+
+class Source:
+    """The matrix that a verb reads, several times by row blocks: `X`, or a layer."""
+
+    def __init__(self, adata: AnnData, layer: str | None):
+        self.adata, self.layer = adata, layer
+        self.name = "X" if layer is None else f"layers[{layer!r}]"
+        self.used = gene_columns(adata)
+        self._unsorted: set[int] = set()
+
+    def scan(self) -> Scan:
+        """Look at every stored value."""
+        scan = Scan(self.adata.n_obs, np.zeros(self.adata.n_vars, dtype=bool))
+        for block in self.blocks():
+            if not scan.add(block.start, block.data, block.indices, block.indptr, self.used):
+                self._unsorted.add(block.start)
+                block = block.sorted()
+                scan.add(block.start, block.data, block.indices, block.indptr, self.used)
+        return scan
+
+    def blocks(self) -> Iterator[Block]:
+        """Go through the rows; after the scan, all are sorted and without duplicates. On disk, the next block is read meanwhile."""
+        blocks = iter_blocks(self.adata, self.layer)
+        for block in ahead(blocks) if self.adata.isbacked else blocks:
+            yield block.sorted() if block.start in self._unsorted else block
+
+    def read(self, scan: Scan, values: Values) -> Reading:
+        """Decide what the values are; the errors name places and the layer that would do."""
+        adata, note = self.adata, self.adata.uns.get("log1p")
+        base = note.get("base") if isinstance(note, dict) else None
+        base = None if base is None else float(base)
+        places = ", ".join(
+            f"cell {str(adata.obs_names[row])!r}, gene {str(adata.var_names[column])!r}: {value:.4g}"
+            for row, column, value in scan.not_finite_at or scan.negative_at
+        )
+        try:
+            noted = note is not None
+            return read_values(scan, values=values, noted=noted, noted_base=base, name=self.name, places=places)
+        except ScbinInputError as error:
+            hint = self.suggest_counts()
+            if hint is None and error.code == "I03":
+                hint = self._suggest(layer_names(adata), lambda x: x >= 0, "has no negative values", "read it")
+            if hint is None:
+                raise
+            raise ScbinInputError(error.code, f"{str(error).split('] ', 1)[1]} {hint}") from None
+
+    def suggest_counts(self) -> str | None:
+        """Name a layer, or `.raw`, that holds whole, non-negative numbers, if there is one beside this matrix."""
+        layers = [layer for layer in COUNT_LAYERS if layer in self.adata.layers]
+        return self._suggest(layers, lambda x: (x >= 0) & (x == np.rint(x)), "holds counts", "use them")
+
+    def _suggest(self, layers: list[str], rule: Callable[[Any], Any], what: str, to: str) -> str | None:
+        """Name the first of some layers, else `.raw`, whose values are finite and pass a rule."""
+        for layer in layers:
+            try:
+                parts = (block.data for block in iter_blocks(self.adata, layer))
+                if layer != self.layer and all((rule(x) & np.isfinite(x)).all() for x in parts):
+                    return f'layers[{layer!r}] {what}: pass layer="{layer}" to {to}.'
+            except ScbinInputError:
+                continue
+        raw = None if self.adata.isbacked else self.adata.raw
+        if raw is not None:
+            values = np.asarray(raw.X.data if hasattr(raw.X, "nnz") else raw.X)
+            if values.dtype.kind in "biuf" and (rule(values) & np.isfinite(values)).all():
+                return f".raw {what}: adata.raw.to_adata() gives them as an AnnData of its own."
+        return None
+
+
+def ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """Make the next item in a thread while this one is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="scbin-read") as reader:
+        coming = reader.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = reader.submit(next, items, None)
+            yield item
+
+
+# ---- phenotypes -----------------------------------------------------------------------------------------------------
+
+
+def _phenotypes(
+    adata: AnnData, request: Request, given: Vocabulary | None
+) -> tuple[dict[str, str], dict[str, np.ndarray], dict[str, int]]:
+    """Return by category: the obs column, the labels of the cells, and the width of the age classes where it is of ages.
+
+    For a given vocabulary the columns are by default those of its own names that exist, and the widths are its own.
+    """
+    asked: Any = request.phenotypes
+    if asked is None and given is not None:
+        own = {p.name: AGE_COLUMNS if p.name == "age" else (p.name,) for p in given.phenotypes}
+        asked = {name: c for name, columns in own.items() for c in columns if c in adata.obs.columns}
+    asked = [asked] if isinstance(asked, str) else () if asked is None else asked
+    named = isinstance(asked, Mapping)
+    columns = dict(asked) if named else {("age" if name == "development_stage" else name): name for name in asked}
+    if given is not None:
+        widths = {name: w for name in columns if (w := given.phenotype(name).age_groups) is not None}
+    else:
+        width = request.tokenization.age_groups
+        widths = {n: width for n, column in columns.items() if width and (column in AGE_COLUMNS or n == "age")}
+    labels = {}
+    for name, column in columns.items():
+        labels[name] = labels_of(read_obs(adata, column), column)
+        if name in widths:
+            labels[name], unread = age_labels(labels[name], widths[name])
+            if unread:
+                listed = ", ".join(f"{text!r} ({n})" for text, n in list(unread.items())[:3])
+                found = count(len(unread), "label")
+                warn("I39", f"{found} of {column!r} without an age became [NO_AGE]: {listed}.")
+    return columns, labels, widths
+
+
+def _phenotype_ids(vocabulary: Vocabulary, labels: Mapping[str, np.ndarray], n_obs: int, *, known: bool) -> np.ndarray:
+    """Return the control tokens (cells, phenotypes); say which labels are new to a `known` vocabulary, or rare."""
+    ids = np.zeros((n_obs, len(vocabulary.phenotypes)), dtype=np.int64)
+    for k, phenotype in enumerate(vocabulary.phenotypes):
+        ids[:, k] = phenotype.missing_id
+        if phenotype.name not in labels:
+            continue
+        ids[:, k], unseen = token_ids(labels[phenotype.name], phenotype)
+        if unseen:
+            listed = ", ".join(f"{value[:60]!r} ({count(n, 'cell')})" for value, n in list(unseen.items())[:3])
+            found = f"{count(len(unseen), 'label')} of {phenotype.name!r}, new to the vocabulary"
+            warn("I36", f"{found}, became [NO_{phenotype.name.upper()}]: {listed}.")
+        counts = np.bincount(ids[:, k], minlength=phenotype.stop_id)[phenotype.first_id : phenotype.stop_id]
+        few = [f"{v[:60]!r} ({n})" for v, n in zip(phenotype.values, counts, strict=True) if 0 < n < 3]
+        if few and not known:
+            found = f"{count(len(few), 'label')} of {phenotype.name!r} with fewer than 3 cells"
+            warn("I40", f"there {'is' if len(few) == 1 else 'are'} {found}: {', '.join(few[:3])}.")
+    return ids
+
+
+# ---- genes and vocabulary -------------------------------------------------------------------------------------------
+
+
+def _match(adata: AnnData, source: Source, given: Vocabulary | None, request: Request) -> GeneMatch:
+    """Match the columns to genes by name."""
+    if request.gene_key is None:
+        names = clean_names(list(adata.var_names), where="adata.var_names", is_column=False)
+    elif request.gene_key in adata.var.columns:
+        column = adata.var[request.gene_key].astype(object).tolist()
+        names = clean_names(column, where=f"adata.var[{request.gene_key!r}]", is_column=True)
+    else:
+        there = ", ".join(map(repr, adata.var.columns)) or "none"
+        raise ScbinInputError("A06", f"{request.gene_key!r} is not a column of adata.var. Available: {there}.")
+    others = [c for c in adata.var.columns if given is not None and adata.var[c].dtype.kind not in "biufc"]
+    return match_genes(
+        names,
+        None if given is None else given.genes,
+        used=source.used,
+        name_map=None if given is None else given.aliases,
+        case=request.tokenization.case,
+        duplicates=request.tokenization.duplicates,
+        beside={str(c): adata.var[c].astype(object).tolist() for c in others},
+        cells=[str(name) for name in adata.obs_names[:2000]],
+    )
+
+
+def _fit(
+    source: Source, reading: Reading, match: GeneMatch, labels: Mapping[str, np.ndarray], widths: dict, request: Request
+) -> tuple[Vocabulary, list[str]]:
+    """Make a vocabulary from the cells: genes, bins or medians, phenotype values; say what was chosen in want of counts."""
+    if source.adata.n_obs == 0:
+        fix = "Pass the one that the cells shall be read with: like=model."
+        raise ScbinInputError("I47", f"there is no cell to make a vocabulary from. {fix}")
+    fine, notes = request.tokenization, []
+    known_counts = reading.kind == "counts" or reading.exact
+    if fine.depth and not known_counts:
+        raise ScbinInputError("A03", f"depth=True needs counts, but {source.name} holds {reading.text}.")
+
+    def choose(cells: Cells) -> np.ndarray:
+        if request.mask_var is not None:
+            return _marked_genes(source.adata.var, request.mask_var, match)
+        flavor = request.flavor or ("pearson_residuals" if known_counts else "dispersion")
+        if flavor != "dispersion" and not known_counts:
+            raise ScbinInputError("A03", f"flavor={flavor!r} needs counts, but {source.name} holds {reading.text}.")
+        if request.flavor is None and not known_counts and len(match.genes) > request.n_genes:
+            notes.append('counts are not known, so genes were chosen by flavor="dispersion"')
+        if flavor == "seurat_v3":
+            return _seurat_v3_genes(cells, request.n_genes)
+        return variable_genes(cells, request.n_genes, flavor)
+
+    encoding = encoding_of(request.encoding)
+    cells = Cells(match.genes, match.columns, reading, source.blocks, choose)
+    fitted = encoding.fit(cells, request.rule, fine)
+    kept = fitted.pop("genes")
+    vocabulary = Vocabulary.build(
+        request.encoding,
+        [match.genes[k] for k in kept],
+        phenotypes={name: values_of(column) for name, column in labels.items()},
+        age_groups=widths,
+        gene_shares=cells.moments.shares[kept].tolist(),
+        max_length=fine.max_length,
+        layout="scbin" if encoding.position_is_gene else fine.layout,
+        depth=fine.depth if fine.depth is not None else known_counts and fine.layout == "scbin",
+        **fitted,
+    )
+    if request.rule is None and request.encoding == "bins" and not reading.has_counts:
+        notes.append('whole counts are not known, so values were binned on the log scale, rule="linear"')
+    return vocabulary, notes
+
+
+def _marked_genes(var: pd.DataFrame, mask_var: str, match: GeneMatch) -> np.ndarray:
+    """Return the genes that a boolean column of var marks."""
+    if mask_var not in var.columns:
+        there = ", ".join(repr(str(name)) for name in var.columns if pd.api.types.is_bool_dtype(var[name])) or "none"
+        found = f"mask_var={mask_var!r} is not a column of adata.var"
+        raise ScbinInputError("A06", f"{found}. Columns of True and False: {there}.")
+    marked = var[mask_var]
+    if marked.isna().any() or not set(marked.unique()) <= {True, False}:
+        found = ", ".join(repr(value) for value in marked.unique()[:3])
+        rule = f"var[{mask_var!r}] must hold True and False only"
+        raise ScbinInputError("A02", f"{rule}; it holds {found}. Use its .astype(bool).")
+    genes = match.columns[marked.to_numpy(dtype=bool)]
+    if not (genes >= 0).any():
+        raise ScbinInputError("A02", f"var[{mask_var!r}] marks no gene; pass mask_var=None to choose by variance.")
+    return np.unique(genes[genes >= 0])
+
+
+def _seurat_v3_genes(cells: Cells, n_genes: int) -> np.ndarray:
+    """Return the genes that scanpy's `flavor="seurat_v3"` chooses; the counts are taken into memory."""
+    import scanpy as sc  # takes seconds
+    from anndata import AnnData
+
+    parts, n_columns = [], len(cells.genes)
+    for rows in cells.rows():
+        genes, row = rows.columns[rows.indices], np.repeat(np.arange(rows.n), np.diff(rows.indptr))
+        kept = genes >= 0
+        parts.append(sparse.csr_matrix((rows.data[kept], (row[kept], genes[kept])), shape=(rows.n, n_columns)))
+    counts = AnnData(sparse.vstack(parts, format="csr"))
+    try:
+        sc.pp.highly_variable_genes(counts, flavor="seurat_v3", n_top_genes=min(n_genes, n_columns))
+    except ImportError as error:
+        raise ScbinInputError("A05", 'flavor="seurat_v3" needs scikit-misc: pip install scikit-misc.') from error
+    return np.flatnonzero(counts.var["highly_variable"].to_numpy())
+
+
+# ---- all together ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -85,28 +334,26 @@ class Plan:
     match: GeneMatch
     vocabulary: Vocabulary
     phenotype_ids: np.ndarray  # (cells, phenotypes)
-    record: dict[str, Any]
     force: bool
     given: bool  # whether the vocabulary came from elsewhere
+    record: dict[str, Any]
+    notes: list[str]
 
     def encode(self) -> Iterator[Encoded]:
         """Yield the tokens of consecutive row blocks."""
-        encoder = Encoder(self.vocabulary, self.match.columns, self.reading, threads=self.source.threads)
+        encoder = Encoder(self.vocabulary, self.match.columns, self.reading)
+        for block in self.source.blocks():
+            yield encoder.encode(block, self.phenotype_ids[block.start : block.start + block.n_rows])
 
-        def work(block: Block) -> Encoded:
-            ids = self.phenotype_ids[block.start : block.start + block.n_rows]
-            return encoder.encode(block.data, block.indices, block.indptr, ids)
-
-        return in_order(work, self.source.blocks(), self.source.workers)
-
-    def finish(self, encoded: Sequence[Encoded]) -> Result:
-        """Join the blocks, say which cells have no tokens and how much of the counts the vocabulary covers."""
-        totals = np.concatenate([np.zeros(0), *(part.totals for part in encoded)])
-        matched = np.concatenate([np.zeros(0), *(part.matched for part in encoded)])
-        cut = np.concatenate([np.zeros(0), *(part.cut for part in encoded)])
-        tokens = join_rows([part.tokens for part in encoded], self.vocabulary)
+    def finish(self, encoded: Sequence[Encoded]) -> tuple[sparse.csr_matrix, pd.Categorical, dict[str, Any], list[str]]:
+        """Join the blocks; return the tokens, the status of each cell, the record of the run and what to log of it."""
+        columns = ("totals", "matched", "cut")
+        totals, matched, cut = (
+            np.concatenate([[0], *(getattr(part, name) for part in encoded)])[1:] for name in columns
+        )
+        none = sparse.csr_matrix((0, self.vocabulary.n_positions), dtype=self.vocabulary.dtype)
+        tokens = sparse.vstack([none, *(part.tokens for part in encoded)], format="csr")
         codes = np.where(totals <= 0, 1, np.where(np.diff(tokens.indptr) == 0, 2, 0))
-        status = pd.Categorical.from_codes(codes, categories=["ok", "empty", "no_vocab_gene"])
         record = {
             **self.record,
             "cells": len(codes),
@@ -116,235 +363,112 @@ class Plan:
             "cut_cells": int((cut > 0).sum()),
             "cut_share": _share(cut.sum(), matched.sum()),
             "counts_in_vocabulary": _share(matched.sum(), totals.sum()),
-            "any_counts": bool(totals.any()),
+            "rounded_cells": sum(part.rounded for part in encoded),
         }
-        if self.given:
-            self.check_overlap(record)
-        self._warn_empty(codes)
-        return Result(tokens, status, record, self._lines(record))
-
-    def check_overlap(self, record: dict[str, Any]) -> None:
-        """Weigh the genes that were found by the counts they held where the vocabulary was made."""
-        shares = self.vocabulary.gene_shares
-        found = np.unique(self.match.columns[self.match.columns >= 0])
-        by_counts = record["counts_in_vocabulary"] if record["any_counts"] else self.match.share_of_genes
-        if shares is not None and sum(shares) > 0:
-            by_counts = _share(np.asarray(shares)[found].sum(), sum(shares))
-        record["overlap_counts"], record["overlap_genes"] = by_counts, round(self.match.share_of_genes, 6)
-        message = (
-            f"only {by_counts:.0%} of the counts and {self.match.share_of_genes:.0%} of the genes of the vocabulary are "
-            "found here; another annotation or species, or genes filtered away, is the likely cause."
-        )
-        if record["cells"] and by_counts < LEAST_OVERLAP and not self.force:
-            raise ScbinInputError("I32", f"{message} Pass force=True to go on nevertheless.")
-        if record["cells"] and by_counts < WARN_OVERLAP:
-            warn("I32", message)
-
-    def _warn_empty(self, codes: np.ndarray) -> None:
+        record |= self.check_coverage(matched.sum(), totals.sum(), record["rounded_cells"])
         for code, number, what in (("I19", 1, "no counts at all"), ("I20", 2, "no gene of the vocabulary")):
             cells = np.flatnonzero(codes == number)
             if len(cells):
-                names = ", ".join(repr(str(name)) for name in self.source.adata.obs_names[cells[:3]])
-                found = count(len(cells), "cell has", "cells have")
-                kept = "it keeps its row" if len(cells) == 1 else "they keep their rows"
-                warn(
-                    code,
-                    f"{found} {what} ({names}{' ...' if len(cells) > 3 else ''}); {kept} without tokens. "
-                    "sc.pp.filter_cells(adata, min_genes=1) removes empty ones.",
+                names = ", ".join(map(repr, self.source.adata.obs_names[cells[:3]])) + (
+                    " ..." if len(cells) > 3 else ""
                 )
+                found = f"{count(len(cells), 'cell has', 'cells have')} {what} ({names})"
+                kept = "it keeps its row" if len(cells) == 1 else "they keep their rows"
+                fix = "sc.pp.filter_cells(adata, min_genes=1) removes empty ones."
+                warn(code, f"{found}; {kept} without tokens. {fix}")
+        return tokens, pd.Categorical.from_codes(codes, categories=STATUS), record, self._lines(record)
+
+    def check_coverage(self, matched: float, totals: float, rounded: int) -> dict[str, float]:
+        """Say how many cells had logs of no counts; weigh the genes found by the counts they held where the vocabulary was made."""
+        if rounded:
+            found = f"{count(rounded, 'cell has logs', 'cells have logs')} that are not those of whole counts"
+            warn("I01", f"{found}: rounded to the nearest. layer= with the counts is safer.")
+        if not self.given:
+            return {}
+        shares, found_genes = self.vocabulary.gene_shares, np.unique(self.match.columns[self.match.columns >= 0])
+        genes = len(found_genes) / max(1, len(self.vocabulary.genes))
+        counts = _share(matched, totals) if totals > 0 else genes
+        if shares is not None and sum(shares) > 0:
+            counts = _share(np.asarray(shares)[found_genes].sum(), sum(shares))
+        found = f"only {counts:.0%} of the counts and {genes:.0%} of the genes of the vocabulary are found here"
+        cause = "another annotation or species, or genes filtered away, is the likely cause."
+        if self.source.adata.n_obs and counts < WARN_OVERLAP:
+            if counts < LEAST_OVERLAP and not self.force:
+                fix = "Pass scbin.Tokenization(force=True) to go on nevertheless."
+                raise ScbinInputError("I32", f"{found}; {cause} {fix}")
+            warn("I32", f"{found}; {cause}")
+        return {"overlap_counts": counts, "overlap_genes": round(genes, 6)}
 
     def _lines(self, record: dict[str, Any]) -> list[str]:
         """What was read and made, for the log."""
-        source, adata = self.source, self.source.adata
+        source, n_genes = self.source, len(self.vocabulary.genes)
         hint = source.suggest_counts() if self.reading.kind == "log1p" else None
-        lines = [f"scbin: {source.name} read as {self.reading.text}{'' if hint is None else '; ' + hint.rstrip('.')}."]
-        lines += [f"scbin: {note}." for note in self.match.notes]
-        lines.append(
-            f"scbin: {count(record['cells'], 'cell')}, {count(record['tokens'], 'token')}, "
-            f"{count(len(self.vocabulary.genes), 'gene')} ({record['genes_zero']:,} without counts here)."
-        )
+        lines = [f"{source.name} read as {self.reading.text}{'' if hint is None else '; ' + hint.rstrip('.')}."]
+        lines += [f"{note}." for note in (*self.match.notes, *self.notes)]
+        found = (count(record["cells"], "cell"), count(record["tokens"], "token"), count(n_genes, "gene"))
+        lines.append(f"{', '.join(found)} ({record['genes_zero']:,} without counts here).")
         if record["cut_cells"]:
-            lines.append(
-                f"scbin: {count(record['cut_cells'], 'cell')} had more genes than fit; {record['cut_share']:.2%} of the counts "
-                "were cut."
-            )
-        if source.by_column:
-            lines.append(
-                "scbin: the matrix on disk is stored by columns (CSC), which is slow to read by cells; CSR is faster."
-            )
-        if adata.isbacked:
-            lines.append("scbin: the file is open for reading; the tokens are in memory until adata.write(...).")
-        return lines
+            cells = count(record["cut_cells"], "cell")
+            lines.append(f"{cells} had more genes than fit; {record['cut_share']:.2%} of the counts were cut.")
+        if source.adata.isbacked:
+            if getattr(matrix_of(source.adata, source.layer), "format", None) == "csc":
+                lines.append("the matrix on disk is stored by columns (CSC), slow to read by cells; CSR is faster.")
+            lines.append("the file is open for reading; the tokens are in memory until adata.write(...).")
+        return [f"scbin: {line}" for line in lines]
 
 
 def _share(part: float, whole: float) -> float:
     return round(float(part / whole), 6) if whole > 0 else 0.0
 
 
-def prepare(adata: AnnData, like: Any, fit: Fit, options: Options) -> Plan:
+def prepare(adata: AnnData, request: Request) -> Plan:
     """Check everything, decide what the values are, match or choose the genes. Nothing is written."""
-    given = vocabulary_of(like, fit)
-    columns = phenotype_columns(adata, options.phenotypes, given)
-    source = Source(adata, options.layer)
-    match = _match(adata, source, given, options)
-    widths = age_widths(columns, options.age_groups, given)
-    labels = {name: cell_labels(adata, column, widths.get(name)) for name, column in columns.items()}
+    given = request.vocabulary
+    source = Source(adata, request.layer)
+    columns, labels, widths = _phenotypes(adata, request, given)
+    match = _match(adata, source, given, request)
     scan = source.scan()
-    reading = source.read(scan, options.values)
-    _check_bins(reading, given, fit)
-    vocabulary = given or fit_vocabulary(source, reading, match, labels, widths, fit)
-    match = match if given else _onto(match, vocabulary)
-    for code, message in (*reading.warnings, *match.warnings, *_source_warnings(source, reading, given)):
-        warn(code, message)
-    ids = phenotype_ids(vocabulary, labels, adata.n_obs, known=given is not None)
+    reading = source.read(scan, request.values)
+    vocabulary, notes = (given, []) if given else _fit(source, reading, match, labels, widths, request)
+    match = match if given else match.onto(vocabulary.genes)
     record = {
         "values": reading.kind,
         "text": reading.text,
         "base": reading.base,
         "target_sum": reading.target_sum,
-        "layer": options.layer,
+        "unit": vocabulary.unit,
+        "layer": request.layer,
         "encoding": vocabulary.encoding,
         "genes": len(vocabulary.genes),
-        "genes_zero": int(source.n_zero_genes),
+        "genes_zero": int((~scan.seen & source.used).sum()),
         "phenotypes": columns,
     }
-    return Plan(source, reading, match, vocabulary, ids, record, options.force, given is not None)
+    _warn_of_values(source, reading, match, vocabulary, given=given is not None)
+    ids = _phenotype_ids(vocabulary, labels, adata.n_obs, known=given is not None)
+    return Plan(source, reading, match, vocabulary, ids, request.tokenization.force, given is not None, record, notes)
 
 
-def stream(adata: AnnData, like: Any, options: Options) -> Iterator[Encoded]:
-    """Encode with a given vocabulary in one pass: what the values are is read off the first block and checked at the end."""
-    given = _vocabulary(like)
-    columns = phenotype_columns(adata, options.phenotypes, given)
-    source = Source(adata, options.layer)
-    match = _match(adata, source, given, options)
-    widths = age_widths(columns, options.age_groups, given)
-    labels = {name: cell_labels(adata, column, widths.get(name)) for name, column in columns.items()}
-    ids = phenotype_ids(given, labels, adata.n_obs, known=True)
-    blocks = source.unsorted_blocks()
-    block = next(blocks, None)
-    if block is None:
-        return
-    first = source.read(source.look(block)[0], options.values)
-    _check_bins(first, given, Fit())
-    encoder = Encoder(given, match.columns, first, threads=source.threads)
-
-    def work(block: Block) -> tuple[Scan, Encoded]:
-        part, block = source.look(block)
-        rows = slice(block.start, block.start + block.n_rows)
-        return part, encoder.encode(block.data, block.indices, block.indptr, ids[rows], positive=part.positive)
-
-    scan = source.new_scan()
-    totals = matched = 0.0
-    for part, encoded in in_order(work, chain([block], blocks), source.workers):
-        scan.merge(part)
-        totals, matched = totals + encoded.totals.sum(), matched + encoded.matched.sum()
-        yield encoded
-    reading = source.read(scan, options.values)
-    if (reading.kind, reading.base) != (first.kind, first.base):
-        raise ScbinInputError(
-            "I01",
-            f"the first cells hold {first.text}, but all of {source.name} together {reading.text}. Pass values=, or separate "
-            "the cells.",
-        )
-    for code, message in (*reading.warnings, *match.warnings, *_source_warnings(source, reading, given)):
-        warn(code, message)
-    plan = Plan(source, reading, match, given, ids, {}, options.force, given=True)
-    record = {"cells": adata.n_obs, "counts_in_vocabulary": _share(matched, totals), "any_counts": totals > 0}
-    plan.check_overlap(record)
-
-
-def vocabulary_of(like: Any, fit: Fit | None = None) -> Vocabulary | None:
-    """Return the vocabulary of a model, or the one given; refuse what asks for another encoding than it has."""
-    if like is None:
-        return None
-    vocabulary = _vocabulary(like)
-    if fit is not None and fit.encoding not in ("bins", vocabulary.encoding):
-        raise ScbinInputError(
-            "E02",
-            f"encoding={fit.encoding!r} was asked for, but like= has encoding {vocabulary.encoding!r}; leave it out.",
-        )
-    return vocabulary
-
-
-def _vocabulary(like: Any) -> Vocabulary:
-    if isinstance(like, str | PathLike):
-        from scbin.model import Model  # brings torch, which tokenizing itself does not need
-
-        like = Model.load(like)
-    vocabulary = getattr(like, "vocabulary", like)
-    if not isinstance(vocabulary, Vocabulary):
-        kind = "None" if like is None else f"a {type(like).__name__}"
-        raise ScbinTypeError("E01", f"like is {kind}; pass a scbin model, the directory of one, or a vocabulary.")
-    return vocabulary
-
-
-def _match(adata: AnnData, source: Source, given: Vocabulary | None, options: Options) -> GeneMatch:
-    texts = [column for column in adata.var.columns if adata.var[column].dtype.kind not in "biufc"]
-    return match_genes(
-        _gene_names(adata, options.gene_key),
-        None if given is None else given.genes,
-        used=source.used,
-        name_map=None if given is None else given.aliases,
-        case=options.case,
-        duplicates=options.duplicates,
-        beside={**{str(c): adata.var[c].astype(object).tolist() for c in texts}} if given is not None else None,
-        cells=[str(name) for name in adata.obs_names[:2000]],
-    )
-
-
-def _check_bins(reading: Reading, given: Vocabulary | None, fit: Fit) -> None:
-    """Bins of counts need whole counts."""
-    bins = given.bins if given is not None else fit.bins
-    default = given is None and fit.encoding == "gene_bins" and bins is None
-    on_counts = default or getattr(bins, "reads", None) == "counts" or (isinstance(bins, str) and bins == "log2")
-    on_counts = on_counts and (given is not None or fit.encoding in ("bins", "gene_bins"))
-    if on_counts and (reading.kind == "log1p" or reading.fractional):
-        raise ScbinInputError(
-            "I07" if reading.fractional else "I01",
-            f"this binning reads counts, but the matrix holds {reading.text}. Pass the layer that holds counts, layer=, or "
-            'bins="linear".',
-        )
-
-
-def _source_warnings(source: Source, reading: Reading, given: Vocabulary | None) -> list[tuple[str, str]]:
-    found = []
-    if source.left_out:
-        found.append(
-            (
-                "I33",
-                f"{count(source.left_out, 'column is', 'columns are')} not 'Gene Expression' in var['feature_types'] and "
-                f"{'was' if source.left_out == 1 else 'were'} left out.",
-            )
-        )
+def _warn_of_values(source: Source, reading: Reading, match: GeneMatch, vocabulary: Vocabulary, *, given: bool) -> None:
+    """Refuse or warn of values that the vocabulary cannot read as they are."""
+    if vocabulary.codec.reads(vocabulary) == "counts" and not reading.has_counts:
+        found = f"these tokens read counts, but {source.name} holds {reading.text}"
+        fix = 'Pass the layer that holds counts, layer=, or rule="linear".'
+        raise ScbinInputError("I07" if reading.fractional else "I01", f"{found}. {fix}")
+    found_all = [*reading.warnings, *match.warnings]
+    left_out = int((~source.used).sum())
+    if left_out:
+        columns, was = count(left_out, "column is", "columns are"), "was" if left_out == 1 else "were"
+        found_all.append(("I33", f"{columns} not 'Gene Expression' in var['feature_types'] and {was} left out."))
     if not source.adata.obs_names.is_unique:
-        found.append(("I24", "obs_names are not unique; cells are told apart by their place in the table."))
-    if given is not None and given.bins is not None and given.bins.reads == "log1p" and reading.kind == "log1p":
-        here, there = reading.target_sum, given.bins.target_sum
-        if here is None and reading.by != "uns" or here is not None and abs(here - there) > 1e-2 * there:
-            text = "to no common sum" if here is None else f"to {here:,.6g}"
-            found.append(
-                (
-                    "I01",
-                    f"the cells were normalised {text} before the logarithm, those of the vocabulary to {there:,.6g}: bins "
-                    "may be shifted. Tokenize the counts instead.",
-                )
-            )
-    return found
-
-
-def _gene_names(adata: AnnData, gene_key: str | None) -> list[str | None]:
-    if gene_key is None:
-        return clean_names(list(adata.var_names), where="adata.var_names", is_column=False)
-    if gene_key not in adata.var.columns:
-        there = ", ".join(repr(str(name)) for name in adata.var.columns) or "none"
-        raise ScbinInputError("I35", f"{gene_key!r} is not a column of adata.var. Available: {there}.")
-    column = adata.var[gene_key].astype(object).tolist()
-    return clean_names(column, where=f"adata.var[{gene_key!r}]", is_column=True)
-
-
-def _onto(match: GeneMatch, vocabulary: Vocabulary) -> GeneMatch:
-    """Renumber the columns by the genes that were chosen."""
-    index = {gene: k for k, gene in enumerate(vocabulary.genes)}
-    place = np.array([index.get(gene, -1) for gene in match.genes] + [-1], dtype=np.int32)
-    columns = np.where(match.columns >= 0, place[match.columns], match.columns).astype(np.int32)
-    return GeneMatch(columns, vocabulary.genes, match.warnings, match.notes, match.unnamed)
+        found_all.append(("I24", "obs_names are not unique; cells are told apart by their place in the table."))
+    if given and reading.kind == "log1p":
+        bins = vocabulary.bins
+        if bins is not None and bins.reads == "log1p" and reading.target_sum is None and reading.by != "uns":
+            text = "the cells were normalised to no common sum before the logarithm, or genes are missing, those of the"
+            fix = f"vocabulary to {bins.target_sum:,.6g}: bins may be shifted. Tokenize the counts instead."
+            found_all.append(("I01", f"{text} {fix}"))
+        if vocabulary.depth is not None and not reading.exact:
+            text = "the vocabulary has a [DEPTH] token, but counts are not known here: it is [NO_DEPTH]."
+            found_all.append(("I01", text))
+    for code, message in found_all:
+        warn(code, message)

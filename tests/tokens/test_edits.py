@@ -9,9 +9,9 @@ import pytest
 from scipy import sparse
 
 from scbin._errors import ScbinInputError
-from scbin.encoding.bins import Bins
-from scbin.encoding.edits import Edit, GeneRows, edit_rows, new_levels, shortened
-from scbin.encoding.vocabulary import Vocabulary
+from scbin.tokens.edits import Edit, GeneRows, edit_rows, new_levels, shortened
+from scbin.tokens.rules import Bins
+from scbin.tokens.vocabulary import Vocabulary
 
 GENES = [f"G{i}" for i in range(12)]
 EDITS = [
@@ -22,11 +22,12 @@ EDITS = [
 ]
 LAYOUTS = {
     "bins": ("bins", Bins.linear(5), "scbin"),
+    "bins_counts": ("bins", Bins.counts(), "scbin"),
     "bins_keep": ("bins", Bins.linear(5, zeros="keep"), "scbin"),
     "bins_per_gene": ("bins", Bins.from_quantiles(np.linspace(0.2, 3, 12)[:, None] * [1.0, 2.0, 4.0]), "scbin"),
     "bins_per_cell": ("bins", Bins.cell_quantiles(5), "scbin"),
     "binary": ("binary", Bins.binary(), "scbin"),
-    "gene_bins": ("gene_bins", Bins.counts(4, 1.0, zeros="drop"), "scbin"),
+    "gene_bins": ("gene_bins", Bins.even_counts(4, 1.0, zeros="drop"), "scbin"),
     "gene_bins_keep": ("gene_bins", Bins.log2(9), "scbin"),
     "rank": ("rank", None, "scbin"),
     "rank_v1": ("rank", None, "geneformer_v1"),
@@ -112,13 +113,13 @@ def edited_list(row: list[int], edit: Edit, genes: tuple[int, ...], room: int) -
 
 
 def edited_dict(v: Vocabulary, row: dict[int, int], edit: Edit, genes: tuple[int, ...]) -> dict[int, int]:
-    top, row = v.bins.n_bins, dict(row)
+    top, highest, row = v.bins.n_bins, max(row.values(), default=0), dict(row)
     for gene in genes:
         level = row.get(gene, 0)
         if edit.mode == "delete":
             new = 0
         elif edit.mode == "overexpress":
-            new = top
+            new = highest if v.unit == "counts" else top  # more molecules than any gene has would be far outside
         elif edit.mode == "activate":
             new = min(level + edit.k, top)
         elif level == 0:
@@ -128,9 +129,8 @@ def edited_dict(v: Vocabulary, row: dict[int, int], edit: Edit, genes: tuple[int
         elif v.bins.per == "cell":
             new = int(level * (1 - edit.fraction) + 1e-9)
         else:
-            edges = list(v.bins.gene_edges[gene] if v.bins.per == "gene" else v.bins.edges)
-            ends = [*edges, edges[-1] + (edges[-1] - edges[-2] if len(edges) > 1 else 0)]
-            middle = 1.0 if len(edges) == 1 else (ends[level - 1] + ends[level]) / 2
+            edges = v.bins.gene_edges[gene] if v.bins.per == "gene" else v.bins.edges
+            middle = float(v.bins.gene_centres[gene if v.bins.per == "gene" else 0, level])
             left = middle * (1 - edit.fraction)
             if v.bins.reads == "log1p":
                 left = np.log1p(np.expm1(middle) * (1 - edit.fraction))
@@ -210,11 +210,11 @@ def test_no_pairs_and_empty_rows():
 @pytest.mark.parametrize(
     "fields, code",
     [
-        ({"mode": "remove"}, "P20"),
-        ({"k": 0}, "P47"),
-        ({"k": 1.5}, "P47"),
-        ({"fraction": 0.0}, "P48"),
-        ({"fraction": 1.1}, "P48"),
+        ({"mode": "remove"}, "A02"),
+        ({"k": 0}, "A02"),
+        ({"k": 1.5}, "A01"),
+        ({"fraction": 0.0}, "A02"),
+        ({"fraction": 1.1}, "A02"),
     ],
 )
 def test_edits_that_there_are_not(fields, code):
@@ -223,5 +223,5 @@ def test_edits_that_there_are_not(fields, code):
 
 
 def test_ranks_have_no_bins():
-    with pytest.raises(ScbinInputError, match="P21"):
+    with pytest.raises(ScbinInputError, match="P01"):
         new_levels(vocabulary_of("rank"), Edit(), np.array([0]), np.array([1]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -11,36 +11,23 @@ import pandas as pd
 from scbin._errors import ScbinInputError, count
 
 if TYPE_CHECKING:
-    from scbin.encoding.vocabulary import Phenotype
+    from scbin.tokens.vocabulary import Phenotype
 
-MISSING = frozenset(
-    {"", "unknown", "nan", "na", "n/a", "<na>"}
-)  # in any case; "none" is a label, as in untreated cells
+MISSING = {"", "unknown", "nan", "na", "n/a", "<na>"}  # in any case; "none" is a label, as in untreated cells
 COLUMNS = {"age": ("age", "development_stage"), "cell_type": ("cell_type",), "sex": ("sex",)}  # CELLxGENE names
 AGE_COLUMNS = ("development_stage", "age")
 LONGEST = 512
 MOST_NUMBERS = 200
-_FEW_NUMBERS, _FEW_CELLS = (
-    20,
-    5,
-)  # of text or categories: doses may have fractions, but they are few, or cells share them
-ORDINALS = {
-    word: k + 1
-    for k, word in enumerate(
-        "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
-    )
-}
-
+FEW_NUMBERS, FEW_CELLS = 20, 5  # of text or categories: doses may have fractions, but they are few, or cells share them
+ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
 # days after fertilization at which Carnegie stages 1 to 23 begin
 CARNEGIE_DAYS = (1, 2, 4, 6, 7, 13, 16, 18, 20, 22, 24, 26, 28, 32, 33, 37, 41, 44, 47, 50, 52, 54, 56)
-
-AgeBins = Literal["text", "10", "20"]
 
 
 def labels_of(column: pd.Series, name: str) -> np.ndarray:
     """Return the labels of a column as text (cells,), None where the label is missing.
 
-    Names, never codes, so unused categories do not matter; 1 and 1.0 are both "1". Missing are NaN and what :func:`is_missing`
+    Names, never codes, so unused categories do not matter; 1 and 1.0 are both "1". Missing are NaN and what `is_missing`
     says. Numbers with fractions or of more than 200 kinds are refused: they are measurements. Text and categories may be numbers,
     but not with fractions and a kind of its own for every few cells.
     """
@@ -48,25 +35,22 @@ def labels_of(column: pd.Series, name: str) -> np.ndarray:
     codes, distinct = pd.factorize(values, use_na_sentinel=True)
     texts = np.array([text_of(value) for value in distinct] + [None], dtype=object)
     if _looks_continuous(column, distinct, texts, int((codes >= 0).sum())):
-        raise ScbinInputError(
-            "I42",
-            f"{name!r} looks continuous ({count(len(distinct), 'different number')}). Cut it into categories, for example with "
-            "pandas.cut, or use regression.",
-        )
-    long = [text for text in texts if text is not None and len(text) > LONGEST]
-    if long:
-        raise ScbinInputError(
-            "I41", f"{name!r} has a label of {len(long[0]):,} characters ({long[0][:40]!r}...); the limit is {LONGEST}."
-        )
+        found = f"{name!r} looks continuous ({count(len(distinct), 'different number')})"
+        raise ScbinInputError("I42", f"{found}. Cut it into categories (pandas.cut), or use regression.")
+    longest = max((text for text in texts if text is not None), key=len, default="")
+    if len(longest) > LONGEST:
+        found = f"{name!r} has a label of {len(longest):,} characters ({longest[:40]!r}...)"
+        raise ScbinInputError("I41", f"{found}; the limit is {LONGEST}.")
     return texts[codes]
 
 
 def _looks_continuous(column: pd.Series, distinct: np.ndarray, texts: np.ndarray, n_cells: int) -> bool:
+    """Whether the values are measurements, be they numbers or text."""
     if pd.api.types.is_numeric_dtype(column.dtype) and not pd.api.types.is_bool_dtype(column.dtype):
         numbers = pd.to_numeric(pd.Series(distinct), errors="coerce").dropna().to_numpy(dtype=np.float64)
         return len(numbers) > MOST_NUMBERS or bool((numbers != np.rint(numbers)).any())
     known = [text for text in texts if text is not None]
-    if len(known) <= _FEW_NUMBERS or (n_cells >= _FEW_CELLS * len(known) and len(known) <= MOST_NUMBERS):
+    if len(known) <= FEW_NUMBERS or (n_cells >= FEW_CELLS * len(known) and len(known) <= MOST_NUMBERS):
         return False
     numbers = pd.to_numeric(pd.Series(known), errors="coerce").to_numpy(dtype=np.float64)
     return bool(np.isfinite(numbers).all() and (numbers != np.rint(numbers)).any())
@@ -87,23 +71,17 @@ def text_of(value: object) -> str | None:
 
 def values_of(labels: np.ndarray) -> tuple[str, ...]:
     """Return the distinct labels in a fixed order: numbers by size, then text by the alphabet."""
-    present = {label for label in labels if label is not None}
-    return tuple(
-        sorted(present, key=lambda text: (not _is_number(text), float(text) if _is_number(text) else 0.0, text))
-    )
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"-?\d+(\.\d+)?", text) is not None
+    texts = {label for label in labels if label is not None}
+    numbers = {text for text in texts if re.fullmatch(r"-?\d+(\.\d+)?", text)}
+    return (*sorted(numbers, key=lambda text: (float(text), text)), *sorted(texts - numbers))
 
 
 def token_ids(labels: np.ndarray, phenotype: Phenotype) -> tuple[np.ndarray, dict[str, int]]:
     """Return the token of each cell, and the labels that the vocabulary does not know with their counts."""
     known = {value: phenotype.first_id + k for k, value in enumerate(phenotype.values)}
     codes, distinct = pd.factorize(labels, use_na_sentinel=True)
-    ids = np.array(
-        [known.get(text, phenotype.missing_id) for text in distinct] + [phenotype.missing_id], dtype=np.int64
-    )
+    missing = phenotype.missing_id
+    ids = np.array([known.get(text, missing) for text in distinct] + [missing], dtype=np.int64)
     counts = np.bincount(codes[codes >= 0], minlength=len(distinct))
     return ids[codes], {text: int(n) for text, n in zip(distinct, counts, strict=True) if text not in known}
 
@@ -122,44 +100,31 @@ def age_in_years(text: str) -> float | None:
     (0.11, True)
     """
     text = text.strip().lower().replace("human ", "")
-    rules = (
-        (r"under[- ]1[- ]year[- ]old.*", lambda m: 1.0),
-        (r"(\d+(?:\.\d+)?)(?:[- ]years?(?:[- ]old)?(?: and over)?(?: stage)?)?", lambda m: float(m[1])),
-        (r"(\d+)\s*[-\N{EN DASH}]\s*(\d+)[- ]years?(?:[- ]old)?(?: stage)?", lambda m: (float(m[1]) + float(m[2])) / 2),
-        (r"(\d+(?:\.\d+)?)[- ]months?(?:[- ]old)?(?: stage)?", lambda m: float(m[1]) / 12),
-        (r"(\d+(?:\.\d+)?)[- ]weeks?(?:[- ]old)?(?: stage)?", lambda m: float(m[1]) / 52),
-        (r"(\d+(?:\.\d+)?)[- ]days?(?:[- ]old)?(?: stage)?", lambda m: float(m[1]) / 365.25),
-        (r"(\d+)(?:st|nd|rd|th) week post-fertilization(?: stage)?", lambda m: float(m[1]) / 52),
-        (r"(\d+)(?:st|nd|rd|th) lmp month(?: stage)?", lambda m: float(m[1]) / 12),
-        (r"carnegie stage (\d+)", lambda m: _carnegie(int(m[1]))),
-        (r"(\w+) lmp month(?: stage)?", lambda m: ORDINALS[m[1]] / 12 if m[1] in ORDINALS else None),
-        (r"(\w+) decade(?: of life)?(?: stage)?", lambda m: 10 * ORDINALS[m[1]] - 5 if m[1] in ORDINALS else None),
-        (r"(\d+)(?:st|nd|rd|th) decade(?: of life)?(?: stage)?", lambda m: 10 * float(m[1]) - 5),
-    )
-    for pattern, years in rules:
-        match = re.fullmatch(pattern, text)
-        if match:
-            found = years(match)
-            return None if found is None else float(found)
+    number = "|".join(ORDINALS)
+    unit = {"year": 1.0, "month": 1 / 12, "week": 1 / 52, "day": 1 / 365.25}
+    if re.match(r"under[- ]1[- ]year[- ]old", text):
+        return 1.0
+    if m := re.fullmatch(r"carnegie stage (\d+)", text):
+        return CARNEGIE_DAYS[int(m[1]) - 1] / 365.25 if 1 <= int(m[1]) <= len(CARNEGIE_DAYS) else None
+    if m := re.fullmatch(r"(\d+)\s*[-\N{EN DASH}]\s*(\d+)[- ]years?(?:[- ]old)?(?: stage)?", text):
+        return (float(m[1]) + float(m[2])) / 2
+    if m := re.fullmatch(r"(\d+(?:\.\d+)?)(?:[- ](year|month|week|day)s?(?:[- ]old)?(?: and over)?(?: stage)?)?", text):
+        return float(m[1]) * unit[m[2] or "year"]
+    words = rf"(?:(\d+)(?:st|nd|rd|th)|({number})) (week post-fertilization|lmp month|decade)(?: of life)?(?: stage)?"
+    if m := re.fullmatch(words, text):
+        n = float(m[1] or ORDINALS.index(m[2]) + 1)
+        return {"decade": 10 * n - 5, "lmp month": n / 12}.get(m[3], n / 52)
     return None
-
-
-def _carnegie(stage: int) -> float | None:
-    return CARNEGIE_DAYS[stage - 1] / 365.25 if 1 <= stage <= len(CARNEGIE_DAYS) else None
 
 
 def age_group(years: float | None, width: int) -> str | None:
     """Return the class of an age, [low, high): by 20 years from 0, by 10 years from 10 (children have none there)."""
-    if years is None or not np.isfinite(years) or years < 0:
+    if years is None or not np.isfinite(years) or years < 0 or (width == 10 and years < 10):
         return None
     if years >= 80:
         return ">=80"
-    if width == 20 and years < 20:
-        return "<20"
-    if width == 10 and years < 10:
-        return None
     low = int(years // width) * width
-    return f"{low}-{low + width}"
+    return f"{low}-{low + width}" if low else f"<{width}"
 
 
 def age_labels(labels: np.ndarray, width: int) -> tuple[np.ndarray, dict[str, int]]:

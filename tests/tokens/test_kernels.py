@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from scbin.encoding import kernels
-from scbin.encoding.bins import Bins
-from scbin.encoding.encode import Encoder
-from scbin.encoding.fitting import GeneMoments
-from scbin.encoding.values import Reading
-from scbin.encoding.vocabulary import Vocabulary
+from scbin._adata import Block
+from scbin.tokens.encoding import Encoder
+from scbin.tokens.rules import Bins
+from scbin.tokens.values import Reading, RowReader
+from scbin.tokens.vocabulary import Vocabulary
 
 COUNTS = Reading("counts")
 N_GENES = 3000
@@ -31,8 +30,8 @@ def cells(n: int, kind: str) -> sparse.csr_matrix:
 
 def encode(matrix, vocabulary, columns, reading=COUNTS):
     none = np.zeros((matrix.shape[0], 0), dtype=np.int64)
-    encoder = Encoder(vocabulary, columns, reading)
-    return encoder.encode(matrix.data, matrix.indices, matrix.indptr.astype(np.int64), none).tokens
+    block = Block(0, matrix.data, matrix.indices, matrix.indptr.astype(np.int64), matrix.shape[1])
+    return Encoder(vocabulary, columns, reading).encode(block, none)
 
 
 @pytest.mark.parametrize("kind", ["counts", "ties", "wide"])
@@ -44,7 +43,7 @@ def test_rank_is_a_stable_float64_sort(kind: str, shuffled: bool, equal_medians:
     columns = (rng.permutation(N_GENES) if shuffled else np.arange(N_GENES)).astype(np.int32)
     matrix = cells(20, kind)
     vocabulary = Vocabulary.build("rank", GENES, medians=medians, layout="geneformer_v1", max_length=700)
-    tokens = encode(matrix, vocabulary, columns)
+    tokens = encode(matrix, vocabulary, columns).tokens
     for k in range(20):
         genes, x = columns[matrix[k].indices], matrix[k].data.astype(np.float64)
         order = np.lexsort((genes, -(x / medians[genes])))[:700]
@@ -68,8 +67,7 @@ def test_rank_of_rows_longer_than_a_short_sort_holds(max_length: int, missing: b
     matrix.data[:] = x.ravel()
     genes = [f"G{k}" for k in range(n)]
     vocabulary = Vocabulary.build("rank", genes, medians=medians, layout="geneformer_v1", max_length=max_length)
-    none = np.zeros((4, 0), dtype=np.int64)
-    encoded = Encoder(vocabulary, columns, COUNTS).encode(matrix.data, matrix.indices, matrix.indptr, none)
+    encoded = encode(matrix, vocabulary, columns)
     for k in range(4):
         here = np.flatnonzero((x[k] > 0) & (columns >= 0))
         gene = columns[here]
@@ -79,24 +77,12 @@ def test_rank_of_rows_longer_than_a_short_sort_holds(max_length: int, missing: b
         assert encoded.matched[k] == x[k, here].sum() and encoded.totals[k] == x[k].sum()
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_threads_do_not_matter(threads: int, monkeypatch: pytest.MonkeyPatch):
-    matrix = cells(40, "counts")
-    columns = np.arange(N_GENES, dtype=np.int32)
-    vocabulary = Vocabulary.build("rank", GENES, medians=np.linspace(1, 3, N_GENES))
-    monkeypatch.setattr(kernels, "SMALL", 0)
-    monkeypatch.setattr(kernels, "n_threads", lambda: 1)
-    expected = encode(matrix, vocabulary, columns)
-    monkeypatch.setattr(kernels, "n_threads", lambda: threads)
-    assert (encode(matrix, vocabulary, columns) != expected).nnz == 0
-
-
 @pytest.mark.parametrize("zeros", ["drop", "keep"])
 def test_bins_are_digitize(zeros):
     matrix = cells(20, "counts")
     bins = Bins.linear(zeros=zeros)
     vocabulary = Vocabulary.build("bins", GENES, bins=bins)
-    tokens = encode(matrix, vocabulary, np.arange(N_GENES, dtype=np.int32)).toarray()
+    tokens = encode(matrix, vocabulary, np.arange(N_GENES, dtype=np.int32)).tokens.toarray()
     x = matrix.toarray()[1:].astype(np.float64)
     levels = np.digitize(np.log1p(x / x.sum(axis=1, keepdims=True) * 1e4), bins.edges)
     expected = np.where((levels > 0) | (zeros == "keep"), levels + vocabulary.first_gene_id, 0)
@@ -108,7 +94,7 @@ def test_cell_quantiles_are_scgpts():
     matrix = cells(10, "counts")
     n = 7
     vocabulary = Vocabulary.build("bins", GENES, bins=Bins.cell_quantiles(n))
-    tokens = encode(matrix, vocabulary, np.arange(N_GENES, dtype=np.int32))
+    tokens = encode(matrix, vocabulary, np.arange(N_GENES, dtype=np.int32)).tokens
     for k in range(1, 10):
         x = matrix[k].data.astype(np.float64)
         expected = np.digitize(x, np.quantile(x, np.linspace(0, 1, n)))
@@ -117,28 +103,18 @@ def test_cell_quantiles_are_scgpts():
         assert (found != expected).mean() < 0.01
 
 
-def test_variable_genes_are_scanpys():
-    import anndata as ad
-    import scanpy as sc
-
-    matrix = cells(200, "counts")
-    moments = GeneMoments(N_GENES, COUNTS)
-    columns = np.arange(N_GENES, dtype=np.int32)
-    for part in (matrix[:90], matrix[90:]):
-        moments.add((part.data, part.indices, part.indptr.astype(np.int64)), columns)
-    adata = ad.AnnData(matrix[1:].copy())
-    adata.var_names = GENES
-    sc.pp.filter_genes(adata, min_cells=3)
-    sc.pp.normalize_total(adata, target_sum=1e4)
-    sc.pp.log1p(adata)
-    sc.pp.highly_variable_genes(adata, n_top_genes=500)
-    expected = set(adata.var_names[adata.var["highly_variable"]])
-    found = {GENES[k] for k in moments.most_variable(500)}
-    assert len(found & expected) >= 495  # one empty cell more here, and float32 there
-
-
-def test_kernels_read_only():
-    matrix = cells(5, "counts")
-    for part in (matrix.data, matrix.indices, matrix.indptr):
-        part.setflags(write=False)
-    encode(matrix, Vocabulary.build("bins", GENES, bins=Bins.linear()), np.arange(N_GENES, dtype=np.int32))
+def test_counts_come_back_from_logs_exactly():
+    matrix = cells(30, "counts")
+    matrix.data[matrix.indptr[3] : matrix.indptr[4]] += 1  # the smallest value of this cell is two molecules
+    scale = np.random.default_rng(3).uniform(50, 2000, 30)
+    logs = matrix.copy().astype(np.float32)
+    logs.data = np.log1p(matrix.data * np.repeat(scale / np.maximum(matrix.sum(axis=1).A1, 1), np.diff(matrix.indptr)))
+    logs.data[logs.indptr[7] : logs.indptr[8]] *= 0.9  # these are the logs of no counts
+    block = Block(0, logs.data.astype(np.float32), logs.indices, logs.indptr.astype(np.int64), N_GENES)
+    rows = RowReader(np.arange(N_GENES), Reading("log1p", exact=True)).read(block, "counts")
+    exact = np.ones(30, dtype=bool)
+    exact[7] = False
+    assert rows.exact[1:].tolist() == exact[1:].tolist()
+    row = np.repeat(np.arange(30), np.diff(matrix.indptr))
+    np.testing.assert_array_equal(rows.data[row != 7], matrix.data[row != 7])
+    assert (rows.data[row == 7] == np.rint(rows.data[row == 7])).all()

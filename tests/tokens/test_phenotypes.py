@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 
 from scbin._errors import ScbinInputError
-from scbin.encoding.phenotypes import age_group, age_in_years, age_labels, labels_of, token_ids, values_of
-from scbin.encoding.vocabulary import Phenotype
+from scbin.tokens.phenotypes import age_group, age_in_years, age_labels, labels_of, token_ids, values_of
+from scbin.tokens.vocabulary import Phenotype
 
 
 @pytest.mark.parametrize(
@@ -53,11 +53,6 @@ def test_age_labels_list_what_names_no_age():
     groups, unread = age_labels(labels, 10)
     assert groups.tolist() == ["30-40", None, None, None]
     assert unread == {"adult stage": 2}
-
-
-def test_labels_are_names_never_codes():
-    column = pd.Series(pd.Categorical(["b", "a", None, "b"], categories=["z", "a", "b"]))
-    assert labels_of(column, "x").tolist() == ["b", "a", None, "b"]
 
 
 def test_values_are_ordered_by_number_then_alphabet():

@@ -1,0 +1,259 @@
+"""How expression becomes tokens: the finer choices, and the rules by which values become bins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Real
+from typing import Any, Literal
+
+import numpy as np
+
+from scbin._arguments import check_fields, instances, shown
+from scbin._errors import ScbinInputError, ScbinTypeError
+
+Zeros = Literal["drop", "keep"]
+Layout = Literal["scbin", "geneformer_v1", "geneformer_v2", "bionemo"]
+Rule = Literal[
+    "counts", "linear", "quantile", "quantile_per_gene", "quantile_per_cell", "log2", "polygene", "perturbgene"
+]
+FITTED = ("quantile", "quantile_per_gene", "log2")
+LINEAR_START, LINEAR_STEP = 0.1, 0.4  # log1p values per 10,000: 20 bins reach 7.7
+EXACT_COUNTS, COUNT_STEP, LARGEST_COUNT = 16, 1.15, 10_000
+MOST_BINS = 65_000
+TABLE_SHIFT = 47  # sign, exponent and 5 bits of the mantissa of a float64 are left
+TABLE_SIZE = 1 << (63 - TABLE_SHIFT)
+
+
+@dataclass(frozen=True)
+class Tokenization:
+    """The finer choices of :func:`scbin.pp.tokenize`; the defaults suit most data.
+
+    Parameters
+    ----------
+    n_bins
+        Number of bins above zero, for the rules that leave it open (`"linear"`, `"quantile"` ...).
+    threshold
+        Smallest log1p value that counts as expressed, for `encoding="binary"`.
+    zeros
+        `"drop"`: a gene that is not expressed has no token. `"keep"`: it has the token of bin 0.
+    layout
+        Special tokens of `encoding="rank"`: scbin's, or those of Geneformer V1, V2 or BioNeMo.
+    max_length
+        Longest row in tokens; the genes with the largest values are kept.
+    medians
+        `{gene: median}` for `encoding="rank"`; fitted from the cells by default.
+    depth
+        Whether each cell gets a `[DEPTH]` token, a level of its total counts. By default wherever counts are known and the
+        layout is scbin's.
+    age_groups
+        Cut ages (`age` or `development_stage`) into classes of so many years; by default their text is the label. The
+        vocabulary remembers it for new data.
+    case
+        `"upper"` compares gene names in upper case.
+    duplicates
+        Add up the columns that are one gene (`"sum"`), or refuse them (`"error"`).
+    force
+        Go on where less than 20 % of the counts are in the vocabulary of `like`.
+
+    Examples
+    --------
+    >>> import scbin
+    >>> adata = scbin.datasets.pbmc68k_reduced()
+    >>> scbin.pp.tokenize(adata, rule="linear", tokenization=Tokenization(n_bins=10, zeros="keep"))
+    >>> adata.obsm["X_tokens"].shape
+    (700, 768)
+    """
+
+    n_bins: int = 20
+    threshold: float = 0.1
+    zeros: Zeros = "drop"
+    layout: Layout = "scbin"
+    max_length: int | None = None
+    medians: Mapping[str, float] | None = None
+    depth: bool | None = None
+    age_groups: Literal[10, 20] | None = None
+    case: Literal["exact", "upper"] = "exact"
+    duplicates: Literal["sum", "error"] = "sum"
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        instances(Mapping, "{gene: median}", optional=True, medians=self.medians)
+
+
+@dataclass(frozen=True)
+class Bins:
+    """How an expression value becomes a bin: bin k is where `edges[k - 1] <= value < edges[k]`, bin 0 is below all edges.
+
+    The edges are increasing; with `zeros="drop"` bin 0 has no tokens (a gene that is not expressed is not in the row) and
+    exists only as a label. `reads` says what the values must be; log1p values are natural logs of counts per `target_sum`.
+    With `gene_edges` every gene has edges of its own (as many as `edges`, which then hold their means), and with
+    `per="cell"` every cell has: the quantiles of its own values, of which `edges` are the shares.
+    """
+
+    edges: tuple[float, ...]
+    zeros: Zeros = "drop"
+    reads: Literal["log1p", "counts"] = "log1p"
+    target_sum: float = 10_000.0
+    per: Literal["all", "gene", "cell"] = "all"
+    gene_edges: tuple[tuple[float, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        edges = np.asarray(self.edges, dtype=np.float64)
+        if not len(edges) or not np.isfinite(edges).all() or (np.diff(edges) <= 0).any():
+            raise ScbinInputError("A02", f"bin edges must be finite numbers that increase; these are {self.edges}.")
+        if len(edges) > MOST_BINS:
+            raise ScbinInputError("A02", f"{len(edges):,} bins are more than the {MOST_BINS:,} that scbin tells apart.")
+        if self.per != "cell" and edges[0] <= 0:
+            found = f"the first edge is {edges[0]:g}"
+            raise ScbinInputError("A02", f"{found}, but a gene that is not expressed (0) must stay below all edges.")
+        if (self.per == "gene") != (self.gene_edges is not None):
+            raise ScbinInputError("A03", 'edges per gene need per="gene" and gene_edges.')
+
+    # ---- rules ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def counts(cls, *, zeros: Zeros = "drop") -> Bins:
+        """Return the molecules themselves: bin 1 is one molecule, exact up to 16, then steps of about 15 % to 10,000."""
+        edges = list(range(1, EXACT_COUNTS + 2))
+        while edges[-1] < LARGEST_COUNT:
+            edges.append(max(edges[-1] + 1, round(edges[-1] * COUNT_STEP)))
+        return cls(tuple(map(float, edges)), zeros, "counts")
+
+    @classmethod
+    def linear(cls, n_bins: int = 20, *, zeros: Zeros = "drop") -> Bins:
+        """Return bins of equal width on log1p values: 0.1, 0.5, 0.9 ..."""
+        return cls(tuple(round(LINEAR_START + LINEAR_STEP * k, 10) for k in range(n_bins)), zeros)
+
+    @classmethod
+    def polygene(cls, n_bins: int = 10) -> Bins:
+        """Return Polygene's bins: `n_bins` in all, bin 0 is [0, 0.1), the others are even up to 9; zeros are kept."""
+        return cls(tuple(np.linspace(0.1, 9.0, n_bins - 1).tolist()), "keep")
+
+    @classmethod
+    def perturbgene(cls, n_edges: int = 10) -> Bins:
+        """Return PerturbGene's bins: `n_edges` even edges from 0.1 to 9, zeros are dropped."""
+        return cls(tuple(np.linspace(0.1, 9.0, n_edges).tolist()), "drop")
+
+    @classmethod
+    def log2(cls, n_bins: int, bin_size: float | None = None, *, zeros: Zeros = "keep") -> Bins:
+        """Return Bioformers' rule on counts: x up to 8, then 8 + ceil((log2 x - 3) / bin_size); by default a third.
+
+        `bin_size=0.3333333` gives the published numbers, which differ at powers of two from 16 up.
+        """
+        steps = np.arange(max(0, n_bins - 8))
+        # thirds of an octave are exact at powers of two; 2 ** (k * 0.333...) would not be
+        exact = 2.0 ** (steps // 3) * np.cbrt(2.0) ** (steps % 3)
+        upper = 8.0 * (exact if bin_size is None else 2.0 ** (bin_size * steps))
+        edges = [float(k) for k in range(1, min(n_bins, 8) + 1)] + np.nextafter(upper, np.inf).tolist()
+        return cls(tuple(edges), zeros, "counts")
+
+    @classmethod
+    def even_counts(cls, n_bins: int, bin_size: float, *, zeros: Zeros = "keep") -> Bins:
+        """Return bins of equal width on counts, Bioformers' other rule: trunc(x / bin_size)."""
+        return cls(tuple(float(bin_size * k) for k in range(1, n_bins + 1)), zeros, "counts")
+
+    @classmethod
+    def binary(cls, threshold: float = 0.1, *, zeros: Zeros = "drop") -> Bins:
+        """Return one threshold on log1p values."""
+        return cls((float(threshold),), zeros)
+
+    @classmethod
+    def cell_quantiles(cls, n_bins: int, *, zeros: Zeros = "drop") -> Bins:
+        """Return quantiles of each cell's own expressed values, as scGPT does."""
+        return cls(tuple(np.linspace(0, 1, n_bins).tolist()) if n_bins > 1 else (0.0,), zeros, per="cell")
+
+    @classmethod
+    def from_quantiles(cls, quantiles: np.ndarray, **fields: Any) -> Bins:
+        """Return bins from fitted quantiles: (bins,) for all genes, or (genes, bins)."""
+        # six digits are more than a quantile of cells deserves, and do not change with the order of a sum
+        exponent = np.floor(np.log10(np.maximum(quantiles, 1e-12)))
+        quantiles = np.round(quantiles / 10.0**exponent, 5) * 10.0**exponent
+        if quantiles.ndim == 1:
+            return cls(tuple(np.unique(quantiles).tolist()), **fields)
+        means = np.maximum.accumulate(quantiles.mean(axis=0)) + 1e-9 * np.arange(quantiles.shape[1])
+        return cls(tuple(means.tolist()), per="gene", gene_edges=tuple(map(tuple, quantiles.tolist())), **fields)
+
+    # ---- what others read -------------------------------------------------------------------------------------------
+
+    @property
+    def n_bins(self) -> int:
+        """Number of bins above bin 0."""
+        return len(self.edges)
+
+    @cached_property
+    def matrix(self) -> np.ndarray:
+        """Edges (1, bins), or (genes, bins)."""
+        return np.atleast_2d(np.asarray(self.gene_edges or self.edges, dtype=np.float64))
+
+    @cached_property
+    def centres(self) -> np.ndarray:
+        """Value each bin stands for (n_bins + 1,): 0, then its middle.
+
+        The middle of counts is the geometric mean of the first and the last count of the bin; the open last bin repeats the
+        width of the one before.
+        """
+        return self._middles(np.asarray(self.edges, dtype=np.float64)[None])[0]
+
+    @cached_property
+    def gene_centres(self) -> np.ndarray:
+        """The same with each gene's own edges where there are such: (genes, n_bins + 1), else (1, n_bins + 1)."""
+        return self._middles(self.matrix)
+
+    def _middles(self, edges: np.ndarray) -> np.ndarray:
+        """Return the value of each bin, for each row of edges (rows, n_bins + 1)."""
+        if edges.shape[1] == 1 and self.reads == "log1p":
+            return np.tile(np.array([0.0, 1.0], dtype=np.float32), (len(edges), 1))
+        if self.per == "cell":  # no unit: the share of the cell's expressed genes below
+            return np.linspace(0, 1, edges.shape[1] + 1, dtype=np.float32)[None]
+        if self.reads == "counts":
+            ratio = edges[:, -1:] / edges[:, -2:-1] if edges.shape[1] > 1 else 2.0
+            first = np.ceil(edges)
+            last = np.ceil(np.column_stack([edges[:, 1:], edges[:, -1:] * ratio])) - 1
+            middles = np.sqrt(first * np.maximum(last, first))
+        else:
+            widths = np.diff(edges, axis=1)
+            middles = edges + np.column_stack([widths, widths[:, -1]]) / 2
+        return np.column_stack([np.zeros(len(edges)), middles]).astype(np.float32)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Bins:
+        """Read back `dataclasses.asdict`."""
+        own = fields.get("gene_edges")
+        own = None if own is None else tuple(tuple(edges) for edges in own)
+        return cls(**{**fields, "edges": tuple(fields["edges"]), "gene_edges": own})
+
+
+def make_bins(rule: Bins | Sequence[float] | str, n_bins: int, zeros: Zeros) -> Bins | str:
+    """Turn the argument of the face into bins, or into the name of a rule that has to be fitted."""
+    if isinstance(rule, Bins):
+        return rule
+    if not isinstance(rule, str):
+        wrong = [edge for edge in rule if not isinstance(edge, Real) or isinstance(edge, bool)]
+        if wrong:
+            raise ScbinTypeError("A01", f"rule has the edge {shown(wrong[0])}; pass a list of numbers.")
+        return Bins(tuple(float(edge) for edge in rule), zeros)
+    if n_bins < 1:
+        raise ScbinInputError("A02", f"n_bins is {n_bins}; at least one bin is needed.")
+    made = {
+        "counts": lambda: Bins.counts(zeros=zeros),
+        "linear": lambda: Bins.linear(n_bins, zeros=zeros),
+        "quantile_per_cell": lambda: Bins.cell_quantiles(n_bins, zeros=zeros),
+        "polygene": Bins.polygene,
+        "perturbgene": Bins.perturbgene,
+    }
+    if rule in FITTED:
+        return rule
+    if rule not in made:
+        known = ", ".join(repr(name) for name in (*made, *FITTED))
+        raise ScbinInputError("A02", f"rule is {rule!r}; choose one of {known}, a list of edges, or a scbin Bins.")
+    return made[rule]()
+
+
+def lookup(edges: np.ndarray) -> np.ndarray:
+    """Bin at the start of each interval of float64's upper bits, so that few comparisons are left (TABLE_SIZE,)."""
+    starts = (np.arange(TABLE_SIZE, dtype=np.int64) << TABLE_SHIFT).view(np.float64)
+    starts = np.where(np.isnan(starts), np.inf, starts)
+    return np.searchsorted(edges, starts, side="right").astype(np.uint16)

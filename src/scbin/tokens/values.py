@@ -1,0 +1,281 @@
+"""What the values of a matrix are: counts, log1p values, or something no encoding can read; and rows in one unit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from scipy import sparse
+
+from scbin._errors import ScbinInputError, count
+from scbin.tokens.kernels import frozen, over_rows, recover_rows, row_totals, scan_rows
+
+Values = Literal["auto", "counts", "log1p"]
+By = Literal["values", "uns", "range", "asked"]
+Place = tuple[int, int, float]  # row, column, value
+TARGET = 10_000.0
+LOG_LIMIT = 14.0  # log1p of a million is 13.8
+SAMPLE = 500  # cells that are looked at closely
+MOSTLY_EXACT = 0.95  # share of the sampled cells whose logs are those of whole numbers
+COUNTED = ("not finite", "negative", "fractions", "stored", "unsorted", "whole rows", "broken rows")
+
+
+@dataclass
+class Scan:
+    """Everything one pass over the stored values finds, added up over blocks of rows."""
+
+    n_obs: int
+    seen: np.ndarray  # (columns,) whether a column has any stored value
+    n: Counter[str] = field(default_factory=Counter)  # how many values, or rows, of each kind in COUNTED
+    largest: float = 0.0
+    not_finite_at: list[Place] = field(default_factory=list)  # the first ones
+    negative_at: list[Place] = field(default_factory=list)
+    sums: list[np.ndarray] = field(default_factory=list)
+    rows: list[np.ndarray] = field(default_factory=list)  # positive values of the sampled cells
+
+    def add(self, start: int, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, used: np.ndarray) -> bool:
+        """Take in a block of rows; False, and nothing taken in, if columns are unsorted or repeated within a row."""
+        sums = np.zeros(len(indptr) - 1)
+        found = over_rows(scan_rows, *map(frozen, (indptr, data, indices, used)), self.seen, sums)
+        if any(part[4] for part in found):
+            return False
+        for part in found:
+            self.n.update(dict(zip(COUNTED, map(int, part), strict=False)))
+            self.largest = max(self.largest, float(part[-1]))
+        if any(part[0] or part[1] for part in found):
+            finite = np.isfinite(data)
+            for bad, noted in ((~finite, self.not_finite_at), (finite & (data < 0), self.negative_at)):
+                where = np.flatnonzero(bad & used[indices])[: 3 - len(noted)]
+                rows = np.searchsorted(indptr, where, side="right") - 1
+                noted += [(start + int(r), int(indices[k]), float(data[k])) for r, k in zip(rows, where, strict=True)]
+        self.sums.append(sums)
+        sampled = np.unique(np.linspace(0, self.n_obs - 1, min(SAMPLE, self.n_obs)).astype(np.int64))
+        for row in sampled[(sampled >= start) & (sampled < start + len(sums))] - start:
+            part = slice(indptr[row], indptr[row + 1])
+            values = data[part][used[indices[part]]]
+            values = values[(values > 0) & np.isfinite(values)]
+            if len(values) >= 5:
+                self.rows.append(values.astype(np.float64))
+        return True
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the values were taken for, how surely, and what to tell the user."""
+
+    kind: Literal["counts", "log1p"]
+    base: float = float(np.e)
+    target_sum: float | None = None  # what expm1 of every cell sums to, if it is one number
+    by: By = "values"
+    fractional: bool = False  # counts that are not whole
+    exact: bool = False  # logs from which the counts can be had back
+    warnings: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def has_counts(self) -> bool:
+        """Whether whole numbers of molecules are known."""
+        return self.exact if self.kind == "log1p" else not self.fractional
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        if self.kind == "counts":
+            return "counts" + (" that are not whole" if self.fractional else "")
+        base = "natural log" if abs(self.base - np.e) < 1e-9 else f"log base {self.base:g}"
+        total = "" if self.target_sum is None else f", cells sum to {self.target_sum:,.6g}"
+        sure = {"uns": ", by uns['log1p']", "range": ", by range only"}.get(self.by, "")
+        return f"log1p values ({base}{total}{sure})"
+
+
+def read_values(
+    scan: Scan,
+    *,
+    values: Values = "auto",
+    noted: bool = False,
+    noted_base: float | None = None,
+    name: str = "X",
+    places: str = "",
+) -> Reading:
+    """Decide what the scanned values are, in a fixed order of rules; `noted` says that `uns["log1p"]` exists.
+
+    Raises the typed error for values that no encoding can read: not finite, negative, normalised but not logged, too large.
+    """
+    _refuse(scan, name, places)
+    share = scan.n["fractions"] / max(1, scan.n["stored"])
+    found = f"{name} has non-integer counts ({share:.2g} of the stored values), as after ambient correction; taken as counts,"
+    fractional = ("I07", f'{found} not rounded. Pass values="log1p" if they are logs.')
+    warnings = []
+    if scan.largest > 1e6:
+        found = f"{name} has values up to {scan.largest:.4g}"
+        warnings.append(("I08", f"{found}; above 2^24 float32 cannot hold every whole number."))
+    if values == "counts" or (values == "auto" and not share):
+        by: By = "asked" if values == "counts" else "values"
+        warnings += [fractional] if share else []
+        return Reading("counts", by=by, fractional=share > 0, warnings=tuple(warnings))
+    _refuse_two_units(scan, values, name)
+    if values == "log1p":
+        _refuse_logs(scan, 2.0, name)  # before anything is raised to a power
+        return _logs(scan, _log_base(scan.rows) or noted_base or float(np.e), "asked", name, warnings)
+    constant = _constant(np.concatenate(scan.sums))
+    if constant is not None or _whole_share(scan.rows) > 0.5:
+        sums = "" if constant is None else f" (cells sum to {constant:,.6g})"
+        found = f"{name} looks like counts times a factor per cell{sums}, not logged"
+        fix = "Log it, sc.pp.log1p(adata), or pass the layer that holds counts: layer=."
+        raise ScbinInputError("I02", f"{found}. {fix}")
+    base = _log_base(scan.rows) if scan.largest <= LOG_LIMIT else None
+    if base is not None:
+        return _logs(scan, base, "values", name, warnings)
+    if _whole_share([row**2 for row in scan.rows]) > 0.5:
+        fix = "Pass the layer that holds counts, layer=, or undo the root: adata.X = adata.X.power(2), then round."
+        raise ScbinInputError("I02", f"{name} looks like square roots of counts. {fix}")
+    if noted:
+        return _logs(scan, noted_base or float(np.e), "uns", name, warnings)
+    if scan.largest <= LOG_LIMIT:
+        found = (
+            f"{name} was taken for log1p values by its range only (largest {scan.largest:.4g}); low corrected counts"
+        )
+        warnings.append(("I01", f'{found} look the same. Pass values="log1p" or values="counts" to settle it.'))
+        return _logs(scan, float(np.e), "range", name, warnings)
+    return Reading("counts", fractional=True, warnings=(*warnings, fractional))
+
+
+def _logs(scan: Scan, base: float, by: By, name: str, warnings: list[tuple[str, str]]) -> Reading:
+    """Read logs of this base, if every cell holds logs."""
+    _refuse_logs(scan, base, name)
+    rows = [np.expm1(row * np.log(base)) for row in scan.rows]
+    total = _constant(np.array([row.sum() for row in rows]))
+    exact = _whole_share(rows, up_to=4) >= MOSTLY_EXACT
+    return Reading("log1p", base, total, by, exact=exact, warnings=tuple(warnings))
+
+
+def _refuse(scan: Scan, name: str, places: str) -> None:
+    """Raise for values that are neither counts nor logs of any kind."""
+    if scan.n["not finite"]:
+        found = count(scan.n["not finite"], "value that is", "values that are")
+        raise ScbinInputError("I05", f"{name} has {found} not finite ({places}). Replace or remove them.")
+    if scan.n["negative"] and scan.n["fractions"]:
+        found = f"{count(scan.n['negative'], 'negative value')} ({places}), as after sc.pp.scale"
+        raise ScbinInputError("I03", f"{name} has {found}; scbin needs counts or log1p values.")
+    if scan.n["negative"]:
+        found = f"{count(scan.n['negative'], 'value')} below 0 ({places}), all whole"
+        fix = "usually a background removal gone wrong. Use the original counts."
+        raise ScbinInputError("I04", f"{name} has {found}: {fix}")
+    if scan.largest > 1e9:
+        found = f"{name} has values up to {scan.largest:.4g}, which no cell can have"
+        raise ScbinInputError("I08", f"{found}. Use the original counts.")
+
+
+def _refuse_two_units(scan: Scan, values: Values, name: str) -> None:
+    """Raise where some cells are whole numbers and the others logs."""
+    if not (scan.n["whole rows"] and scan.n["broken rows"]):
+        return
+    base = _log_base([row for row in scan.rows if row.max() <= LOG_LIMIT and (row != np.rint(row)).any()])
+    if base == 2.0 or (base is None and values != "log1p"):  # logs base 2 of unscaled counts may be whole
+        return
+    whole, logs = (count(scan.n[kind], "cell has", "cells have") for kind in ("whole rows", "broken rows"))
+    found = f"{whole} whole numbers, as counts are, and {logs} log1p values"
+    raise ScbinInputError("I01", f"{name} holds two units: {found}. Bring all cells to one unit.")
+
+
+def _refuse_logs(scan: Scan, base: float, name: str) -> None:
+    """Refuse logs of more than a billion counts: they are no logs."""
+    if scan.largest * np.log(base) > np.log(1e9):
+        found = f"{name} has values up to {scan.largest:.4g}, which no log1p value can reach"
+        raise ScbinInputError("I08", f'{found}. Pass values="counts" if they are counts.')
+
+
+def _whole_share(rows: list[np.ndarray], up_to: int = 1) -> float:
+    """Share of cells that are whole multiples of their smallest value, or of a half, a third ... of it `up_to`."""
+    ratios = [row / row.min() for row in rows]
+    ratios = [ratio for ratio in ratios if (ratio > 1.5).any()]
+    multiples = [[k * ratio for k in range(1, up_to + 1)] for ratio in ratios]
+    fits = [any((np.abs(r - np.rint(r)) <= 1e-5 * r + 1e-4).all() for r in each) for each in multiples]
+    return sum(fits) / max(1, len(fits))
+
+
+def _log_base(rows: list[np.ndarray]) -> float | None:
+    """Return the base of logs of whole numbers, None if most cells hold no such."""
+    bases = (float(np.e), 2.0, 10.0)
+    return next((base for base in bases if _whole_share([np.expm1(row * np.log(base)) for row in rows]) > 0.5), None)
+
+
+def _constant(sums: np.ndarray) -> float | None:
+    """Return the sum that all cells share to 1e-3, if there are three cells and one such number.
+
+    A sum that float32 blurred is brought back to the round number it was: 9999.98 -> 10000.
+    """
+    sums = sums[sums > 0]
+    if len(sums) < 3 or sums.max() - sums.min() > 1e-3 * sums.mean():
+        return None
+    value = float(np.median(sums))
+    rounded = float(f"{value:.3g}")
+    return rounded if abs(value - rounded) < 1e-3 * rounded else float(f"{value:.5g}")
+
+
+# ---- rows in one unit -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Some cells as an encoding reads them: CSR arrays in which no gene has two columns."""
+
+    data: np.ndarray
+    indices: np.ndarray
+    indptr: np.ndarray
+    columns: np.ndarray  # gene of each column (columns,); -1: none of the vocabulary, -2: no gene count
+    totals: np.ndarray  # sum over all gene columns (rows,)
+    matched: np.ndarray  # sum over those of the vocabulary (rows,)
+    logs: bool  # natural logs; else counts
+    exact: np.ndarray | None = None  # (rows,) whether counts could be had back from logs; None where they were not
+
+    @property
+    def n(self) -> int:
+        """Number of rows."""
+        return len(self.indptr) - 1
+
+    def kernel(self, function: Any, *arguments: Any) -> list[Any]:
+        """Call a compiled loop on the rows."""
+        return over_rows(function, *map(frozen, (self.indptr, self.data, self.indices, self.columns)), *arguments)
+
+
+class RowReader:
+    """Makes `Rows` of CSR arrays: columns of one gene are added up, and units converted where that is exact."""
+
+    def __init__(self, columns: np.ndarray, reading: Reading):
+        self.columns, self.reading = columns.astype(np.int32), reading
+        known = np.flatnonzero(columns >= 0)
+        genes, first = np.unique(columns[known], return_index=True)
+        self._owner = None
+        if len(genes) < len(known):  # each column of a repeated gene is moved onto the first
+            self._owner = np.arange(len(columns))
+            self._owner[known] = known[first][np.searchsorted(genes, columns[known])]
+
+    def read(self, block: Any, unit: Literal["counts", "log1p", "any"] = "any", target: float = TARGET) -> Rows:
+        """Return the rows of a block (with `data`, `indices`, `indptr`) in a unit.
+
+        "counts": whole molecules, which logs must allow; "log1p": logs, if such came, of counts per `target`, else counts; "any":
+        as they came.
+        """
+        data, indices, indptr = block.data, block.indices, block.indptr
+        logs, exact, total = self.reading.kind == "log1p", None, self.reading.target_sum
+        if logs and abs(self.reading.base - np.e) >= 1e-9:
+            data = data * np.log(self.reading.base)
+        if self._owner is not None:  # logs are added as what they are logs of
+            values = np.expm1(data.astype(np.float64)) if logs else data.astype(np.float64)
+            shape = (len(indptr) - 1, len(self.columns))
+            matrix = sparse.csr_matrix((values, self._owner[indices], indptr), shape=shape)
+            matrix.has_canonical_format = False
+            matrix.sum_duplicates()
+            data, indices, indptr = matrix.data, matrix.indices.astype(np.int32), matrix.indptr.astype(np.int64)
+            data = np.log1p(data) if logs else data
+        if logs and unit == "counts":
+            counts, exact = np.empty(len(data)), np.zeros(len(indptr) - 1, dtype=bool)
+            over_rows(recover_rows, *map(frozen, (indptr, data, indices, self.columns)), counts, exact)
+            data, logs = counts, False
+        elif logs and unit == "log1p" and total is not None and abs(total - target) >= 1e-2:
+            data = np.log1p(np.expm1(data.astype(np.float64)) * (target / total))
+        totals, matched = np.zeros((2, len(indptr) - 1))
+        over_rows(row_totals, *map(frozen, (indptr, data, indices, self.columns)), totals, matched)
+        return Rows(data, indices, indptr, self.columns, totals, matched, logs, exact)

@@ -1,0 +1,508 @@
+"""The vocabulary: which token id may stand at which position, and what it means; and the encodings that it asks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+from scipy import sparse
+
+from scbin._errors import ScbinInputError, count
+from scbin.tokens.rules import Bins
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from scbin.tokens.fit import Cells
+    from scbin.tokens.rules import Layout, Tokenization
+    from scbin.tokens.values import Rows
+
+PAD, MASK, CLS, END, START, DEPTH = "[PAD]", "[MASK]", "[CLS]", "[END]", "[START]", "[DEPTH]"
+# special tokens, position of the first gene without phenotypes, usual length
+LAYOUTS: dict[str, tuple[tuple[str, ...], int, int]] = {
+    "scbin": ((PAD, MASK, CLS, END, START), 2, 2048),
+    "geneformer_v1": ((PAD, MASK), 0, 2048),
+    "geneformer_v2": ((PAD, MASK, CLS, END), 1, 4096),
+    "bionemo": ((PAD, MASK, CLS), 1, 2048),
+}
+CELLXGENE = ("sex", "tissue", "cell_type", "age", "disease")
+DEPTH_EDGES = tuple(float(round(2 ** (5 + k / 2))) for k in range(31))  # 32 to a million counts, two per doubling
+FORMAT = 1
+
+
+# ---- encodings ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class GeneTokens:
+    """The gene tokens of some rows: row k has `lengths[k]` of them from `offsets[k]` on; gaps between rows are allowed."""
+
+    ids: np.ndarray  # token ids
+    places: np.ndarray  # positions, counted from the first position of genes; rising within a row
+    offsets: np.ndarray  # (rows,)
+    lengths: np.ndarray  # (rows,)
+    cut: np.ndarray | None = None  # (rows,) sum of the values that did not fit, where the encoding itself has cut
+
+
+class Encoding(Protocol):
+    """How cells become tokens. Add one: write a class, and put an instance into `ENCODINGS`.
+
+    The two flags say how a token names its gene: by its position, by its id, or both. `fit` and `encode` have to be written; the
+    rest holds for tokens that say a level of a gene, 0 where it is not expressed. Everything else about tokens follows, and is
+    asked of the :class:`Vocabulary`. (The one place where scbin inherits: encodings differ in few of these methods.)
+    """
+
+    position_is_gene: bool = True
+    id_is_gene: bool = False
+
+    def fit(self, cells: Cells, rule: Any, asked: Tokenization) -> dict[str, Any]:
+        """Learn from cells; return fields of :meth:`scbin.Vocabulary.build`: `genes` (indices into `cells.genes`), `bins` ..."""
+
+    def encode(self, vocabulary: Vocabulary, rows: Rows) -> GeneTokens:
+        """Return the gene tokens of some cells."""
+
+    def reads(self, vocabulary: Vocabulary) -> Literal["counts", "log1p", "any"]:
+        """Return the unit `encode` needs: whole counts, counts or logs that are then per `bins.target_sum`, or any scale."""
+        return "any" if vocabulary.bins is None else vocabulary.bins.reads
+
+    def n_levels(self, vocabulary: Vocabulary) -> int:
+        """Return the number of levels of a gene, level 0 (not expressed) included; 0 where tokens say no level."""
+        return 0 if vocabulary.bins is None else vocabulary.bins.n_bins + 1
+
+    def level_values(self, vocabulary: Vocabulary) -> np.ndarray:
+        """Return the expression that each level stands for (levels,), rising from 0."""
+        assert vocabulary.bins is not None
+        return vocabulary.bins.centres
+
+    def knocked_down(
+        self, vocabulary: Vocabulary, genes: np.ndarray, levels: np.ndarray, fraction: float
+    ) -> np.ndarray:
+        """Return the levels of genes after `fraction` of the expression that their levels stand for is taken away."""
+        values = np.asarray(self.level_values(vocabulary), dtype=np.float64)
+        return np.minimum(np.searchsorted(values, values[levels] * (1 - fraction), side="right") - 1, levels)
+
+
+ENCODINGS: dict[str, Encoding] = {}
+"""Encodings by name. Add yours here, and `scbin.pp.tokenize(adata, encoding=name)` uses it."""
+
+
+def encoding_of(name: str) -> Encoding:
+    """Return the encoding of a name."""
+    if name not in ENCODINGS:
+        raise ScbinInputError("A02", f"encoding is {name!r}; choose one of {', '.join(map(repr, ENCODINGS))}.")
+    return ENCODINGS[name]
+
+
+# ---- the vocabulary -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTables:
+    """What token ids and positions say of genes: the gene of a token is the larger of its two genes, its expression a product."""
+
+    gene_of_id: np.ndarray  # (tokens,) int64, -1 where an id does not name a gene
+    gene_of_position: np.ndarray  # (positions,) int64, -1 where a position does not name one
+    value_of_id: np.ndarray  # (tokens,) float32, 0 for what is no gene, and for [MASK]
+    value_of_position: np.ndarray  # (positions,) float32
+
+
+@dataclass(frozen=True)
+class Phenotype:
+    """One category of control tokens, such as sex.
+
+    The token ids of `values` are contiguous from `first_id`; `missing_id` is the id of `[NO_X]`, or 0 where a cell without a
+    label has no token. The token always stands at `position`.
+    """
+
+    name: str
+    values: tuple[str, ...]
+    position: int
+    first_id: int
+    missing_id: int
+    age_groups: int | None = None  # years in a class, where the values are classes of ages that labels are cut into
+
+    @property
+    def stop_id(self) -> int:
+        """One past the id of the last value."""
+        return self.first_id + len(self.values)
+
+
+@dataclass(frozen=True)
+class Depth:
+    """The control token `[DEPTH]`: how many counts the cell has over the genes of the vocabulary, in log-spaced levels.
+
+    The genes of the vocabulary, not all that were measured: the same cell then has the same depth in a table of fewer genes. The
+    token is always visible; `first_id` is `[NO_DEPTH]`, for cells whose counts are not known, and the levels follow.
+    """
+
+    edges: tuple[float, ...]
+    position: int
+    first_id: int
+
+    @property
+    def stop_id(self) -> int:
+        """One past the id of the last level."""
+        return self.first_id + 2 + len(self.edges)
+
+    def ids(self, counts: np.ndarray | None) -> np.ndarray | int:
+        """Return the token of cells with so many counts (cells,)."""
+        level = 0 if counts is None else 1 + np.searchsorted(self.edges, counts, side="right")
+        return self.first_id + level
+
+    @cached_property
+    def values(self) -> np.ndarray:
+        """Counts that each level stands for, the geometric middle (levels,)."""
+        edges = np.array([self.edges[0] / 2, *self.edges, 2 * self.edges[-1]])
+        return np.sqrt(edges[:-1] * edges[1:])
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What every token id and every position of an encoding means.
+
+    Gene names, phenotype values, bin edges and gene medians live here, and nothing else does: a token matrix and its
+    vocabulary are all that a model needs. Vocabularies are immutable, equal when their content is equal, and go to JSON and
+    back without loss.
+    """
+
+    encoding: str  # a name in `ENCODINGS`
+    genes: tuple[str, ...]
+    specials: Mapping[str, int]
+    phenotypes: tuple[Phenotype, ...]
+    first_gene_id: int  # first id of the genes ("rank", "gene_bins") or of bin 0 ("bins", "binary")
+    first_gene_position: int
+    max_length: int  # tokens a row may have; also the number of positions for "rank"
+    bins: Bins | None = None  # None for "rank"
+    medians: tuple[float, ...] | None = None  # per gene, for "rank": non-zero median per 10,000 counts
+    gene_shares: tuple[float, ...] | None = None  # share of the counts that each gene held where the genes were chosen
+    name_map: tuple[tuple[str, str], ...] | None = None  # symbols, aliases and retired ids, each to one of the genes
+    depth: Depth | None = None
+
+    # ---- building ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def build(
+        cls,
+        encoding: str,
+        genes: Sequence[str],
+        *,
+        phenotypes: Mapping[str, Sequence[str]] | None = None,
+        bins: Bins | None = None,
+        medians: Sequence[float] | None = None,
+        max_length: int | None = None,
+        layout: Layout = "scbin",
+        depth: bool = False,
+        gene_shares: Sequence[float] | None = None,
+        name_map: Mapping[str, str] | None = None,
+        age_groups: Mapping[str, int] | None = None,
+    ) -> Vocabulary:
+        """Lay out a vocabulary, by default `[CLS] phenotypes [DEPTH] [START] genes [END]`.
+
+        Parameters
+        ----------
+        encoding
+            What a token says.
+        genes
+            Gene names in the order of their ids or positions.
+        phenotypes
+            Values by category. Those of the CELLxGENE schema come first, in a fixed order, then the others as listed.
+        bins
+            How expression becomes bins; not for `"rank"`.
+        medians
+            Non-zero median of each gene per 10,000 counts; only for `"rank"`.
+        max_length
+            Longest row in tokens. Default: 2,048 for `"rank"` (4,096 for Geneformer V2), else as long as the genes need.
+        layout
+            Which special tokens there are: scbin's, or those of Geneformer V1 (none), V2 (`[CLS]` and `[END]`) or BioNeMo
+            (`[CLS]`). Only scbin's has room for phenotypes and depth.
+        depth
+            Whether cells have a `[DEPTH]` token.
+        gene_shares
+            Share of all counts that each gene held in the data the genes were chosen on, to weigh the overlap with new data.
+        name_map
+            Other names of the genes: symbols, aliases, retired ids.
+        age_groups
+            Years in a class, for the phenotypes that are classes of ages.
+        """
+        specials, bare_position, longest = LAYOUTS[layout]
+        fixed = encoding_of(encoding).position_is_gene
+        if layout != "scbin" and (phenotypes or depth or fixed):
+            raise ScbinInputError("A03", f'layout {layout!r} is for encoding="rank" without phenotypes and depth.')
+        labels = phenotypes or {}
+        names = [name for name in CELLXGENE if name in labels] + [name for name in labels if name not in CELLXGENE]
+        next_id, built = len(specials), []
+        for position, name in enumerate(names, start=1):
+            values = tuple(str(value) for value in labels[name])
+            built.append(Phenotype(name, values, position, next_id + 1, next_id, (age_groups or {}).get(name)))
+            next_id += 1 + len(values)
+        level = Depth(DEPTH_EDGES, len(built) + 1, next_id) if depth else None
+        first_gene_position = len(built) + bare_position + (level is not None)
+        if max_length is None:
+            max_length = first_gene_position + len(genes) + 1 if fixed else longest
+        return cls(
+            encoding=encoding,
+            genes=tuple(str(gene) for gene in genes),
+            specials={special: k for k, special in enumerate(specials)},
+            phenotypes=tuple(built),
+            first_gene_id=next_id if level is None else level.stop_id,
+            first_gene_position=first_gene_position,
+            max_length=int(max_length),
+            bins=bins,
+            medians=None if medians is None else tuple(float(median) for median in medians),
+            gene_shares=None if gene_shares is None else tuple(float(share) for share in gene_shares),
+            name_map=None if name_map is None else tuple(sorted(name_map.items())),
+            depth=level,
+        )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "specials", dict(self.specials))
+        faults = []
+        if len(set(self.genes)) != len(self.genes):
+            faults.append("a vocabulary names every gene once, but some genes stand in it twice")
+        if self.encoding in ("bins", "binary", "gene_bins", "rank") and (self.bins is None) == self.position_is_gene:
+            faults.append(f"encoding {self.encoding!r} and bins={self.bins!r} do not go together")
+        if self.medians is not None and len(self.medians) != len(self.genes):
+            faults.append(f"{count(len(self.medians), 'median')} for {count(len(self.genes), 'gene')}")
+        for phenotype in self.phenotypes:
+            if len(set(phenotype.values)) != len(phenotype.values):
+                faults.append(f"the values of phenotype {phenotype.name!r} are not unique")
+        shortest = self.first_gene_position + min(1, len(self.genes)) + (END in self.specials)
+        if self.max_length < shortest:
+            faults.append(f"max_length is {self.max_length}, but one gene and the special tokens need {shortest}")
+        spans = sorted([*self._control_spans, (self.first_gene_id, self.first_gene_id + self.n_gene_ids)])
+        if spans[0][0] < 0 or any(before[1] > after[0] for before, after in zip(spans, spans[1:], strict=False)):
+            faults.append("token ids overlap: specials, phenotypes and genes need ranges of their own")
+        if self.specials.get(PAD) != 0 or MASK not in self.specials:
+            faults.append("the special tokens need [PAD] = 0 and a [MASK]")
+        if faults:
+            raise ScbinInputError("V04", f"{faults[0]}.")
+
+    @property
+    def _control_spans(self) -> list[tuple[int, int]]:
+        """Ranges of the ids that stand for no gene."""
+        used = [*self.specials.values(), *(p.missing_id for p in self.phenotypes if p.missing_id)]
+        spans = [(i, i + 1) for i in used] + [(p.first_id, p.stop_id) for p in self.phenotypes if p.values]
+        return spans if self.depth is None else [*spans, (self.depth.first_id, self.depth.stop_id)]
+
+    # ---- sizes ------------------------------------------------------------------------------------------------------
+
+    @property
+    def codec(self) -> Encoding:
+        """The encoding itself."""
+        return encoding_of(self.encoding)
+
+    @property
+    def position_is_gene(self) -> bool:
+        """Whether a gene has a position of its own (all encodings but `"rank"`)."""
+        return self.codec.position_is_gene
+
+    @property
+    def unit(self) -> Literal["counts", "log1p", "order"]:
+        """What the expression that tokens stand for is: counts, log1p values, or a number that falls with the rank."""
+        reads = self.codec.reads(self)
+        return "order" if reads == "any" else reads
+
+    @cached_property
+    def n_levels(self) -> int:
+        """Number of levels of a gene, level 0 (not expressed) included; 0 for `"rank"`."""
+        return self.codec.n_levels(self)
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether genes that are not expressed have tokens."""
+        return self.bins is not None and self.bins.zeros == "keep"
+
+    @property
+    def n_gene_ids(self) -> int:
+        """Number of token ids that stand for genes or levels."""
+        return len(self.genes) * max(1, self.n_levels) if self.codec.id_is_gene else self.n_levels
+
+    @property
+    def n_gene_positions(self) -> int:
+        """Number of positions at which genes may stand; of ranks, `[END]` may have the last."""
+        return len(self.genes) if self.position_is_gene else self.max_length - self.first_gene_position
+
+    @cached_property
+    def n_tokens(self) -> int:
+        """Number of token ids; `vocab_size` of the network."""
+        return max([self.first_gene_id + self.n_gene_ids, *(stop for _, stop in self._control_spans)])
+
+    @cached_property
+    def n_positions(self) -> int:
+        """Number of positions: the width of `X_tokens`, and `max_position_embeddings` of the network."""
+        return self.first_gene_position + self.n_gene_positions + (self.position_is_gene and END in self.specials)
+
+    @cached_property
+    def gene_positions(self) -> np.ndarray:
+        """The positions at which genes stand."""
+        return self.first_gene_position + np.arange(self.n_gene_positions)
+
+    @property
+    def depth_position(self) -> int | None:
+        """The position of `[DEPTH]`, None where cells have no such token."""
+        return None if self.depth is None else self.depth.position
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Smallest unsigned integer type that holds every token id."""
+        return np.dtype(np.uint16 if self.n_tokens <= 2**16 else np.uint32)
+
+    @property
+    def mask_id(self) -> int:
+        """The id of `[MASK]`."""
+        return self.specials[MASK]
+
+    def matrix(self, ids: np.ndarray, positions: np.ndarray, indptr: np.ndarray) -> sparse.csr_matrix:
+        """Return tokens whose positions rise within each row as a matrix (rows, positions), without a copy."""
+        shape = (len(indptr) - 1, self.n_positions)
+        tokens = sparse.csr_matrix((ids, positions.astype(np.int32, copy=False), indptr), shape=shape, copy=False)
+        tokens.has_sorted_indices = tokens.has_canonical_format = True
+        return tokens
+
+    # ---- what tokens say --------------------------------------------------------------------------------------------
+
+    def ids_of(self, genes: np.ndarray, levels: Any) -> np.ndarray:
+        """Return the token ids of genes at levels; ranked genes have one id each."""
+        if not self.codec.id_is_gene:
+            return self.first_gene_id + levels + np.zeros_like(genes)
+        return self.first_gene_id + genes * max(1, self.n_levels) + (levels if self.n_levels else 0)
+
+    def levels_of(self, token_ids: np.ndarray) -> np.ndarray:
+        """Return the level of each gene token (n,) int64; 1 for ranked genes."""
+        if not self.n_levels:
+            return np.ones(len(token_ids), dtype=np.int64)
+        return (token_ids.astype(np.int64) - self.first_gene_id) % self.n_levels
+
+    def genes_at(self, token_ids: np.ndarray, position_ids: np.ndarray) -> np.ndarray:
+        """Return the gene that each gene token speaks of (n,) int64: its place, or for ranks its id, says which."""
+        if self.position_is_gene:
+            return position_ids.astype(np.int64) - self.first_gene_position
+        return (token_ids.astype(np.int64) - self.first_gene_id) // max(1, self.n_levels)
+
+    def is_gene_token(self, token_ids: np.ndarray) -> np.ndarray:
+        """Whether each id stands for a gene or a bin."""
+        return (token_ids >= self.first_gene_id) & (token_ids < self.first_gene_id + self.n_gene_ids)
+
+    @cached_property
+    def _groups(self) -> tuple[np.ndarray, np.ndarray]:
+        start, stop = np.zeros((2, self.n_positions), dtype=np.int64)
+        for phenotype in self.phenotypes:
+            start[phenotype.position], stop[phenotype.position] = phenotype.first_id, phenotype.stop_id
+        where, size = self.gene_positions, self.n_levels if self.position_is_gene else self.n_gene_ids
+        start[where] = self.ids_of(np.arange(len(where)), 0) if self.position_is_gene else self.first_gene_id
+        stop[where] = start[where] + size
+        return start, stop
+
+    @property
+    def group_start(self) -> np.ndarray:
+        """First token id that may be asked for at each position (positions,); 0 where only specials or `[DEPTH]` stand."""
+        return self._groups[0]
+
+    @property
+    def group_stop(self) -> np.ndarray:
+        """One past the last token id that may be asked for at each position (positions,)."""
+        return self._groups[1]
+
+    @cached_property
+    def _tables(self) -> TokenTables:
+        of_id, values = np.full(self.n_tokens, -1, np.int64), np.zeros(self.n_tokens, np.float32)
+        of_position, weights = np.full(self.n_positions, -1, np.int64), np.zeros(self.n_positions, np.float32)
+        ids, where = self.first_gene_id + np.arange(self.n_gene_ids), self.gene_positions
+        values[ids] = np.asarray(self.codec.level_values(self), np.float32)[self.levels_of(ids)]
+        if self.position_is_gene:
+            of_position[where], weights[where] = np.arange(len(where)), 1.0
+        else:  # values fall with the rank as log1p values do
+            of_id[ids] = self.genes_at(ids, ids)
+            weights[where] = np.log1p(len(where) / (1.0 + np.arange(len(where))))
+        return TokenTables(of_id, of_position, values, weights)
+
+    def tables(self) -> TokenTables:
+        """Return gene and expression of every token id and position, to turn tokens into expression vectors."""
+        return self._tables
+
+    @property
+    def token_values(self) -> np.ndarray:
+        """Expression value that each token id stands for (tokens,): 1 for a ranked gene, 0 for everything not a gene."""
+        return self._tables.value_of_id
+
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        """Other names of genes, upper-cased, to the genes."""
+        return dict(self.name_map or ())
+
+    def phenotype(self, name: str) -> Phenotype:
+        """Return the category called `name`."""
+        for phenotype in self.phenotypes:
+            if phenotype.name == name:
+                return phenotype
+        known = ", ".join(repr(p.name) for p in self.phenotypes) or "none"
+        raise ScbinInputError("A06", f"{name!r} is not a phenotype of this vocabulary. It knows: {known}.")
+
+    def token_text(self, token_id: int, position: int) -> str:
+        """Say in words what a token at a position means, for people and plots."""
+        for text, special_id in self.specials.items():
+            if token_id == special_id:
+                return text
+        for phenotype in self.phenotypes:
+            if token_id == phenotype.missing_id:
+                return f"[NO_{phenotype.name.upper()}]"
+            if phenotype.first_id <= token_id < phenotype.stop_id:
+                return f"[{phenotype.values[token_id - phenotype.first_id]}]"
+        if self.depth is not None and self.depth.first_id <= token_id < self.depth.stop_id:
+            level = token_id - self.depth.first_id
+            return f"{DEPTH[:-1]} {self.depth.values[level - 1]:,.0f}]" if level else "[NO_DEPTH]"
+        ids = np.array([token_id])
+        gene = self.genes[self.genes_at(ids, np.array([position]))[0]]
+        return f"{gene}={self.levels_of(ids)[0]}" if self.n_levels else gene
+
+    def __repr__(self) -> str:
+        phenotypes = ", ".join(f"{p.name} ({len(p.values)})" for p in self.phenotypes) or "none"
+        bins = "" if self.bins is None else f", {count(self.bins.n_bins, 'bin')}"
+        return (
+            f"Vocabulary: {self.encoding}, {count(len(self.genes), 'gene')}{bins}, phenotypes: {phenotypes}, "
+            f"{count(self.n_tokens, 'token id')}, {count(self.n_positions, 'position')}"
+        )
+
+    # ---- JSON -------------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """Return the vocabulary as one line of JSON, the same bytes for the same content."""
+        fields = asdict(self)
+        # not written where there is none: older vocabularies have no such fields, and their fingerprints stay
+        for phenotype in fields["phenotypes"]:
+            if phenotype["age_groups"] is None:
+                del phenotype["age_groups"]
+        if fields["depth"] is None:
+            del fields["depth"]
+        return json.dumps({"format": FORMAT, **fields}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Vocabulary:
+        """Read back what `to_json` wrote."""
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            if fields.pop("format") != FORMAT:
+                raise ScbinInputError(
+                    "V04", f"this vocabulary is not of format {FORMAT}; it needs another scbin version."
+                )
+            fields["genes"] = tuple(fields["genes"])
+            fields["phenotypes"] = tuple(Phenotype(**{**p, "values": tuple(p["values"])}) for p in fields["phenotypes"])
+            fields["bins"] = None if fields["bins"] is None else Bins.from_dict(fields["bins"])
+            for name in ("medians", "gene_shares"):
+                fields[name] = None if fields.get(name) is None else tuple(fields[name])
+            if fields.get("name_map") is not None:
+                fields["name_map"] = tuple((str(name), str(gene)) for name, gene in fields["name_map"])
+            if fields.get("depth") is not None:
+                fields["depth"] = Depth(**{**fields["depth"], "edges": tuple(fields["depth"]["edges"])})
+            return cls(**fields)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ScbinInputError("V04", f"this is not a vocabulary written by scbin ({error}).") from error
+
+    @cached_property
+    def sha256(self) -> str:
+        """Fingerprint of the content: two vocabularies with one fingerprint give the same tokens."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from scbin._errors import ScbinInputError
+from scbin.tokens.rules import TABLE_SHIFT, Bins, lookup
+from scbin.tokens.vocabulary import Vocabulary
+
+
+def level(bins: Bins, x: float) -> int:
+    return int(np.searchsorted(bins.edges, x, side="right"))
+
+
+def test_counts_are_exact_to_16_and_then_steps_of_15_percent():
+    bins = Bins.counts()
+    assert [level(bins, x) for x in range(17)] == list(range(17))
+    assert bins.edges[-1] >= 10_000
+    steps = np.divide(bins.edges[20:], bins.edges[19:-1])
+    assert (steps > 1.13).all() and (steps < 1.18).all()
+    assert bins.centres[:17].tolist() == list(range(17))
+    for k in range(17, bins.n_bins):  # the geometric middle of the counts of a bin
+        assert bins.centres[k] == pytest.approx(math.sqrt(bins.edges[k - 1] * (bins.edges[k] - 1)))
+
+
+@pytest.mark.parametrize("x", [*range(1, 300), 512, 1023, 1024, 1025, 2**15, 2**15 + 1])
+def test_log2_against_exact_integers(x: int):
+    exact = x if x <= 8 else 8 + next(k for k in range(100) if x**3 <= 8**3 * 2**k)
+    assert level(Bins.log2(60), x) == exact
+    seed = x if x <= 8 else math.ceil((math.log2(x) - 3) / 0.3333333) + 8
+    assert level(Bins.log2(60, bin_size=0.3333333), x) == seed
+
+
+def test_log2_published_values_and_even_counts():
+    assert [level(Bins.log2(40), x) for x in (1, 7, 8, 9, 10, 11, 16, 32, 64)] == [1, 7, 8, 9, 9, 10, 11, 14, 17]
+    seed = Bins.log2(40, bin_size=0.3333333)
+    assert [level(seed, x) for x in (9, 10, 11, 16, 32, 64)] == [9, 9, 10, 12, 15, 18]
+    assert Bins.log2(40).centres[:11] == pytest.approx([*range(9), math.sqrt(90), math.sqrt(11 * 12)])
+    assert [level(Bins.even_counts(9, 2.0), x) for x in (0, 1, 2, 3, 4, 17, 18, 99)] == [0, 0, 1, 1, 2, 8, 9, 9]
+
+
+def test_lookup_never_overshoots():
+    edges = np.sort(np.random.default_rng(0).lognormal(size=40))
+    values = np.random.default_rng(1).lognormal(sigma=4, size=2000)
+    starts = lookup(edges)[values.view(np.int64) >> TABLE_SHIFT]
+    exact = np.searchsorted(edges, values, side="right")
+    assert (starts <= exact).all() and (exact - starts).max() <= 20
+
+
+def test_edges_must_increase_from_above_zero():
+    wrong = [(), (2.0, 1.0), (1.0, 1.0), (0.0, 1.0), (-1.0, 1.0), (np.nan,), (1.0, np.inf), tuple(range(1, 70_000))]
+    for edges in wrong:
+        with pytest.raises(ScbinInputError, match="A02"):
+            Bins(edges)
+
+
+@pytest.mark.parametrize(
+    "bins",
+    [
+        *(Bins.counts(), Bins.linear(), Bins.polygene(), Bins.log2(27), Bins.cell_quantiles(8), Bins.binary()),
+        Bins.from_quantiles(np.array([[0.5, 1.0], [0.7, 2.0]])),
+    ],
+)
+def test_json_round_trip(bins: Bins):
+    vocabulary = Vocabulary.build("bins", ["A1", "B2"], bins=bins, gene_shares=[0.25, 0.75])
+    again = Vocabulary.from_json(vocabulary.to_json())
+    assert (again, again.sha256) == (vocabulary, vocabulary.sha256)
+    assert len(bins.centres) == bins.n_bins + 1
+    assert (np.diff(bins.centres) > 0).all()
+
+
+def test_each_gene_has_the_middles_of_its_own_edges():
+    bins = Bins.from_quantiles(np.array([[1.0, 2.0, 4.0], [0.5, 0.6, 0.7]]))
+    assert bins.gene_centres == pytest.approx(np.array([[0, 1.5, 3, 5], [0, 0.55, 0.65, 0.75]]))
+    for shared in (Bins.linear(5), Bins.cell_quantiles(5), Bins.counts()):
+        assert np.array_equal(shared.gene_centres, shared.centres[None])
+    assert Bins.binary().gene_centres.tolist() == [[0.0, 1.0]]
