@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
 
-from scbin.nn.losses import binary_cross_entropy, cross_entropy, gaussian_ordinal, info_nce
+from scbin._errors import ScbinInputError
+from scbin.nn.losses import Loss, binary_cross_entropy, cross_entropy, gaussian_ordinal
+from scbin.tokens.bins import Bins
+from scbin.tokens.vocabulary import Vocabulary
 
 
 @pytest.fixture
@@ -38,8 +44,7 @@ def test_cross_entropy(scored, smoothing):
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
 def test_gaussian_ordinal(scored, sigma):
     logits, labels, weights = scored
-    k = np.arange(7)
-    bell = np.exp(-((k - labels[:, None]) ** 2) / (2 * sigma**2)) / np.sqrt(2 * np.pi * sigma**2)
+    bell = np.exp(-((np.arange(7) - labels[:, None]) ** 2) / (2 * sigma**2))
     bell /= bell.sum(1, keepdims=True)
     expected = -(bell * log_softmax(logits)).sum(1)
     assert gaussian_ordinal(*torched(logits, labels), sigma).numpy() == pytest.approx(expected, rel=1e-6, abs=1e-6)
@@ -56,19 +61,62 @@ def test_binary_cross_entropy(scored):
     assert got.numpy() == pytest.approx(expected * np.where(labels == 1, 2, 0.5), rel=1e-6, abs=1e-6)
 
 
-@pytest.mark.parametrize("centred", [True, False])
-def test_info_nce(centred):
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(1, 1, (2, 12, 5))
-    mean = np.concatenate([a, b]).mean(0) if centred else 0
-    x, y = a - mean, b - mean
-    x, y = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (x, y))
-    cosines = x @ y.T / 0.1
-    expected = -(np.diag(log_softmax(cosines)).mean() + np.diag(log_softmax(cosines.T)).mean()) / 2
-    assert float(info_nce(*torched(a, b), 0.1, centred)) == pytest.approx(expected, rel=1e-6)
-
-
 def test_half_precision_logits_are_scored_in_float32(scored):
     logits, labels = torched(*scored[:2])
     half = logits.to(torch.bfloat16)
     assert torch.equal(cross_entropy(half, labels), cross_entropy(half.float(), labels))
+
+
+def test_genes_have_their_own_score_and_phenotypes_the_cross_entropy(scored):
+    logits, labels = torched(*scored[:2])
+    loss = Loss("ordinal", label_smoothing=0.1, sigma=0.7)
+    assert torch.equal(loss.score(logits, labels, genes=True), gaussian_ordinal(logits, labels, 0.7))
+    assert torch.equal(loss.score(logits, labels, genes=False), cross_entropy(logits, labels, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("code", "changes"),
+    [
+        *(("A02", {name: value}) for name, value in (("kind", "ordnal"), ("over", "vocab"), ("positions", None))),
+        *(("A02", {"label_smoothing": value}) for value in (2.0, 1.0, float("nan"))),
+        *(("A02", {"class_weights": {"sex": value}}) for value in ([1, -1], np.zeros(2))),
+        *(("A01", {"class_weights": value}) for value in ([1, 2], {"sex": "ab"}, {"sex": [1, "2"]})),
+        *(("A01", {"weights": value}) for value in (None, {"genes": "1"})),
+        ("A02", {"weights": {"genes": np.nan}}),
+        ("A02", {"sigma": 0}),
+        ("A01", {"sigma": None}),
+        ("A01", {"label_smoothing": "0.1"}),
+    ],
+    ids=str,
+)
+def test_a_loss_that_cannot_be_meant_is_refused(code, changes):
+    with pytest.raises(ScbinInputError, match=next(iter(changes))) as caught:
+        Loss(**changes)
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("encoding", "loss", "match"),
+    [
+        ("bins", Loss(weights={"age": 1.0}), "'age'"),
+        ("bins", Loss(class_weights={"sex": [1.0] * 3}), "sex has 2 values"),
+        ("bins", Loss(class_weights={"genes": [1.0] * 3}), "genes has 4 values"),
+        ("rank", Loss("ordinal"), "ordinal"),
+        ("bins", Loss("binary"), "binary"),
+        ("bare", Loss("ordinal", label_smoothing=0.3), "label_smoothing"),
+        ("binary", Loss("binary", over="vocabulary"), "over"),
+    ],
+)
+def test_a_loss_that_does_not_fit_the_vocabulary_is_refused(encoding, loss, match):
+    bins = None if encoding == "rank" else Bins((0.1,) if encoding == "binary" else (0.1, 1.0, 2.0))
+    phenotypes = {} if encoding == "bare" else {"sex": ["f", "m"]}
+    v = Vocabulary.build(encoding.replace("bare", "bins"), ["A", "B"], phenotypes=phenotypes, bins=bins)
+    with pytest.raises(ScbinInputError, match=match):
+        loss.check(v, ("genes", "sex"))
+
+
+def test_a_loss_of_numbers_of_numpy_is_kept_as_plain_ones():
+    given = {"class_weights": {"genes": np.ones(2)}, "weights": {"genes": np.int64(2)}}
+    loss = Loss(np.str_("ordinal"), sigma=np.float32(0.5), **given)
+    assert loss == Loss("ordinal", sigma=0.5, class_weights={"genes": (1.0, 1.0)}, weights={"genes": 2.0})
+    assert json.loads(json.dumps(asdict(loss)))["class_weights"] == {"genes": [1.0, 1.0]}

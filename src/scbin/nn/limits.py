@@ -1,66 +1,68 @@
-"""What the numbers of a network may be: one table for networks that are made and for those that are read from files."""
+"""What numbers may be: of networks that are made, of those that are read from files, and of settings."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import sys
 from typing import TYPE_CHECKING, Any
+
+from scbin._arguments import shown
+from scbin._errors import ScbinInputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-MOST_TIMES_HIDDEN = 8
-"""How many times the hidden size the intermediate size may be."""
+TINY, LARGEST, BELOW_1 = sys.float_info.min, sys.float_info.max, math.nextafter(1, 0)
 
-
-@dataclass(frozen=True)
-class Limit:
-    """A kind of value and its bounds; `words` say both."""
-
-    kinds: tuple[type, ...]
-    words: str
-    low: float = 0
-    high: float = 0
-    values: tuple[Any, ...] = ()
-
-    def __call__(self, value: Any) -> bool:
-        """Return whether a value is of the kind and within the bounds."""
-        if type(value) not in self.kinds:
-            return False
-        return value in self.values if self.values else self.low <= value <= self.high
-
-
-def _whole(low: int, high: int) -> Limit:
-    return Limit((int,), f"a whole number from {low:,} to {high:,}", low, high)
-
-
-def _real(low: float, high: float) -> Limit:
-    return Limit((int, float), f"a number from {low:g} to {high:g}", low, high)
-
-
-def _one_of(*values: Any) -> Limit:
-    return Limit((type(values[0]),), f"one of {', '.join(map(repr, values))}", values=values)
-
-
-# the keys of config.json that are read, and what they may be; whatever else the file says has no effect
-CONFIG_KEYS: dict[str, Limit] = {
-    "vocab_size": _whole(2, 2**22),
-    "max_position_embeddings": _whole(1, 2**18),
-    "type_vocab_size": _whole(1, 16),
-    "num_hidden_layers": _whole(1, 96),
-    "hidden_size": _whole(8, 8192),
-    "num_attention_heads": _whole(1, 256),
-    "intermediate_size": _whole(8, 65_536),
-    "hidden_act": _one_of("gelu", "gelu_new", "relu", "silu"),
-    "hidden_dropout_prob": _real(0, 1),
-    "attention_probs_dropout_prob": _real(0, 1),
-    "layer_norm_eps": _real(1e-15, 1e-2),
-    "initializer_range": _real(1e-6, 1),
-    "pad_token_id": _whole(0, 2**22),
-    "tie_word_embeddings": _one_of(True, False),
+# the keys of config.json that are read: choices, or the least and the largest number; whatever else the file says has no effect
+CONFIG_KEYS: dict[str, tuple[Any, ...]] = {
+    "vocab_size": (2, 2**22),
+    "max_position_embeddings": (1, 2**18),
+    "type_vocab_size": (1, 16),
+    "num_hidden_layers": (1, 96),
+    "hidden_size": (8, 8192),
+    "num_attention_heads": (1, 256),
+    "intermediate_size": (8, 65_536),
+    "hidden_act": ("gelu", "gelu_new", "relu", "silu"),
+    "hidden_dropout_prob": (0.0, 1.0),
+    "attention_probs_dropout_prob": (0.0, 1.0),
+    "layer_norm_eps": (1e-15, 1e-2),
+    "initializer_range": (1e-6, 1.0),
+    "pad_token_id": (0, 2**22),
+    "tie_word_embeddings": (True, False),
 }
+MOST_TIMES_HIDDEN = 8  # how many times the hidden size the intermediate size may be
 
 
-def misfit(shape: Mapping[str, Any]) -> str | None:
+def misfit(value: Any, allowed: tuple[Any, ...]) -> str | None:
+    """Return what a value needs to be, where it is not; `None` where it is.
+
+    Examples
+    --------
+    >>> misfit(0, (1, 96)), misfit(-0.1, (0.0, BELOW_1)), misfit(3, (1, 96))
+    ('a whole number from 1 to 96', 'a number from 0 to below 1', None)
+    """
+    low, high = allowed[0], allowed[-1]
+    if isinstance(low, str | bool):
+        is_one = type(value) is type(low) and value in allowed
+        return None if is_one else f"one of {', '.join(map(repr, allowed))}"
+    whole = type(low) is int
+    if type(value) in ((int,) if whole else (int, float)) and low <= value <= high:
+        return None
+    first = "above 0" if low == TINY else f"from {low:,}" if whole else f"from {low:g}"
+    last = (
+        ""
+        if high >= sys.maxsize
+        else " to below 1"
+        if high == BELOW_1
+        else f" to {high:,}"
+        if whole
+        else f" to {high:g}"
+    )
+    return f"{'a whole number' if whole else 'a number'} {first}{last}"
+
+
+def shape_misfit(shape: Mapping[str, Any]) -> str | None:
     """Return what does not fit together in the shape of a network, or `None`."""
     hidden, inner, heads = (shape[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
     if hidden % heads:
@@ -68,3 +70,11 @@ def misfit(shape: Mapping[str, Any]) -> str | None:
     if inner > MOST_TIMES_HIDDEN * hidden:
         return f"intermediate_size={inner} is more than {MOST_TIMES_HIDDEN} times hidden_size={hidden}"
     return None
+
+
+def check_limits(values: Mapping[str, Any], limits: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise for the first value that its limits do not allow; `None` passes."""
+    for name, allowed in limits.items():
+        words = None if values[name] is None else misfit(values[name], allowed)
+        if words:
+            raise ScbinInputError("A02", f"{name} is {shown(values[name])}; it needs to be {words}.")

@@ -1,0 +1,180 @@
+"""Transformer encoders behind three calls, and what the kinds of them share."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint as run_checkpointed
+
+from scbin._errors import ScbinInputError
+from scbin.nn.presets import SIZES, Network
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from torch import Tensor
+
+    from scbin.nn.packs import Pack
+    from scbin.tokens.vocabulary import Vocabulary
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """What the package asks of an encoder; it is an `nn.Module` too.
+
+    Its class has `build(vocabulary, preset)`, and `from_config(vocabulary, config)`, which builds the shape that `config()`
+    describes. It may have `vector_options`, the arguments of the cell vector that suit it.
+    """
+
+    kind: str  # its name in `BACKBONES`
+    hidden_size: int
+    n_layers: int
+
+    def embed(self, pack: Pack) -> Tensor:
+        """Return what goes into the first layer (T, hidden)."""
+        ...
+
+    def encode(
+        self,
+        pack: Pack,
+        layer: int = -1,
+        *,
+        embedded: Tensor | None = None,
+        gates: Tensor | None = None,
+        checkpoint: bool = False,
+    ) -> Tensor:
+        """Return the hidden states of a pack after one layer (T, hidden), computing none behind it.
+
+        `layer` is -1 for the last, 0 for the embeddings. `embedded` (T, hidden) takes the place of `embed(pack)`. `gates` (T,)
+        are logarithms added to the attention that each token receives. With `checkpoint`, layers are computed again in the
+        backward pass, which saves memory.
+        """
+        ...
+
+    def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None, *, ids: Tensor | None = None) -> Tensor:
+        """Return the logits of the token ids from `start` to `stop` at some hidden states (M, stop - start).
+
+        With `ids` (M, K), those of other ids for each hidden state (M, K).
+        """
+        ...
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Return the embedding tables of the token ids (tokens, hidden) and of the positions (positions, hidden)."""
+        ...
+
+    def config(self) -> dict[str, Any]:
+        """Return plain values that describe the shape."""
+        ...
+
+
+BACKBONES: dict[str, Any] = {}
+"""Classes of backbones by kind; filled in `scbin.nn.network`. Add yours here."""
+
+
+class Encoder(nn.Module):
+    """What all kinds share: `encode`, made of `embed` and of `forward(states, pack, n_layers, gates, checkpoint)`."""
+
+    n_layers: int
+    embed: Callable[[Pack], Tensor]
+
+    def encode(
+        self,
+        pack: Pack,
+        layer: int = -1,
+        *,
+        embedded: Tensor | None = None,
+        gates: Tensor | None = None,
+        checkpoint: bool = False,
+    ) -> Tensor:
+        """Return the hidden states of a pack after one layer (T, hidden)."""
+        states = self.embed(pack) if embedded is None else embedded
+        return self(states, pack, layer_number(layer, self.n_layers), gates, checkpoint)
+
+
+class TableBackbone(Encoder):
+    """The embeddings of our own kinds: the sum of a token's and a position's vector, and logits from the same table of tokens."""
+
+    def __init__(self, vocabulary: Vocabulary, preset: Network, **options: Any):
+        super().__init__()
+        self.sizes = {name: getattr(preset, name) for name in SIZES}
+        self.sizes |= {"max_length": max(vocabulary.n_positions, preset.max_length or 0), **options}
+        self.hidden_size, self.n_layers = preset.hidden_size, preset.num_hidden_layers
+        self.tokens = nn.Embedding(vocabulary.n_tokens, self.hidden_size)
+        self.positions = nn.Embedding(self.sizes["max_length"], self.hidden_size)
+        for table in self.tables():
+            nn.init.normal_(table, std=0.02)
+        self.norm = nn.LayerNorm(self.hidden_size)
+        linear = nn.Linear(self.hidden_size, self.hidden_size)
+        self.transform = nn.Sequential(linear, nn.GELU(), nn.LayerNorm(self.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(vocabulary.n_tokens))
+
+    @classmethod
+    def build(cls, vocabulary: Vocabulary, preset: Network) -> Self:
+        """Build one with random weights for a vocabulary."""
+        return cls(vocabulary, preset)
+
+    @classmethod
+    def from_config(cls, vocabulary: Vocabulary, config: dict[str, Any]) -> Self:
+        """Build the shape that `config` describes, without its weights."""
+        shape = {name: config[name] for name in (*SIZES, "max_length")}
+        return cls(vocabulary, Network(**shape), **{name: value for name, value in config.items() if name not in shape})
+
+    def config(self) -> dict[str, Any]:
+        """Return the shape as plain values."""
+        return dict(self.sizes)
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Return the tables of the token ids and of the positions."""
+        return self.tokens.weight, self.positions.weight
+
+    def embed(self, pack: Pack) -> Tensor:
+        """Return what goes into the first layer (T, hidden)."""
+        return self.norm(self.tokens(pack.input_ids) + self.positions(pack.position_ids))
+
+    def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None, *, ids: Tensor | None = None) -> Tensor:
+        """Return the logits of some token ids at some hidden states (M, K)."""
+        return token_logits(self.transform(hidden), self.tokens.weight, self.bias, start, stop, ids)
+
+
+def token_logits(
+    transformed: Tensor, weight: Tensor, bias: Tensor, start: int, stop: int | None, ids: Tensor | None
+) -> Tensor:
+    """Return logits (M, K) of the ids from `start` to `stop`, or of other `ids` (M, K) for each state."""
+    if ids is None:
+        return F.linear(transformed, weight[start:stop], bias[start:stop])
+    rows = F.embedding(ids, weight)  # (M, K, hidden)
+    return torch.einsum("mh,mkh->mk", transformed, rows.to(transformed.dtype)) + bias[ids]
+
+
+def run_layers(
+    layers: Iterable[nn.Module], states: Tensor, *arguments: Any, checkpoint: bool = False, **options: Any
+) -> Tensor:
+    """Return the states behind some layers; with `checkpoint` these are computed again in the backward pass."""
+    for layer in layers:
+        if checkpoint and torch.is_grad_enabled():
+            states = run_checkpointed(layer, states, *arguments, use_reentrant=False, **options)
+        else:
+            states = layer(states, *arguments, **options)
+    return states
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """For a while draw weights from a seed; the global generator is afterwards where it was."""
+    if not 0 <= seed < 2**63:
+        raise ScbinInputError("A02", f"seed is {seed}; it needs to be a whole number from 0 to below 2**63.")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(seed))
+        yield
+
+
+def layer_number(layer: int, n_layers: int) -> int:
+    """Return how many layers to compute for the hidden states of `layer`, which may count from the end."""
+    number = layer if layer >= 0 else n_layers + 1 + layer
+    if not 0 <= number <= n_layers:
+        raise ScbinInputError("A02", f"layer is {layer}; this network has layers 0 (embeddings) to {n_layers}.")
+    return number
