@@ -13,15 +13,9 @@ import threading
 import time
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
-import pandas as pd
 import torch
 from tqdm import tqdm
-
-import scbin
-from scbin.nn.presets import Preset
-from scbin.train.loop import train
 
 HERE = Path(__file__).parent
 
@@ -42,8 +36,7 @@ def fork(small, directory):
     try:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 2)
-        settings = small.settings(save_dir=directory, checkpoint_every=1, resume=True, epochs=2)
-        train(small.bert(hidden_dropout_prob=0.1), small.objective(), small.tokens, settings)
+        small.run(save_dir=directory, checkpoint_every=1, epochs=2, patience=3)
     finally:
         os._exit(0)
 
@@ -62,7 +55,7 @@ def kill(n_kills, directory):
     # tqdm's own lock is shared by all forks: a child killed while it holds it would stop all later ones for ever
     tqdm.set_lock(threading.RLock())
     small, rng = toy(), random.Random(0)
-    train(small.bert(), small.objective(), small.tokens, small.settings(max_steps=1))  # compile before the clock runs
+    small.run(max_steps=1)  # compile before the clock runs
     start = time.perf_counter()
     os.waitpid(fork(small, f"{directory}/undisturbed"), 0)
     shortest = span = (time.perf_counter() - start) / 2  # half a run, so that most are killed more than once
@@ -89,53 +82,27 @@ def kill(n_kills, directory):
         runs += 1
         same += final_bytes(work) == expected
         shutil.rmtree(work)
-        if runs % 20 == 0:
-            print(f"{kills} kills, {runs} runs, {same} with the same bits", file=sys.stderr, flush=True)
     counts = {"kills": kills, "inside_a_save": inside, "without_progress": idle, "runs": runs, "same_bits": same}
     print(json.dumps(counts))
-
-
-def pretrained(out):
-    """Two verbs, one after the other: what one process computes for all, and what each computes a share of."""
-    rng = np.random.default_rng(0)
-    kind = np.arange(60) % 2
-    counts = rng.poisson(np.where(np.arange(30) % 2 == kind[:, None], 4.0, 0.5)).astype(np.float32)
-    obs = pd.DataFrame({"kind": np.array(["a", "b"])[kind]}, index=[f"cell{k}" for k in range(60)])
-    adata = ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=[f"GENE{k}" for k in range(30)]))
-    scbin.pp.tokenize(adata)
-    preset, quiet = Preset(1, 16, 32, 2, hidden_dropout_prob=0.0), {"progress": False, "device": "cpu"}
-    model = scbin.tl.pretrain(adata, preset=preset, max_steps=6, validation_share=0.2, **quiet)
-    tuned = scbin.tl.finetune(adata, model, target="kind", max_steps=3, head="mlp", **quiet)
-    if os.environ.get("RANK", "0") == "0":
-        weights = torch.cat([p.detach().reshape(-1) for p in model.bert.parameters()]).numpy()
-        losses = model.history.filter(regex="^(loss|validation)").to_numpy()
-        places, gene_weights = adata.obsm["X_scbin"], np.array(model.readout.gene_weights)
-        scbin.tl.predict(adata, tuned, **quiet)
-        answers = adata.obsm["scbin_kind_probability"]
-        np.savez(out, weights=weights, losses=losses, gene_weights=gene_weights, places=places, answers=answers)
 
 
 def distributed(out, n_steps, cells_per_step, save_dir, stop_after="0"):
     """One process of a run; the first writes what was learned, or asks all to stop after some steps."""
 
     def stop(row):
-        if row["step"] + 1 == int(stop_after):
+        if row["step"] == int(stop_after) > 0:
             os.kill(os.getpid(), signal.SIGTERM)
 
     small = toy()
-    bert = small.bert()
-    own = {} if save_dir == "-" else {"save_dir": save_dir, "resume": True, "checkpoint_every": 1}
-    settings = small.settings(
-        epochs=100, max_steps=int(n_steps), cells_per_step=int(cells_per_step), learning_rate=1e-3, **own
-    )
-    history = train(bert, small.objective(), small.tokens, settings, on_step=stop)
+    network = small.bert() if save_dir == "-" else small.network()
+    network, history = small.run(
+        network, epochs=100, max_steps=int(n_steps), cells_per_step=int(cells_per_step), learning_rate=1e-3,
+        save_dir=None if save_dir == "-" else save_dir, checkpoint_every=1, callbacks=[stop],
+    )  # fmt: skip
     if os.environ.get("RANK", "0") == "0":
-        weights = torch.cat([p.detach().reshape(-1) for p in bert.parameters()]).numpy()
-        losses = history.filter(regex="^(loss|validation)").to_numpy()
-        np.savez(out, weights=weights, losses=losses)
+        weights = torch.cat([p.detach().reshape(-1) for p in network.parameters()]).numpy()
+        np.savez(out, weights=weights, losses=history.filter(regex="^(loss|validation)").to_numpy())
 
 
 if __name__ == "__main__":
-    {"kill": lambda n, d: kill(int(n), d), "distributed": distributed, "pretrained": pretrained}[sys.argv[1]](
-        *sys.argv[2:]
-    )
+    {"kill": lambda n, d: kill(int(n), d), "distributed": distributed}[sys.argv[1]](*sys.argv[2:])

@@ -1,49 +1,66 @@
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
-import scipy.sparse as sp
 import torch
 from scipy.sparse import csr_matrix
 
-from scbin.encoding.bins import Bins
-from scbin.encoding.vocabulary import Vocabulary
-from scbin.nn.bert import build_bert
-from scbin.train.linear import Features, spread_of
-from scbin.train.objective import Objective
-from scbin.train.settings import TrainSettings
-from scbin.train.terms import Contrastive
+from scbin.nn.backbone import seeded
+from scbin.nn.network import CellNetwork, build_network
+from scbin.nn.presets import Network
+from scbin.nn.vector import PooledVector
+from scbin.tokens.tokens import MemoryTokens
+from scbin.tokens.vocabulary import Vocabulary
+from scbin.train.loop import train
+from scbin.train.settings import Training
+
+spec = importlib.util.spec_from_file_location("toys", Path(__file__).with_name("toys.py"))
+toys = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(toys)
 
 
 class Toy:
-    """A small data set with three kinds of cells, and runs on it."""
+    """100 cells of three kinds, one of them without tokens, and runs on them."""
 
     def __init__(self, n_cells=100, seed=0):
         rng = np.random.default_rng(seed)
-        genes = [f"G{i}" for i in range(30)]
-        phenotypes = {"cell_type": ["a", "b", "c"]}
-        self.vocabulary = v = Vocabulary.build("bins", genes, phenotypes=phenotypes, bins=Bins((0.1, 1.0, 2.0)))
+        self.vocabulary = v = Vocabulary.build("rank", [f"G{i}" for i in range(30)], max_length=24)
         kind = rng.integers(0, 3, n_cells)
-        level = rng.integers(1, 4, (n_cells, 30)) * (
-            rng.random((n_cells, 30)) < 0.2 + 0.6 * (np.arange(30) % 3 == kind[:, None])
-        )
         rows = np.zeros((n_cells, v.n_positions), dtype=v.dtype)
-        rows[:, 0], rows[:, 2], rows[:, -1] = v.specials["[CLS]"], v.specials["[START]"], v.specials["[END]"]
-        rows[:, 1] = v.phenotypes[0].first_id + kind
-        rows[:, v.gene_positions] = np.where(level > 0, v.first_gene_id + level, 0)
+        for cell in range(n_cells):
+            genes = rng.permutation(np.flatnonzero(rng.random(30) < 0.1 + 0.5 * (np.arange(30) % 3 == kind[cell])))[:20]
+            rows[cell, 0] = v.specials["[CLS]"]
+            rows[cell, v.first_gene_position : v.first_gene_position + len(genes)] = v.first_gene_id + genes
         rows[3] = 0  # a cell that could not be encoded
-        self.tokens = csr_matrix(rows)
+        self.tokens = MemoryTokens(csr_matrix(rows), v)
 
-    def bert(self, **overrides):
-        shape = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32, "num_attention_heads": 2}
-        return build_bert(self.vocabulary, "tiny", **{**shape, **overrides})
+    def network(self, dropout=0.0, hidden_size=16):
+        with seeded(0):
+            backbone = toys.MeanBackbone(self.vocabulary, hidden_size, dropout)
+        return CellNetwork(backbone, PooledVector(self.vocabulary, hidden_size, "mean"))
 
-    def objective(self, contrastive=0.5, **kwargs):
-        return Objective(self.vocabulary, cell_terms=[Contrastive(contrastive)], **kwargs)
+    def bert(self, dropout=0.0):
+        shape = Network(1, 16, 32, 2, hidden_dropout_prob=dropout)
+        return build_network(self.vocabulary, shape, "bert", vector="pooled", vector_options={"pooling": "mean"})
 
-    def settings(self, **changes):
-        plain = {"epochs": 3, "cells_per_step": 32, "progress": False, "device": "cpu", "learning_rate": 3e-3}
-        return TrainSettings(**{**plain, **changes})
+    def task(self, hidden_size=16):
+        with seeded(0):
+            return toys.HideOne(self.vocabulary, hidden_size)
+
+    def training(self, **changes):
+        plain = {"epochs": 3, "cells_per_step": 32, "learning_rate": 3e-3, "patience": None}
+        return Training(**{**plain, **changes})
+
+    def run(self, network=None, *, tokens=None, task=None, save_dir=None, resume=True, callbacks=(), **changes):
+        network = self.network(dropout=0.1) if network is None else network
+        how = {"save_dir": save_dir, "resume": resume, "callbacks": callbacks, "device": "cpu", "progress": False}
+        how |= {key: changes.pop(key) for key in ("device", "seed", "cells", "held_out_cells") if key in changes}
+        how["held_out"] = how.pop("held_out_cells", None)
+        history = train(network, task or self.task(), tokens or self.tokens, self.training(**changes), **how)
+        return network, history
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,13 +71,3 @@ def one_thread():
 @pytest.fixture(scope="session")
 def small():
     return Toy()
-
-
-@pytest.fixture(scope="session")
-def data():
-    """Vectors and expression of 100 cells (`Features`), and which of three classes each is."""
-    rng = np.random.default_rng(0)
-    classes = np.repeat([0, 1, 2], [60, 30, 10])
-    z = rng.normal(size=(100, 4)) + np.eye(4)[:3][classes]
-    x = sp.random(100, 30, 0.3, random_state=0, format="csr")
-    return Features(z, x, spread_of(x)), classes

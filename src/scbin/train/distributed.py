@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +14,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from scbin._errors import ScbinTrainingError
+from scbin.nn.device import resolve_device
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor, nn
 
-_BUCKET = 32 * 2**20  # bytes of gradient to a message
+_BUCKET = 32 * 2**20  # bytes of gradient in one message
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,13 @@ class World:
         """Return this process's part: contiguous, in order, as even as can be."""
         return np.array_split(items, self.size)[self.rank]
 
+    def device(self, name: str) -> torch.device:
+        """Return the device of this process: under `torchrun` each takes a GPU of its own."""
+        chosen = resolve_device(name)
+        if chosen.type == "cuda" and chosen.index is None:
+            return torch.device("cuda", self.local_rank if self.size > 1 else torch.cuda.current_device())
+        return chosen
+
     def sum_host(self, values: np.ndarray) -> np.ndarray:
         """Sum small float64 arrays over all processes, on the host."""
         if self.size == 1:
@@ -55,9 +66,26 @@ class World:
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self.host_group)
         return int(tensor)
 
-    def any_host(self, flag: bool) -> bool:
-        """Return whether the flag is set anywhere."""
-        return -self.min_host(-int(flag)) > 0
+    def check_same(self, text: str) -> None:
+        """Raise where the processes were given different texts."""
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+        if self.min_host(number) != -self.min_host(-number):
+            raise ScbinTrainingError(
+                "T04",
+                f"the {self.size} processes that train together have different data, settings or tasks. Call this with the same "
+                "arguments in all of them.",
+            )
+
+    def gather(self, rows: np.ndarray, n_rows: int) -> np.ndarray:
+        """Return the float32 rows of all processes; each has computed its `share` of `n_rows`."""
+        if self.size == 1:
+            return rows
+        shares = [len(part) for part in np.array_split(np.arange(n_rows), self.size)]
+        padded = torch.zeros(max(shares), rows.shape[1])
+        padded[: len(rows)] = torch.from_numpy(rows)
+        parts = [torch.empty_like(padded) for _ in shares]
+        dist.all_gather(parts, padded, group=self.host_group)
+        return torch.cat([part[:n] for part, n in zip(parts, shares, strict=True)]).numpy()
 
     def sum_device(self, values: Tensor) -> Tensor:
         """Sum a tensor over all processes where it is."""
@@ -65,26 +93,26 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def gather_rows(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """Return the rows of all processes, one process behind the other; `counts` are their numbers of rows."""
-        if self.size == 1:
-            return rows
-        padded = rows.new_zeros(max(counts), rows.shape[1])
-        padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum the gradients over all processes, in buckets that travel while the next is filled.
 
         In place of `DistributedDataParallel`, whose reducer expects one backward per process: here one process may have three
-        packs and another none, and the sum over targets must be exact.
+        packs and another none, and the sum over targets must be exact. What has a gradient in no process keeps none, so that
+        the optimiser leaves it alone as in a run of one process.
         """
         if self.size == 1:
             return
+        parameters = list(parameters)
+        moved = self.sum_host(np.array([float(p.grad is not None) for p in parameters])) > 0
+        buckets: list[list[nn.Parameter]] = [[]]
+        n_bytes = 0
+        for parameter in (p for p, moves in zip(parameters, moved, strict=True) if moves):
+            if n_bytes >= _BUCKET:
+                buckets, n_bytes = [*buckets, []], 0
+            buckets[-1].append(parameter)
+            n_bytes += parameter.numel() * parameter.element_size()
         sent = []
-        for bucket in _buckets([p for p in parameters if p.requires_grad]):
+        for bucket in buckets if moved.any() else ():
             flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in bucket])
             sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
         for bucket, flat, message in sent:
@@ -92,39 +120,16 @@ class World:
             for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 parameter.grad = part.view_as(parameter)
 
-    def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Give every process the first one's values."""
+    def broadcast(self, module: nn.Module) -> None:
+        """Give every process the first one's parameters and buffers."""
         if self.size > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, 0)
-
-    def from_first(self, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """Return the float64 matrix that `make()` gives in the first process; the others wait for it."""
-        if self.size == 1:
-            return make()
-        made = torch.from_numpy(np.ascontiguousarray(make(), dtype=np.float64)) if self.is_first else torch.zeros(0, 0)
-        rows, columns = self.sum_host(np.array(made.shape if self.is_first else (0, 0), dtype=np.float64))
-        matrix = made if self.is_first else torch.empty(int(rows), int(columns), dtype=torch.float64)
-        dist.broadcast(matrix, 0, group=self.host_group)
-        return matrix.numpy()
+            for tensor in [*module.parameters(), *module.buffers()]:
+                dist.broadcast(tensor.data, 0)
 
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.size > 1:
             dist.barrier(group=self.host_group)
-
-
-def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    bucket: list[nn.Parameter] = []
-    n_bytes = 0
-    for parameter in parameters:
-        bucket.append(parameter)
-        n_bytes += parameter.numel() * parameter.element_size()
-        if n_bytes >= _BUCKET:
-            yield bucket
-            bucket, n_bytes = [], 0
-    if bucket:
-        yield bucket
 
 
 def is_first_process() -> bool:
@@ -135,38 +140,36 @@ def is_first_process() -> bool:
 
 
 @contextmanager
-def joined_world(timeout: timedelta = timedelta(minutes=30)) -> Iterator[World]:
+def joined_world(timeout: float = 30.0) -> Iterator[World]:
     """Join the processes that `torchrun` (or any launcher with its environment variables) started; else be alone.
 
     A process group that exists already is used. One that is made here stays until the process ends: the processes cannot meet a
-    second time over the same address.
+    second time over the same address. `timeout` is how many minutes a process waits for the others.
     """
+    local_rank, limit = int(os.environ.get("LOCAL_RANK", "0")), timedelta(minutes=timeout)
     if not dist.is_initialized():
         if not _launched():
             yield World()
             return
         if torch.cuda.is_available():
-            torch.cuda.set_device(_local_rank() % torch.cuda.device_count())
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+            torch.cuda.set_device(local_rank % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=limit)
         atexit.register(_leave)
     whole = dist.group.WORLD
-    if whole not in _on_hosts:
-        _on_hosts.clear()  # of a group that is no more
-        _on_hosts[whole] = dist.new_group(backend="gloo", timeout=timeout)
-    world = World(dist.get_rank(), dist.get_world_size(), _local_rank(), _on_hosts[whole])
+    if whole not in _host_groups:
+        _host_groups.clear()  # of a group that is no more
+        _host_groups[whole] = dist.new_group(backend="gloo", timeout=limit)
+    world = World(dist.get_rank(), dist.get_world_size(), local_rank, _host_groups[whole])
     yield world
     world.barrier()
 
 
-_on_hosts: dict[Any, Any] = {}  # by process group: the same processes, talking over their hosts
+_host_groups: dict[Any, Any] = {}  # by process group: the same processes, talking over their hosts
 
 
 def _launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and "MASTER_ADDR" in os.environ
-
-
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _leave() -> None:

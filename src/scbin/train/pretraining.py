@@ -1,215 +1,219 @@
-"""Pretraining: start a network from what the data say about genes, then teach it to fill in and to recognise cells."""
+"""What a network learns without labels: hidden genes, hidden phenotypes, and a cell vector that predicts unseen molecules."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
-from scbin._arguments import instances, numbers, whole_numbers
 from scbin._errors import ScbinInputError
-from scbin.data.loadings import MOST_CELLS, gene_loadings
-from scbin.data.masking import MaskingScheme
-from scbin.data.places import places
-from scbin.nn.bert import build_bert, init_gene_table
-from scbin.nn.decoder import can_decode, fit_decoder
-from scbin.nn.embedding import embed_tokens, hide_phenotypes, pooling_weights
-from scbin.nn.projection import DROPOUT, WIDTH, Projection, fit_projection
-from scbin.train.distributed import joined_world
-from scbin.train.loop import train
-from scbin.train.objective import MaskedLoss, Objective
-from scbin.train.setup import embed_together, split
-from scbin.train.terms import Contrastive, Denoising
+from scbin.nn.losses import Loss
+from scbin.nn.packs import plan_packs
+from scbin.train.mask_kernel import cell_keys
+from scbin.train.masking import Masking, extra_zeros, mask_rows, masked_losses, random_key
+from scbin.train.splitting import split_rows
+from scbin.train.task import Batch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import pandas as pd
     from scipy.sparse import csr_matrix
-    from torch import nn
-    from transformers import BertForMaskedLM
 
-    from scbin.encoding.vocabulary import Vocabulary
-    from scbin.nn.decoder import Decoder
-    from scbin.nn.embedding import Pooling, Weights
-    from scbin.nn.presets import Preset
-    from scbin.train.distributed import World
-    from scbin.train.settings import TrainSettings
+    from scbin.nn.network import CellNetwork
+    from scbin.nn.packs import Pack
+    from scbin.tokens.tokens import Tokens
+    from scbin.tokens.vocabulary import Vocabulary
+    from scbin.train.masking import Hidden
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """What pretraining starts from and what it asks of the network.
-
-    Parameters
-    ----------
-    gene_table
-        Start of the gene embeddings: the data's own truncated `"svd"`, or `"random"`.
-    gene_table_rank
-        Components of that SVD, at most the hidden size.
-    masking
-        What is hidden.
-    loss
-        How predictions are scored.
-    masked_weight, denoising_weight, contrastive_weight
-        Weights of masked modelling, of finding a cell's place from half of its genes, and of recognising two halves of a cell.
-    pooling
-        How the vectors of a cell's tokens become one.
-    projection
-        Learn the last step, from that vector to the cell's place among its neighbours.
-    """
-
-    gene_table: Literal["svd", "random"] = "svd"
-    gene_table_rank: int = 30
-    masking: MaskingScheme = field(default_factory=MaskingScheme)
-    loss: MaskedLoss = field(default_factory=MaskedLoss)
-    masked_weight: float = 1.0
-    denoising_weight: float = 1.0
-    contrastive_weight: float = 0.1
-    pooling: Pooling = "weighted"
-    projection: bool = True
-
-    def __post_init__(self) -> None:
-        weights = ("masked_weight", "denoising_weight", "contrastive_weight")
-        whole_numbers(gene_table_rank=self.gene_table_rank)
-        numbers(**{name: getattr(self, name) for name in weights})
-        instances(MaskingScheme, "a scbin.data.masking.MaskingScheme", masking=self.masking)
-        instances(MaskedLoss, "a scbin.train.objective.MaskedLoss", loss=self.loss)
-        if self.gene_table not in ("svd", "random"):
-            raise ScbinInputError("T18", f"gene_table is {self.gene_table!r}; choose 'svd' or 'random'.")
-        if self.gene_table_rank < 1:
-            raise ScbinInputError("T18", f"gene_table_rank is {self.gene_table_rank}; it needs to be at least 1.")
-        for name in weights:
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ScbinInputError("T18", f"{name} is {getattr(self, name)}; it needs a finite number, not below 0.")
-        if not any(getattr(self, name) for name in weights):
-            raise ScbinInputError("T18", f"{', '.join(weights)} are all 0: there is nothing to learn.")
+CELL_VECTOR = "cell_vector"
 
 
 @dataclass(frozen=True, eq=False)
-class Pretrained:
-    """What pretraining gives."""
+class Unseen:
+    """The hidden half of the molecules of the cells in a pack."""
 
-    bert: BertForMaskedLM
-    gene_weights: np.ndarray | None  # (genes,)
-    history: pd.DataFrame
-    n_cells: int  # trained on, without those held out
-    decoder: Decoder | None  # None where genes have no places of their own
-    projection: Projection | None
+    rows: Tensor  # (N,) int64, the row of the pack
+    genes: Tensor  # (N,) int64
+    counts: Tensor  # (N,) float32, above 0
+    log_depth: Tensor  # (B,) float32, log of what is hidden of each cell
+    batch: Tensor | None  # (B,) int64
+    asked: Tensor | None  # (B, genes) bool; None: all genes
+    noise: Tensor  # (B,) int64, a function of (seed, epoch, cell) that dropout comes from
 
 
-def pretrain_tokens(
-    tokens: csr_matrix,
-    vocabulary: Vocabulary,
-    preset: str | Preset,
-    recipe: Recipe,
-    settings: TrainSettings,
-    *,
-    cell_names: Sequence[str] | None = None,
-    batches: np.ndarray | None = None,
-) -> Pretrained:
-    """Train a new network on the rows of a token matrix, those of different batches to be brought together.
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """What is asked about a pack."""
 
-    Held-out cells enter neither the weights nor the start of the gene table, nor the decoder, nor the projection.
+    where: Tensor  # (M,) int64, hidden tokens, ordered by loss
+    labels: Tensor  # (M,) int64, within the group
+    starts: Tensor  # (M,) int64, first id of the group
+    segments: tuple[tuple[int, int, int, int, int], ...]  # (loss, first, last, start, size); start -1: groups differ
+    unseen: Unseen | None
+
+
+def _unseen(molecules: csr_matrix, batch: Tensor | None, asked: Tensor | None, noise: Tensor) -> Unseen:
+    """Return the hidden molecules of the rows of a pack as tensors."""
+    counts, depth = molecules.tocoo(), np.asarray(molecules.sum(axis=1, dtype=np.float64)).ravel()
+    rows, genes = (torch.from_numpy(at.astype(np.int64)) for at in (counts.row, counts.col))
+    log_depth = torch.from_numpy(np.log(np.maximum(depth, 1)).astype(np.float32))
+    return Unseen(rows, genes, torch.from_numpy(counts.data), log_depth, batch, asked, noise)
+
+
+class Pretraining(nn.Module):
+    """The task of pretraining: predict hidden genes and phenotypes, and from the cell vector the molecules that were not shown.
+
+    Where the cell vector is trained, the counts of every cell are split at random into a visible and a hidden half,
+    `visible ~ Binomial(count, q)`, anew in each epoch. The network reads the visible half alone, with some of its tokens
+    masked; the vector it gives the cell has to predict the hidden half, the masked tokens are predicted at their positions.
+
+    Parameters
+    ----------
+    vocabulary
+        Of the tokens.
+    masking
+        What is masked. Where counts are split, the default masks phenotypes alone: the cell vector predicts every gene as it is.
+    loss
+        How masked tokens are scored, and the weight of each loss. Whoever gives it gets masked genes, too.
+    cell_vector
+        Train the cell vector; the network needs a count head.
+    visible
+        Smallest and largest fraction q of the molecules that are shown; drawn for each cell.
+    batches
+        Number of the batch of each cell (cells,), as the count head knows them.
+    zero_positions
+        Positions of genes that may be asked for as unexpressed. Default: all genes.
+    layer
+        Whose hidden states are read, where no token is masked, `None` for none; masked tokens are predicted from the last.
+
+    Examples
+    --------
+    >>> from scbin.tokens.vocabulary import Vocabulary
+    >>> vocabulary = Vocabulary.build("rank", ["A", "B", "C"], max_length=8)
+    >>> Pretraining(vocabulary).losses
+    ('genes', 'cell_vector')
     """
-    training, _ = split(tokens, None, settings)
-    bert = build_bert(vocabulary, preset, seed=settings.seed)
-    with joined_world() as world:
-        gene_weights = None
-        if recipe.gene_table == "svd":
-            table, gene_weights = _gene_table(tokens, vocabulary, training, bert, recipe, settings, world)
-            init_gene_table(bert, vocabulary, table, seed=settings.seed)
-        weights = pooling_weights(vocabulary, recipe.pooling, gene_weights)
-        objective = Objective(
-            vocabulary,
-            recipe.masking,
-            recipe.loss,
-            masked_weight=recipe.masked_weight,
-            cell_terms=_cell_terms(
-                bert, hide_phenotypes(tokens, vocabulary), training, recipe, settings, weights, world
-            ),
-            token_weights=weights.tokens,
-            position_weights=weights.positions,
-            origin={name: getattr(recipe, name) for name in ("gene_table", "gene_table_rank", "pooling")},
-        )
-        history = train(bert, objective, tokens, settings, cell_names=cell_names)
-        projection = None
-        if recipe.projection:
-            projection = _projection(bert, tokens, vocabulary, training, weights, batches, settings, world)
-    decoder = None
-    if can_decode(vocabulary):
-        vectors = partial(
-            embed_tokens, bert, weights=weights, device=settings.device, token_budget=settings.token_budget
-        )
-        decoder = fit_decoder(vectors, tokens[training], vocabulary, seed=settings.seed)
-    return Pretrained(bert.cpu().eval(), gene_weights, history, len(training), decoder, projection)
 
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        masking: Masking | None = None,
+        loss: Loss | None = None,
+        *,
+        cell_vector: bool = True,
+        visible: tuple[float, float] = (0.3, 0.9),
+        batches: np.ndarray | None = None,
+        zero_positions: np.ndarray | None = None,
+        layer: int | None = -1,
+    ):
+        super().__init__()
+        splits_counts = cell_vector and vocabulary.unit == "counts"
+        usual = Masking(gene_mask_prob=0.0) if splits_counts and loss is None else Masking()
+        self.vocabulary, self.masking, self.score = vocabulary, masking or usual, loss or Loss()
+        self.visible, self.batches, self.zero_positions = visible, batches, zero_positions
+        self.masked = masked_losses(vocabulary)
+        asks = dict.fromkeys(self.masked, True) | {CELL_VECTOR: cell_vector, "specials": self.masking.mask_specials}
+        asks["genes"] = bool(self.masking.gene_mask_prob or self.masking.chosen or self.score.positions == "all")
+        self.losses = tuple(name for name, asked in asks.items() if asked)
+        self.score.check(vocabulary, self.losses)
+        self.weights = tuple(float(self.score.weights.get(name, 1.0)) for name in self.losses)
+        if not any(self.weights):
+            raise ScbinInputError("A03", "the weights of all losses are 0: there is nothing to learn.")
+        self.watched = CELL_VECTOR if cell_vector else None
+        self.layer = layer if self.losses == (CELL_VECTOR,) else -1
+        for name, values in self.score.class_weights.items():
+            self.register_buffer(f"class_weights_{self.masked.index(name)}", torch.tensor(values), persistent=False)
 
-def _gene_table(
-    tokens: csr_matrix,
-    vocabulary: Vocabulary,
-    training: np.ndarray,
-    bert: BertForMaskedLM,
-    recipe: Recipe,
-    settings: TrainSettings,
-    world: World,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the start of the gene embeddings (genes, components) and the weights of the genes (genes,)."""
+    def describe(self) -> dict[str, Any]:
+        """Return what tells this task from others, as plain values."""
+        plain = {"losses": list(self.losses), "visible": list(self.visible), "batches": self.batches is not None}
+        return {"masking": asdict(self.masking), "loss": asdict(self.score), **plain}
 
-    def on_the_first() -> np.ndarray:
-        rank = min(recipe.gene_table_rank, bert.config.hidden_size)
-        loadings = gene_loadings(tokens, vocabulary, rank, training, seed=settings.seed)
-        return np.column_stack([loadings.table(), loadings.weights()])
+    # ---- on the host ------------------------------------------------------------------------------------------------
 
-    both = world.from_first(on_the_first)
-    return both[:, :-1], both[:, -1]
+    def prepare(self, tokens: Tokens, cells: np.ndarray, *, seed: int, epoch: int, token_budget: int) -> Batch:
+        """Split the counts of some cells, mask tokens of the visible half, and note what is asked."""
+        cells = np.asarray(cells, dtype=np.int64)
+        rows, noise = tokens.take(cells), cell_keys(random_key(seed, epoch), cells)
+        splits = CELL_VECTOR in self.losses
+        if splits:
+            rows, molecules, asked = split_rows(rows, cells, self.vocabulary, self.visible, seed=seed, epoch=epoch)
+        growth = 1 + self.masking.gene_mask_prob * extra_zeros(self.vocabulary, self.masking)
+        packs, counts = [], np.zeros(len(self.losses))
+        for part in plan_packs(np.ceil(np.diff(rows.indptr) * growth), token_budget):
+            pack, hidden = mask_rows(
+                rows[part], cells[part], self.vocabulary, self.masking, seed=seed, epoch=epoch,
+                score_all=self.score.positions == "all", zero_positions=self.zero_positions,
+            )  # fmt: skip
+            unseen = None
+            if splits:
+                batch = None if self.batches is None else torch.from_numpy(self.batches[cells[part]].astype(np.int64))
+                of_part = None if asked is None else torch.from_numpy(asked[part])
+                unseen = _unseen(molecules[part], batch, of_part, torch.from_numpy(noise[part]))
+            targets = self._targets(hidden, unseen)
+            packs.append((pack, targets))
+            counts += self._counts(hidden, targets)
+        if self.score.average == "positions":
+            is_masked = np.array([name in self.masked for name in self.losses])
+            counts[is_masked] = (counts * self.weights)[is_masked].sum()
+        return Batch(packs, counts)
 
+    def _targets(self, hidden: Hidden, unseen: Unseen | None) -> Targets:
+        """Put what is asked about a pack into tensors, hidden tokens in runs that share a group."""
+        start, stop = hidden.start, hidden.stop
+        if self.score.over == "vocabulary":
+            start, stop = np.zeros_like(start), np.full_like(stop, self.vocabulary.n_tokens)
+        segments = []
+        for loss in np.unique(hidden.loss):
+            first, last = np.searchsorted(hidden.loss, (loss, loss + 1)).tolist()
+            same, size = bool((start[first:last] == start[first]).all()), int(stop[first] - start[first])
+            segments.append((int(loss), first, last, int(start[first]) if same else -1, size))
+        where, labels = torch.from_numpy(hidden.where), torch.from_numpy(hidden.labels - start)
+        return Targets(where, labels, torch.from_numpy(start), tuple(segments), unseen)
 
-def _projection(
-    bert: BertForMaskedLM,
-    tokens: csr_matrix,
-    vocabulary: Vocabulary,
-    training: np.ndarray,
-    weights: Weights,
-    batches: np.ndarray | None,
-    settings: TrainSettings,
-    world: World,
-) -> Projection:
-    """Return the map from the vectors of the trained network to where cells and their neighbours lie in the data."""
-    cells = training
-    if len(cells) > MOST_CELLS:
-        cells = np.sort(np.random.default_rng(settings.seed).choice(cells, MOST_CELLS, replace=False))
-    shown = hide_phenotypes(tokens[cells], vocabulary)
-    vectors = embed_together(bert, shown, weights, world, device=settings.device, token_budget=settings.token_budget)
-    width, dropout = (WIDTH, DROPOUT) if batches is None else (4 * WIDTH, 0.0)  # what tells batches apart is small
+    def _counts(self, hidden: Hidden, targets: Targets) -> np.ndarray:
+        """Return by how much each summed loss is divided: hidden tokens, their class weights, or hidden molecules."""
+        counts = np.zeros(len(self.losses))
+        for number, name in enumerate(self.losses):
+            if name == CELL_VECTOR and targets.unseen is not None:
+                counts[number] = float(targets.unseen.counts.sum(dtype=torch.float64))
+                continue
+            mine = hidden.loss == self.masked.index(name)
+            weights = self.score.class_weights.get(name)
+            counts[number] = mine.sum()
+            if weights is not None:
+                counts[number] = np.asarray(weights)[hidden.labels[mine] - hidden.start[mine]].sum()
+        return counts
 
-    def on_the_first() -> np.ndarray:
-        seen = np.isfinite(vectors).all(axis=1)
-        among = None if batches is None else batches[cells][seen]
-        shared, own = places(shown[seen], vocabulary, bert.config.hidden_size, among, seed=settings.seed)
-        fitted = fit_projection(vectors[seen], shared, own, width=width, dropout=dropout, seed=settings.seed)
-        return fitted.flat()[None]
+    # ---- on the device ----------------------------------------------------------------------------------------------
 
-    return Projection.from_flat(world.from_first(on_the_first)[0], bert.config.hidden_size)
+    def loss(self, network: CellNetwork, hidden: Tensor | None, pack: Pack, targets: Targets) -> Tensor:
+        """Return the summed loss of each name (losses,) over what is asked about a pack."""
+        sums = dict.fromkeys(self.losses, torch.zeros((), device=pack.input_ids.device))
+        for number, first, last, start, size in targets.segments:
+            assert hidden is not None  # where tokens are masked, a layer is read
+            states, labels = hidden[targets.where[first:last]], targets.labels[first:last]
+            if start >= 0:
+                logits = network.backbone.logits(states, start, start + size)
+            else:  # each gene has bins of its own
+                starts = targets.starts[first:last, None]
+                logits = network.backbone.logits(states, ids=starts + torch.arange(size, device=starts.device))
+            weights = getattr(self, f"class_weights_{number}", None)
+            name = self.masked[number]
+            sums[name] = self.score.score(logits, labels, genes=name == "genes", class_weights=weights).sum().float()
+        if targets.unseen is not None:
+            sums[CELL_VECTOR] = self._unseen_loss(network, hidden, pack, targets.unseen)
+        return torch.stack([sums[name] for name in self.losses])
 
-
-def _cell_terms(
-    bert: BertForMaskedLM,
-    tokens: csr_matrix,
-    training: np.ndarray,
-    recipe: Recipe,
-    settings: TrainSettings,
-    weights: Weights,
-    world: World,
-) -> list[nn.Module]:
-    """Return the terms on cell vectors; `tokens` hide the phenotypes, so that a label cannot say where its cell lies."""
-    terms: list[nn.Module] = [Contrastive(recipe.contrastive_weight)]
-    if recipe.denoising_weight:
-        start = np.full((tokens.shape[0], bert.config.hidden_size), np.nan, dtype=np.float32)
-        start[training] = embed_together(
-            bert, tokens[training], weights, world, device=settings.device, token_budget=settings.token_budget
-        )
-        terms.append(Denoising(start, recipe.denoising_weight))
-    return terms
+    def _unseen_loss(self, network: CellNetwork, hidden: Tensor | None, pack: Pack, unseen: Unseen) -> Tensor:
+        """Return minus the log likelihood of the hidden half under what the cell vector predicts."""
+        head = network.counts
+        if head is None:
+            raise ScbinInputError("M04", "this network has no count head, which the cell vector is trained by.")
+        if network.vector.layer == 0 and self.layer == -1:
+            hidden = network.backbone.embed(pack)
+        with torch.autocast(pack.input_ids.device.type, enabled=False):
+            z = network.vector(hidden, pack, noise=unseen.noise)
+            log_mean = head.log_mean(z, unseen.log_depth, unseen.batch)
+            return -head.log_likelihood(log_mean, unseen.rows, unseen.genes, unseen.counts, unseen.asked).sum()
