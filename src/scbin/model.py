@@ -4,93 +4,70 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 
-from scbin._errors import ScbinInputError, ScbinModelError
-from scbin.encoding.vocabulary import CLS, Vocabulary
-from scbin.nn.checkpoint import DECODER, HEAD, PROJECTION, own_tensors, read_model_directory, write_model_directory
-from scbin.nn.description import (
-    as_html,
-    describe,
-    model_card,
-    read_decoder,
-    read_head,
-    read_history,
-    read_projection,
-    thinned,
-)
-from scbin.nn.embedding import pooling_weights
-from scbin.nn.hub import local_directory
-from scbin.nn.published import read_geneformer
-from scbin.nn.published_bins import read_perturbgene, read_polygene
-from scbin.nn.readout import Readout, read_readout
+from scbin import _keys
+from scbin._arguments import checked
+from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinTypeError
+from scbin.io.directory import describe_parts, local_directory, own_tensors, parts_of, read_model, write_model
+from scbin.io.published import read_geneformer, read_perturbgene, read_polygene
+from scbin.nn.backbone import layer_number
+from scbin.nn.bert import BertBackbone
+from scbin.nn.labels import GeneHead
+from scbin.nn.network import CellNetwork
+from scbin.nn.vector import PooledVector, Pooling
+from scbin.tokens.vocabulary import CLS
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping, Sequence
 
-    from transformers import BertConfig, BertForMaskedLM
+    from anndata import AnnData
 
-    from scbin.nn.decoder import Decoder
-    from scbin.nn.embedding import Pooling, Weights
-    from scbin.nn.heads import Head
-    from scbin.nn.projection import Projection
-    from scbin.nn.published import Published
-
-FORMAT = 1
+    from scbin.io.published import Published
+    from scbin.tokens.vocabulary import Vocabulary
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Model:
-    """A BERT on cells, ready to embed, predict and be trained further.
+    """A network on cells, ready to embed, predict and be trained further.
 
     Made by :func:`scbin.tl.pretrain` or :meth:`Model.load`, not by hand. A model knows the names of its genes and phenotypes:
     new data are matched to it by name (`scbin.pp.tokenize(adata, like=model)`).
 
     Parameters
     ----------
-    bert
-        The network, a stock `transformers.BertForMaskedLM` on the CPU.
+    network
+        All that was learned: backbone, cell vector and heads, on the CPU.
     vocabulary
-        What it reads: genes, bins, phenotypes and their tokens.
-    readout
-        How a cell's vector is taken from it.
+        What it reads: genes, phenotypes and their tokens.
     training
-        How it was trained: plain values by name.
+        How it was trained: plain values by name. Numbers of numpy, arrays and paths are made plain, NaN becomes None.
     history
         What was measured during training, one row per step.
-    head
-        What it was fine-tuned to answer (:func:`scbin.tl.finetune`), and the weights for it. `None`: nothing.
-    decoder
-        What turns its vectors back into genes, for :func:`scbin.tl.generate` and :func:`scbin.tl.impute`. `None`: nothing.
-    projection
-        From the vector that the readout takes to the cell's place in the embedding. `None`: the vector itself.
 
     Examples
     --------
-    >>> import scbin
+    >>> import scbin, tempfile, pathlib
     >>> adata = scbin.datasets.pbmc68k_reduced()[:100].copy()
     >>> scbin.pp.tokenize(adata)
     >>> model = scbin.tl.pretrain(adata, preset="tiny", max_steps=2, progress=False)
-    >>> model.vocabulary.encoding
-    'bins'
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "my_model"
+    >>> model.save(path)
+    >>> scbin.Model.load(path).fingerprint == model.fingerprint
+    True
     """
 
-    bert: BertForMaskedLM
+    network: CellNetwork
     vocabulary: Vocabulary
-    readout: Readout = field(default_factory=Readout)
     training: Mapping[str, Any] = field(default_factory=dict)
     history: pd.DataFrame = field(default_factory=pd.DataFrame)
-    head: Head | None = None
-    decoder: Decoder | None = None
-    projection: Projection | None = None
 
     def __post_init__(self) -> None:
         # what JSON can hold, before anyone relies on it: the same values before saving and after loading
@@ -98,46 +75,32 @@ class Model:
         self.training = json.loads(text, parse_constant=lambda _: None)  # it has no NaN
 
     @property
-    def config(self) -> BertConfig:
-        """The configuration of the network."""
-        return self.bert.config
+    def config(self) -> dict[str, Any]:
+        """Kind and configuration of each part of the network, as plain values."""
+        return describe_parts(self.network)
 
     @property
     def n_parameters(self) -> int:
-        """Number of trainable numbers in the network."""
-        return sum(tensor.numel() for tensor in own_tensors(self.bert).values())
+        """Number of trainable numbers in the network, those that two places share counted once."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
 
     @property
     def fingerprint(self) -> str:
-        """Sha256 over vocabulary, readout, projection, head and weights: equal models have equal fingerprints."""
-        digest = hashlib.sha256(f"{self.vocabulary.sha256} {self.readout}".encode())
-        tensors = own_tensors(self.bert)
-        if self.projection is not None:
-            tensors |= {f"projection.{name}": tensor for name, tensor in _as_tensors(self.projection).items()}
-        if self.head is not None:
-            digest.update(str(self.head.plan).encode())
-            tensors |= {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
-        for name, tensor in tensors.items():
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().numpy().data)
+        """Sha256 over vocabulary, configuration and weights: equal models have equal fingerprints."""
+        digest = hashlib.sha256(f"{self.vocabulary.sha256} {json.dumps(self.config, sort_keys=True)}".encode())
+        for place, part in parts_of(self.network).items():
+            for name, tensor in own_tensors(part).items():
+                digest.update(f"{place}.{name}".encode())
+                digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
-    def weights(self, pooling: Pooling | None = None) -> Weights:
-        """Return the weight of each token in its cell's vector, for the model's own pooling or another."""
-        genes = self.readout.gene_weights
-        as_array = None if genes is None else np.array(genes, dtype=np.float32)
-        return pooling_weights(self.vocabulary, pooling or self.readout.pooling, as_array)
-
-    def place(self, vectors: np.ndarray) -> np.ndarray:
-        """Return where cells lie in the embedding (cells, hidden), given the vectors that the readout takes (cells, hidden)."""
-        return vectors if self.projection is None else self.projection(vectors)
-
+    @checked
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the model into a directory: weights, configuration, vocabulary, history and a model card.
 
-        The weights are stored as safetensors in the layout of Hugging Face, so that plain
-        `transformers.BertForMaskedLM.from_pretrained` opens the directory too. It appears whole or not at all. Of a long history
-        about 20,000 rows are kept, evenly spaced, with those of the validations among them.
+        The weights are stored as safetensors; those of a BERT in the layout of Hugging Face, so that plain
+        `transformers.BertForMaskedLM.from_pretrained` opens the directory too. It appears whole or not at all, and what was there
+        before is untouched by an error. Of a long history about 20,000 rows are kept, with those of the validations among them.
 
         Parameters
         ----------
@@ -145,39 +108,14 @@ class Model:
             The directory to write.
         overwrite
             Replace a model that is there already.
-
-        Examples
-        --------
-        >>> import scbin, tempfile, pathlib
-        >>> adata = scbin.datasets.pbmc68k_reduced()[:100].copy()
-        >>> scbin.pp.tokenize(adata)
-        >>> model = scbin.tl.pretrain(adata, preset="tiny", max_steps=2, progress=False)
-        >>> path = pathlib.Path(tempfile.mkdtemp()) / "my_model"
-        >>> model.save(path)
-        >>> scbin.Model.load(path).fingerprint == model.fingerprint
-        True
         """
-        about = {
-            "format": FORMAT,
-            "vocabulary": json.loads(self.vocabulary.to_json()),
-            "readout": asdict(self.readout),
-            "training": dict(self.training),
-            "history": json.loads(thinned(self.history).to_json(orient="split", index=False, double_precision=15)),
-        }
-        parts: dict[str, Mapping[str, torch.Tensor]] = {}
-        if self.projection is not None:
-            about["projection"], parts[PROJECTION] = self.projection.describe(), _as_tensors(self.projection)
-        if self.head is not None:
-            about["head"] = self.head.plan.to_dict()
-            parts[HEAD] = {name: tensor.detach() for name, tensor in self.head.state_dict().items()}
-        if self.decoder is not None:
-            about["decoder"], parts[DECODER] = self.decoder.counts(), _as_tensors(self.decoder)
-        card = model_card(describe(self))
-        write_model_directory(Path(path), self.bert, about, card, parts, overwrite=overwrite)
+        content = (self.network, self.vocabulary, dict(self.training), self.history)
+        write_model(Path(path), content, self._facts(), overwrite=overwrite)
 
     @classmethod
+    @checked
     def load(cls, path: str | os.PathLike[str], *, revision: str | None = None) -> Model:
-        """Read a model from the directory that :meth:`save` wrote.
+        """Read a model from the directory that :meth:`save` wrote, or from the Hugging Face hub.
 
         The directory is treated as if a stranger had made it: no code in it is run, every number is checked, and a file that
         was damaged, exchanged or added is an error that names it.
@@ -185,47 +123,15 @@ class Model:
         Parameters
         ----------
         path
-            The directory; together with `revision`, the `"owner/name"` of a model on the Hugging Face hub.
+            The directory, or the `"owner/name"` of a model on the hub (also `"owner/name@revision"`).
         revision
-            Which state of a model on the hub: the hash of a commit, best, or a branch. Without it nothing is ever fetched.
-
-        Raises
-        ------
-        ScbinModelError
-            If the directory is not a whole and sound model, or the hub does not have it.
+            Which state of a model on the hub: the hash of a commit, best, or a branch. Without it nothing is ever fetched; what was
+            fetched before is found in the cache.
         """
-        path = local_directory(path, revision)
-        bert, about = read_model_directory(path)
-        known = {"format", "vocabulary", "readout", "training", "history"}
-        if about.get("format") != FORMAT or set(about) - {"projection", "head", "decoder"} != known:
-            raise ScbinModelError(
-                "M16", f"scbin.json in {path} is not of format {FORMAT}; it needs another scbin version."
-            )
-        try:
-            vocabulary = Vocabulary.from_json(json.dumps(about["vocabulary"]))
-            shape = (bert.config.vocab_size, bert.config.max_position_embeddings)
-            if shape[0] != vocabulary.n_tokens or shape[1] < vocabulary.n_positions:
-                raise ScbinModelError(
-                    "M18",
-                    f"the network in {path} has {shape[0]} tokens and {shape[1]} positions, its vocabulary "
-                    f"{vocabulary.n_tokens} and {vocabulary.n_positions}. They do not belong together.",
-                )
-            readout = read_readout(about["readout"], vocabulary, bert.config.num_hidden_layers)
-            history = read_history(about["history"])
-            head = read_head(path / HEAD, about.get("head"), bert.config.hidden_size, len(vocabulary.genes))
-            decoder = read_decoder(path / DECODER, about.get("decoder"), vocabulary, bert.config.hidden_size)
-            projection = read_projection(path / PROJECTION, about.get("projection"), bert.config.hidden_size)
-            return cls(bert, vocabulary, readout, about["training"], history, head, decoder, projection)
-        except (ScbinInputError, TypeError, AttributeError, LookupError, ValueError, OverflowError) as error:
-            if isinstance(error, ScbinModelError):
-                raise
-            raise ScbinModelError(
-                "M17", f"scbin.json in {path} does not describe a model ({str(error)[:80]})."
-            ) from error
-
-    # ---- models that others published ------------------------------------------------------------------------------------
+        return cls(*read_model(local_directory(path, revision)))
 
     @classmethod
+    @checked
     def from_geneformer(
         cls,
         path: str | os.PathLike[str],
@@ -239,40 +145,35 @@ class Model:
         """Read a Geneformer model as it was published, V1 or V2, pretrained or fine-tuned to classify cells or genes.
 
         After it, `scbin.pp.tokenize(adata, like=model)` ranks the genes as Geneformer does, by symbol or Ensembl id, and every
-        tool works. Its weights need to be `model.safetensors`; its dictionaries are read without unpickling.
+        tool works. Its weights need to be `model.safetensors`; its dictionaries are read without running anything in them.
 
         Parameters
         ----------
         path
-            The folder of the model: `config.json` and `model.safetensors`. All else in it is left alone.
+            The folder of the model, of which `config.json` and `model.safetensors` are read.
         dictionaries
             The folder of Geneformer's dictionaries (`token_dictionary_gc104M.pkl` and so on, also as JSON): `geneformer` in its
             package. Default: the model's own folder, or `geneformer` beside it as in a copy of Geneformer's repository.
         layer
-            Which hidden states make the embedding. Default: -2, the last layer but one, which Geneformer calls `emb_layer=-1`; for
-            a classifier -1, the last, which its head reads.
+            Which hidden states make the cell vector. Default: -2, the last layer but one, which Geneformer calls `emb_layer=-1`;
+            for a classifier -1, the last, which its head reads.
         pooling
-            Default: `"cls"` for V2, `"mean"` for V1, which has no such token.
+            Default: `"cls"` for V2, `"mean"` for V1, which has no such token; for a classifier of cells `"first"`.
         target
-            Name of what a classifier answers.
+            Name of what a classifier predicts.
         class_names
             Its classes in the order of training, where the model only knows them as LABEL_0, LABEL_1 ...
-
-        Raises
-        ------
-        ScbinModelError
-            If the directory is damaged, has pickled weights only, or does not fit its configuration.
-        ScbinInputError
-            If the dictionaries are not found or belong to another version.
         """
         folder = None if dictionaries is None else Path(dictionaries)
         published = read_geneformer(Path(path), folder, target, class_names)
+        if published.vocabulary.name_map is None:
+            text = "the dictionaries name no gene by symbol, or are not there: genes are found by Ensembl id only."
+            warnings.warn(ScbinInputWarning("V05", text), stacklevel=3)
         usual: Pooling = "cls" if CLS in published.vocabulary.specials else "mean"
-        if layer is None:
-            layer = -2 if published.head is None else -1
-        return cls._published(published, Readout(pooling or usual, layer))
+        return cls._published(published, pooling, layer, (usual, -2))
 
     @classmethod
+    @checked
     def from_polygene(
         cls,
         path: str | os.PathLike[str],
@@ -296,17 +197,15 @@ class Model:
             for its underscores.
         edges
             Lower edges of the bins above zero, where they are not the published ones (even from 0.1 to 9).
-        layer, pooling
-            How the embedding is taken.
-
-        Raises
-        ------
-        ScbinModelError, ScbinInputError
-            If the directory is not sound, or the lists do not fit it.
+        layer
+            Which hidden states make the cell vector; -1 is the last.
+        pooling
+            How they are averaged.
         """
-        return cls._published(read_polygene(Path(path), genes, phenotypes, edges), Readout(pooling, layer))
+        return cls._published(read_polygene(Path(path), genes, phenotypes, edges), pooling, layer)
 
     @classmethod
+    @checked
     def from_perturbgene(
         cls,
         path: str | os.PathLike[str],
@@ -314,76 +213,129 @@ class Model:
         *,
         phenotypes: Mapping[str, Sequence[str]],
         edges: Sequence[float] | None = None,
-        layer: int = -1,
-        pooling: Pooling = "mean",
+        layer: int | None = None,
+        pooling: Pooling | None = None,
         target: str = "label",
         class_names: Sequence[str] | None = None,
     ) -> Model:
         """Read a PerturbGene model: a DistilBERT whose token types are genes, pretrained or fine-tuned to classify cells.
 
         Its tensors get BERT's names and its ids scbin's order; what it computes stays the same. A cell without a label has no
-        token in that place, as in PerturbGene.
+        token in that place, as in PerturbGene. Its pickled tokenizer is never opened.
 
         Parameters
         ----------
         path
-            The folder of the model: `config.json` and `model.safetensors`. Its pickled tokenizer is never opened.
+            The folder of the model: `config.json` and `model.safetensors`.
         genes
             The genes in the order of the training.
         phenotypes
             Values of cell_type, development_stage (or age), disease, sex and tissue in the order of their tokens.
         edges
             Edges of the bins, where they are not the published ones (0.1, or ten even ones from 0.1 to 9).
-        layer, pooling
-            How the embedding is taken.
-        target, class_names
-            Name of what a classifier answers, and of its classes in the order of training.
-
-        Raises
-        ------
-        ScbinModelError, ScbinInputError
-            If the directory is not sound, or the lists do not fit it.
+        layer
+            Which hidden states make the cell vector. Default: -1, the last.
+        pooling
+            How they are averaged. Default: `"mean"`; a classifier reads the first token.
+        target
+            Name of what a classifier predicts.
+        class_names
+            Its classes in the order of training.
         """
         published = read_perturbgene(Path(path), genes, phenotypes, edges, target, class_names)
-        return cls._published(published, Readout(pooling, layer))
+        return cls._published(published, pooling, layer)
 
     @classmethod
-    def _published(cls, published: Published, readout: Readout) -> Model:
-        n_layers = published.bert.config.num_hidden_layers
-        if type(readout.layer) is not int or not -n_layers - 1 <= readout.layer <= n_layers:
-            raise ScbinInputError(
-                "T14", f"layer is {readout.layer}; this network has layers 0 (embeddings) to {n_layers}."
-            )
-        if published.head is not None and readout.layer not in (-1, n_layers):
-            raise ScbinInputError(
-                "M65", f"layer is {readout.layer}, but the head of this classifier reads the last. Leave it out here."
-            )
-        pooling_weights(published.vocabulary, readout.pooling)
-        for warning in published.remarks():
-            warnings.warn(warning, stacklevel=3)
-        return cls(
-            published.bert, published.vocabulary, readout, {"published_as": published.source}, head=published.head
-        )
+    def _published(
+        cls, published: Published, pooling: Pooling | None, layer: int | None, usual: tuple[Pooling, int] = ("mean", -1)
+    ) -> Model:
+        """Make a model of what an importer read; a classifier has the vector that its head reads, and no other."""
+        backbone: Any = BertBackbone(published.bert)
+        head = published.labels
+        if head is not None:
+            if (pooling, layer) != (None, None):
+                raise ScbinInputError("A03", "a classifier's head says which layer and pooling it reads; pass neither.")
+            usual = ("mean" if isinstance(head, GeneHead) else "first", -1)
+            if any(name.startswith("LABEL_") for name in head.targets[0].classes):
+                text = "the model does not store what LABEL_0 ... are. Pass class_names= in the order of training."
+                warnings.warn(ScbinInputWarning("M06", text), stacklevel=4)
+        layer = usual[1] if layer is None else layer
+        layer_number(layer, backbone.n_layers)
+        vector = PooledVector(published.vocabulary, backbone.hidden_size, pooling or usual[0], layer)
+        network = CellNetwork(backbone, vector, labels=head).eval()
+        return cls(network, published.vocabulary, {"published_as": published.source})
 
-    # ---- what a user asks first ---------------------------------------------------------------------------------------
+    def _facts(self) -> dict[str, str]:
+        """Return what a user asks first about a model, by name."""
+        vocabulary, network, config = self.vocabulary, self.network, self.config
+        body, vector = network.backbone, config["vector"]
+        shape = f"{config['backbone']['kind']}, {body.n_layers} layers, hidden size {body.hidden_size}"
+        how = vector["config"].get("pooling", vector["kind"])
+        bins = "" if vocabulary.bins is None else f", {vocabulary.bins.n_bins} bins"
+        facts = {
+            "encoding": f"{vocabulary.encoding}, {len(vocabulary.genes):,} genes{bins}",
+            "phenotypes": ", ".join(f"{p.name} ({len(p.values)} values)" for p in vocabulary.phenotypes) or "none",
+            "network": f"{shape}, {self.n_parameters:,} parameters",
+            "cell vector": f"{network.vector.size} numbers, {how}, layer {network.vector.layer}",
+        }
+        if network.labels is not None:
+            targets: Any = network.labels.targets
+            what = (
+                f"{each.name} ({f'{len(each.classes)} classes' if each.classes else 'a number'})" for each in targets
+            )
+            facts["predicts"] = ", ".join(what)
+        trained = {name: self.training.get(name) for name in ("n_cells", "steps", "epochs")}
+        numbers = [f"{name.removeprefix('n_')} {n:,}" for name, n in trained.items() if isinstance(n, int | float)]
+        facts["trained"] = ", ".join(numbers) or str(self.training.get("published_as", "not at all"))[:80]
+        for column in (name for name in self.history.columns if str(name).startswith("validation_")):
+            losses = self.history[column].dropna()
+            if len(losses):
+                task = column.removeprefix("validation_").replace("_", " ")
+                facts[f"held-out loss, {task}"] = f"{losses.iloc[0]:.3f} at first, {losses.iloc[-1]:.3f} at last"
+        return facts
 
     def __repr__(self) -> str:
-        facts = describe(self)
+        facts = self._facts()
         width = max(len(name) for name in facts)
         return "\n".join(["scbin Model", *(f"  {name:<{width}}  {text}" for name, text in facts.items())])
-
-    def _repr_html_(self) -> str:
-        return as_html(describe(self))
 
 
 def _plain(value: Any) -> Any:
     """Return an array, a number of numpy or a path as what JSON knows."""
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    if isinstance(value, Path):
-        return str(value)
-    raise ScbinInputError("M19", f"a {type(value).__name__} cannot be kept with a model; use numbers and text.")
+    if isinstance(value, np.ndarray | np.generic | Path):
+        return str(value) if isinstance(value, Path) else value.tolist()
+    raise ScbinTypeError("A01", f"a {type(value).__name__} cannot be kept with a model; use numbers and text.")
 
 
-def _as_tensors(part: Projection | Decoder) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(array) for name, array in part.tensors().items()}
+# the models that were trained last in this session, by the fingerprint left in uns; a notebook rarely has more in use
+_session: dict[str, Model] = {}
+
+
+def remember(identifier: str, model: Model) -> None:
+    """Keep a model for the verbs that follow in this session."""
+    _session.pop(identifier, None)
+    _session[identifier] = model
+    while len(_session) > 4:
+        del _session[next(iter(_session))]
+
+
+def resolve_model(model: Model | str | os.PathLike[str] | None, adata: AnnData | None = None) -> Model:
+    """Return the model itself, the one in a directory or on the hub, or for `None` the one that was trained on these cells."""
+    if isinstance(model, Model):
+        return model
+    if isinstance(model, str | os.PathLike):
+        return Model.load(model)
+    if model is not None:
+        what = "pass a scbin.Model, the path of its directory or its id on the hub."
+        raise ScbinTypeError("A01", f"model is a {type(model).__name__}; {what}")
+    entry = {} if adata is None else adata.uns.get(_keys.UNS, {})
+    identifier, directory = (str(entry.get(key, "")) for key in (_keys.MODEL_ID, _keys.MODEL_PATH))
+    if identifier in _session:
+        return _session[identifier]
+    fix = "Pass what scbin.tl.pretrain returned, or the directory that model.save(...) wrote: model='my_model'."
+    if not directory or not Path(directory).is_dir():
+        raise ScbinInputError("M01", f"no model was given, and none is known for these cells in this session. {fix}")
+    found = Model.load(directory)
+    if found.fingerprint != identifier:
+        raise ScbinInputError("M01", f"{directory} now holds another model than the one trained on these cells. {fix}")
+    return found

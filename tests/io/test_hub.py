@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+
+from scbin._errors import ScbinInputError, ScbinModelError
+from scbin.io import directory
+from scbin.io.directory import local_directory
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """What was asked of the hub, of which nothing is in the cache before it was fetched."""
+    calls, cached = [], set()
+
+    def snapshot_download(repo_id, *, revision, allow_patterns, local_files_only=False):
+        assert set(allow_patterns) >= {"config.json", "model.safetensors", "network.json", "manifest.json"}
+        assert not any("*" in name or name.endswith((".py", ".bin")) for name in allow_patterns)
+        if repo_id == "no/route" or (local_files_only and (repo_id, revision or "main") not in cached):
+            raise OSError("no route to host")
+        if not local_files_only:
+            calls.append((repo_id, revision))
+            cached.add((repo_id, revision))
+        return str(tmp_path / "download")
+
+    monkeypatch.setattr(directory, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    return calls
+
+
+def test_it_is_asked_only_for_an_id_with_a_revision(asked, tmp_path):
+    with pytest.raises(ScbinModelError, match=r"M01.*revision="):
+        local_directory("owner/name")
+    assert asked == []
+    assert local_directory("owner/name", "main") == tmp_path / "download"
+    assert local_directory("owner/other@v1.0") == tmp_path / "download"
+    assert asked == [("owner/name", "main"), ("owner/other", "v1.0")]
+    assert local_directory("owner/name") == tmp_path / "download"  # from the cache
+    assert len(asked) == 2
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert str(local_directory("owner/name")) == "owner/name"  # a path on this machine goes first
+    wrong = ("owner/name", "a/b/c", "../name", tmp_path / "x" / "y", "owner/other@v1")
+    for path in wrong:
+        with pytest.raises(ScbinInputError, match="A03"):
+            local_directory(path, "main")
+    with pytest.raises(ScbinModelError, match=r"M01.*no route"):
+        local_directory("no/route", "main")
+
+
+def test_a_commit_is_fetched_once_and_a_branch_every_time(asked):
+    for revision in (COMMIT, "main"):
+        for _ in range(2):
+            local_directory("owner/name", revision)
+    assert asked == [("owner/name", revision) for revision in (COMMIT, "main", "main")]
