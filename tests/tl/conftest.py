@@ -1,22 +1,54 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import sparse
 
-if TYPE_CHECKING:
-    import anndata as ad
+import scbin
+from scbin.nn.presets import Network
+from scbin.train.settings import Training
 
-QUICK = {"preset": "tiny", "hidden_size": 32, "max_steps": 2, "cells_per_step": 16, "device": "cpu", "progress": False}
+SHAPE = Network(1, 32, 64, 2, hidden_dropout_prob=0.0)
+QUICK = {
+    "preset": SHAPE,
+    "training": Training(cells_per_step=16),
+    "max_steps": 2,
+    "device": "cpu",
+    "progress": False,
+}
 
 
 @pytest.fixture(scope="session")
 def quick():
     """Arguments of a training that takes no time."""
     return QUICK
+
+
+def toy_cells():
+    """The cells of the fixture `toy`: 60 cells of three types with 40 genes, raw counts."""
+    rng, kind = np.random.default_rng(0), np.arange(60) % 3
+    rate = np.full((60, 40), 0.6)
+    for k in range(3):
+        rate[kind == k, 10 * k : 10 * k + 10] = 6.0
+    obs = {
+        "cell_type": np.array(["T cell", "B cell", "monocyte"])[kind],
+        "sex": np.array(["male", "female"])[np.arange(60) % 2],
+    }
+    obs = pd.DataFrame(obs, index=[f"cell{i}" for i in range(60)], dtype="category")
+    counts = sparse.csr_matrix(rng.poisson(rate).astype(np.float32))
+    return ad.AnnData(counts, obs=obs, var=pd.DataFrame(index=[f"GENE{i}" for i in range(40)]))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Such cells, one of them empty, and a model of three steps on them; not to be changed."""
+    adata = toy_cells()
+    adata.X.data[adata.X.indptr[7] : adata.X.indptr[8]] = 0
+    with pytest.warns(scbin._errors.ScbinInputWarning, match="I19"):
+        scbin.pp.tokenize(adata, phenotypes=["cell_type", "sex"])
+    return adata, scbin.tl.pretrain(adata, **{**QUICK, "max_steps": 3})
 
 
 @pytest.fixture

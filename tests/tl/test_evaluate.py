@@ -1,176 +1,212 @@
-"""Scores beside baselines, from predictions written by hand and from small models."""
+"""`tl.evaluate`: scores of the right cells, honest simple methods beside them, and masked genes."""
 
 from __future__ import annotations
-
-import json
-import warnings
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score
+from scipy.stats import nbinom
+from sklearn.metrics import accuracy_score, f1_score
 
 import scbin
-from scbin._errors import ScbinInputError, ScbinInputWarning
-from scbin.tl._expression import log_normalised
+from scbin._adata import read_tokens
+from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinTypeError
+from scbin.tl._labels import MaskedPhenotypes
+from scbin.tl._masked_genes import _levels, mask_cells, score_masked_genes
+from scbin.tl._metrics import gene_scores
+from scbin.tokens.rules import Tokenization
+
+HOW = {"device": "cpu", "progress": False}
+BARE = {**HOW, "baselines": "none"}
+CLASSES = ["scbin", "majority class", "logistic regression", "PCA + kNN"]
+
+
+@pytest.fixture(scope="module")
+def tuned(trained):
+    """Cells with a split, and a model that was fine-tuned on the training part for a type and an age."""
+    adata = trained[0].copy()
+    adata.obs["age"] = np.where(adata.obs["cell_type"] == "B cell", 60.0, 30.0) + np.arange(60) % 3
+    scbin.tl.split(adata, target="cell_type", test=0.3)
+    model = scbin.tl.finetune(
+        adata, trained[1], target=["cell_type", "age"], kind={"age": "number"}, max_steps=0, **HOW
+    )
+    return adata, model
 
 
 @pytest.fixture
-def predicted(toy):
-    """The toy cells with predictions that are right but for every tenth cell, and a split."""
-    names = sorted(toy.obs["cell_type"].cat.categories)
-    codes = toy.obs["cell_type"].astype(str).map(names.index).to_numpy()
-    given = np.where(np.arange(60) % 10 == 0, (codes + 1) % 3, codes)
-    probability = np.full((60, 3), 0.1)
-    probability[np.arange(60), given] = 0.8
-    toy.obs["scbin_cell_type"] = pd.Categorical.from_codes(given, names)
-    toy.obsm["scbin_cell_type_probability"] = probability.astype(np.float32)
-    toy.uns["scbin"] = {"predict": json.dumps({"cell_type": {"classes": names, "model": "m"}}), "model_id": "m"}
-    toy.obs["scbin_split"] = pd.Categorical(np.array(["train", "validation", "test"])[np.arange(60) // 3 % 3])
-    return toy
+def quiet(recwarn):
+    """For models that were shown the phenotypes of test cells in pretraining, as the fixture was."""
+    with pytest.warns(ScbinInputWarning):
+        yield
 
 
-def test_scores_are_those_of_the_test_cells(predicted):
-    table = scbin.tl.evaluate(predicted)
-    assert list(table.index) == ["scbin", "majority class", "logistic regression", "PCA + kNN"]
-    test = (predicted.obs["scbin_split"] == "test").to_numpy()
-    truth, given = predicted.obs["cell_type"].astype(str), predicted.obs["scbin_cell_type"].astype(str)
-    assert table.loc["scbin", "macro_f1"] == pytest.approx(f1_score(truth[test], given[test], average="macro"))
-    assert (table["n_cells"] == test.sum()).all()
-    assert table.loc["majority class", "accuracy"] == pytest.approx(1 / 3, abs=0.1)
-
-
-def test_logistic_regression_learns_from_training_cells_alone(predicted):
-    table = scbin.tl.evaluate(predicted, baselines="logistic regression")
-    test = (predicted.obs["scbin_split"] == "test").to_numpy()
-    counts = predicted.X.toarray()
-    log1p = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4)
-    truth = predicted.obs["cell_type"].astype(str).to_numpy()
-    expected = LogisticRegression(max_iter=2000).fit(log1p[~test], truth[~test]).predict(log1p[test])
-    assert table.loc["logistic regression", "macro_f1"] == pytest.approx(
-        f1_score(truth[test], expected, average="macro"), abs=1e-6
+@pytest.mark.usefixtures("quiet")
+def test_scores_are_those_of_the_test_cells(tuned, untouched):
+    adata, model = tuned[0].copy(), tuned[1]
+    then = untouched(adata)
+    table = scbin.tl.evaluate(adata, model, target="cell_type", **HOW)
+    names = {"scbin_cell_type", "scbin_cell_type_probability", "scbin_cell_type_entropy"}
+    then.check(obs=names, obsm={"scbin_cell_type_probability"}, uns={"predict", "evaluate"})
+    test = (adata.obs["scbin_split"] == "test").to_numpy()
+    assert list(table.index) == CLASSES and (table["n_cells"] == test.sum()).all()
+    true, given = (adata.obs[name][test].astype(str) for name in ("cell_type", "scbin_cell_type"))
+    assert table.loc["scbin", "accuracy"] == accuracy_score(true, given)
+    assert table.loc["scbin", "macro_f1"] == pytest.approx(
+        f1_score(true, given, average="macro", labels=sorted(set(true)))
     )
-
-
-def test_test_labels_teach_nothing(predicted):
-    """Labels of test cells move scores, never what the simple methods answer."""
-    before = scbin.tl.evaluate(predicted, baselines="PCA + kNN").loc["PCA + kNN"]
-    test = (predicted.obs["scbin_split"] == "test").to_numpy()
-    predicted.obs["cell_type"] = predicted.obs["cell_type"].astype(str)
-    right = before["accuracy"]
-    assert right > 0.9
-    cycle = {"B cell": "T cell", "T cell": "monocyte", "monocyte": "B cell"}
-    predicted.obs.loc[test, "cell_type"] = predicted.obs.loc[test, "cell_type"].map(cycle)
-    assert scbin.tl.evaluate(predicted, baselines="PCA + kNN").loc["PCA + kNN", "accuracy"] < 0.1
-
-
-def test_without_a_split_all_cells_are_scored_with_a_warning(predicted):
-    del predicted.obs["scbin_split"]
-    with pytest.warns(ScbinInputWarning, match="E16"):
-        table = scbin.tl.evaluate(predicted)
-    assert (table["n_cells"] == 60).all()
-    assert table.loc["logistic regression", "accuracy"] > 0.9
-    predicted.obs["donor"] = np.arange(60) // 15
-    with pytest.warns(ScbinInputWarning, match="E16"):
-        table = scbin.tl.evaluate(predicted, split_key="donor")
-    assert table["scored_on"].iloc[0] == "60 cells, 4 folds by donor"
-
-
-def test_reference_teaches_the_simple_methods(predicted, toy):
-    reference = toy[:, ::-1].copy()
-    reference.var_names = [*reference.var_names[:-5], *"abcde"]
-    predicted.obs["truth"] = predicted.obs.pop("cell_type")  # the reference has its labels under the name of the target
-    table = scbin.tl.evaluate(predicted, reference=reference, truth_key="truth")
-    assert table.loc["logistic regression", "accuracy"] > 0.9
-    reference.var_names = [f"other{i}" for i in range(40)]
-    with pytest.raises(ScbinInputError, match="E23"):
-        scbin.tl.evaluate(predicted, reference=reference, truth_key="truth")
-
-
-def test_tables_are_kept_and_survive_writing(predicted, tmp_path):
-    table = scbin.tl.evaluate(predicted)
-    predicted.obs["age"] = np.arange(60.0)
-    predicted.obs["scbin_age"] = (np.arange(60) + np.random.default_rng(0).normal(size=60)).astype(np.float32)
-    predicted.uns["scbin"]["predict"] = json.dumps({"cell_type": {"classes": []}, "age": {"kind": "number"}})
-    numbers = scbin.tl.evaluate(predicted, target="age")
+    assert table.loc["logistic regression", "accuracy"] > 0.9 > 0.5 > table.loc["majority class", "accuracy"]
+    numbers = scbin.tl.evaluate(adata, model, target="age", **HOW)
     assert list(numbers.index) == ["scbin", "mean", "ridge on genes", "ridge on PCA"]
-    assert numbers.loc["scbin", "r2"] > 0.99 > 0.2 > numbers.loc["mean", "r2"]
-    again = scbin.tl.evaluate(predicted, target="cell_type")
-    pd.testing.assert_frame_equal(table, again)
-    predicted.write_h5ad(tmp_path / "a.h5ad")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # zarr and anndata remark on formats to come
-        predicted.write_zarr(tmp_path / "a.zarr")
-        from_zarr = ad.read_zarr(tmp_path / "a.zarr")
-    for read in (ad.read_h5ad(tmp_path / "a.h5ad"), from_zarr):
-        pd.testing.assert_frame_equal(scbin.get.evaluate_df(read, "cell_type"), table, check_index_type=False)
-    assert set(scbin.get.evaluate_df(predicted)["target"]) == {"cell_type", "age"}
-    with pytest.raises(ScbinInputError, match=r"E15.*'sex'"):
-        scbin.get.evaluate_df(predicted, "sex")
+    assert numbers.loc["scbin", "r2"] > 0.8 and numbers.loc["ridge on genes", "r2"] > 0.8 > numbers.loc["mean", "r2"]
+    assert set(scbin.get.evaluate_df(adata)["target"]) == {"cell_type", "age"}
 
 
-def test_gaps_are_predicted_less_true(predicted):
-    adata = ad.AnnData(np.ones((4, 2)))
-    adata.obs["years"], adata.obs["scbin_age"] = [30.0, 40.0, np.nan, 50.0], [33.0, np.nan, 1.0, 47.0]
-    table = scbin.get.gap_df(adata, "age", truth_key="years")
-    assert list(table.index) == ["0", "1", "3"]
-    np.testing.assert_array_equal(table["gap"], [3, np.nan, -3])
-    np.testing.assert_array_equal(table["z"], [1, np.nan, -1])
-    with pytest.raises(ScbinInputError, match="E41"):
-        scbin.get.gap_df(predicted, "cell_type")
+@pytest.mark.usefixtures("quiet")
+def test_test_labels_teach_nothing(tuned):
+    tables = []
+    for spoiled in (False, True):
+        adata = tuned[0].copy()
+        adata.obs["truth"] = adata.obs["cell_type"].astype(str)
+        if spoiled:
+            adata.obs.loc[adata.obs["scbin_split"] == "test", "truth"] = "T cell"
+        scbin.tl.evaluate(adata, tuned[1], target="cell_type", truth_key="truth", **HOW)
+        tables.append(scbin.get.evaluate_df(adata, "cell_type"))
+    true_fraction = (tuned[0].obs["cell_type"][tuned[0].obs["scbin_split"] == "test"] == "T cell").mean()
+    assert tables[1].loc["logistic regression", "accuracy"] == pytest.approx(true_fraction, abs=0.1)
+    assert tables[0].loc["logistic regression", "accuracy"] > 0.9
 
 
-def test_only_its_slot_changes(predicted, untouched):
-    watch = untouched(predicted)
-    scbin.tl.evaluate(predicted)
-    watch.check(uns=["evaluate"])
+def test_without_a_split_all_cells_are_scored_with_a_warning(tuned):
+    adata, model = tuned[0].copy(), tuned[1]
+    del adata.obs["scbin_split"], adata.uns["scbin"]["split"]
+    scbin.tl.predict(adata, model, target="cell_type", **HOW)
+    with pytest.warns(ScbinInputWarning, match="L04.*no split"):
+        table = scbin.tl.evaluate(adata, baselines=["majority class"], **HOW)
+    assert (table["n_cells"] == 60).all() and "5 folds" in table["scored_on"].iloc[0]
+    assert table.loc["majority class", "roc_auc"] == 0.5  # pairs of cells are of one fold
+    adata.obs["donor_id"] = [f"d{i}" for i in np.arange(60) // 10]
+    with pytest.warns(ScbinInputWarning, match="L04"):
+        table = scbin.tl.evaluate(adata, split_key="donor_id", baselines=["PCA + kNN"], **HOW)
+    assert "by donor_id" in table["scored_on"].iloc[0] and table.loc["PCA + kNN", "accuracy"] > 0.8
 
 
-def test_errors_write_nothing(predicted, untouched, trained):
-    watch = untouched(predicted)
-    bare = predicted.copy()
-    del bare.obs["cell_type"]
-    with pytest.raises(ScbinInputError, match=r"E10.*truth_key"):
-        scbin.tl.evaluate(bare, target="cell_type")
-    for arguments, code in (
-        ({"target": "cell_type", "baselines": ["guess"]}, "E19"),
-        ({"target": "cell_type", "f1": "micro"}, "E21"),
-        ({"target": "cell_type", "split_key": "nothing"}, "I35"),
-    ):
-        with pytest.raises(ScbinInputError, match=code):
-            scbin.tl.evaluate(predicted, **arguments)
-    with pytest.raises(ScbinInputError, match=r"E22.*'cell_type', 'sex'|E22.*'sex', 'cell_type'"):
-        scbin.tl.evaluate(predicted, trained[1])
-    with pytest.raises(ScbinInputError, match=r"E22.*finetune"):
-        scbin.tl.evaluate(predicted, trained[1], target="age")
-    watch.check()
+def test_tables_are_kept_and_survive_writing(tuned, tmp_path):
+    adata, model = tuned[0].copy(), tuned[1]
+    scbin.tl.predict(adata, model, **HOW)
+    with pytest.warns(ScbinInputWarning, match="L04"):
+        scbin.tl.evaluate(adata, target="cell_type", baselines="majority class", **HOW)
+    scbin.tl.evaluate(adata, target="age", **BARE)
+    scbin.tl.evaluate(adata, target="age", **BARE)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    back = ad.read_h5ad(tmp_path / "a.h5ad")
+    pd.testing.assert_frame_equal(scbin.get.evaluate_df(back), scbin.get.evaluate_df(adata), check_dtype=False)
+    assert len(scbin.get.evaluate_df(adata)) == 3
 
 
-def test_hidden_genes_beside_their_frequencies(trained):
+def test_true_ages_are_cut_as_the_vocabulary_cut_them(toy, quick):
+    years = np.array([15, 34, 52])[np.arange(60) % 3] + np.arange(60) % 4
+    toy.obs["age"] = [f"{year}-year-old human stage" for year in years]
+    scbin.pp.tokenize(toy, phenotypes=["age"], tokenization=Tokenization(age_groups=20))
+    model = scbin.tl.pretrain(toy, **quick)
+    with pytest.warns(ScbinInputWarning, match="L04"):
+        table = scbin.tl.evaluate(toy, model, target="age", baselines="logistic regression", **HOW)
+    classes = np.select([years < 20, years < 40], ["<20", "20-40"], "40-60")
+    assert table.loc["scbin", "accuracy"] == np.mean(toy.obs["scbin_age"].astype(str) == classes)
+    assert table.loc["logistic regression", "accuracy"] > 0.9  # of three classes, not of one a year
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments"),
+    [
+        ("A02", {"target": None}),
+        ("M06", {"target": "tissue"}),
+        ("A06", {"target": "cell_type", "truth_key": "celltype"}),
+        ("A02", {"target": "cell_type", "baselines": ["random forest"]}),
+        ("A01", {"target": "cell_type", "baselines": 3}),
+        ("L03", {"target": "cell_type", "split_key": "part"}),
+        ("L01", {"target": "cell_type", "truth_key": "nothing"}),
+        ("A02", {"target": "genes", "gene_mask": 0.0}),
+        ("A02", {"target": "cell_type", "seed": -1}),
+    ],
+)
+def test_errors_write_nothing(tuned, untouched, code, arguments):
+    adata, model = tuned[0].copy(), tuned[1]
+    adata.obs["part"], adata.obs["nothing"] = "train", ""
+    then = untouched(adata)
+    with pytest.raises((ScbinInputError, ScbinTypeError), match=code):
+        scbin.tl.evaluate(adata, model, **arguments, **HOW)
+    then.check()
+
+
+# ---- masked genes ---------------------------------------------------------------------------------------------------
+
+
+def test_masks_depend_on_the_seed_and_the_tokens_of_a_cell_alone(trained):
+    tokens = MaskedPhenotypes(read_tokens(trained[0]))
+    one, other = (mask_cells(tokens, np.array(rows), 0.3, seed=1) for rows in ([3, 4, 5], [5, 3]))
+    assert (one.keys[one.rows == 2] == other.keys[other.rows == 0]).all()
+    assert (one.levels[one.rows == 0] == other.levels[other.rows == 1]).all()
+    again = mask_cells(tokens, np.array([3, 4, 5]), 0.3, seed=2)
+    assert len(again.keys) != len(one.keys) or (again.keys != one.keys).any()
+    n_genes = tokens.vocabulary.is_gene_token(tokens.take(np.array([3, 4, 5])).data).sum()
+    assert 0.1 < len(one.keys) / n_genes < 0.5
+    hidden = one.tokens.matrix.data == tokens.vocabulary.mask_id
+    assert hidden.sum() == len(one.keys) + 3 * len(tokens.vocabulary.phenotypes)
+
+
+def test_levels_are_those_of_a_negative_binomial(trained):
+    tokens = MaskedPhenotypes(read_tokens(trained[0]))
+    asked = mask_cells(tokens, np.arange(6), 0.4, seed=0)
+    n_genes = len(tokens.vocabulary.genes)
+    rates = np.log(np.random.default_rng(0).dirichlet(np.ones(n_genes), 6)).astype(np.float32)
+    theta = np.full(n_genes, 2.0)
+    best, logs = _levels(rates, theta, asked)
+    k = int(np.flatnonzero(asked.levels <= 3)[0])
+    row, gene = asked.rows[k], asked.keys[k]
+    visible = asked.visible().toarray()[row]
+    shown = np.setdiff1d(np.arange(n_genes), asked.keys[asked.rows == row])
+    mu = visible.sum() / np.exp(rates[row, shown]).sum() * np.exp(rates[row, gene])
+    pmf = nbinom.pmf(np.arange(1, 500), 2.0, 2.0 / (2.0 + mu))
+    assert logs[k] == pytest.approx(np.log(pmf[asked.levels[k] - 1] / pmf.sum()), rel=1e-4)
+    assert best[k] == 1 + pmf[:10].argmax() or best[k] > 10
+
+
+def test_simple_models_of_genes_know_what_they_should(trained):
     adata, model = trained
-    adata = adata.copy()
-    table = scbin.tl.evaluate(adata, model, target="genes", gene_mask_prob=0.4, progress=False)
-    assert list(table.index) == ["scbin", "most frequent bin", "most frequent bin per gene", "mean bin per gene"]
-    assert table["n_genes"].nunique() == 1 and (table["n_genes"] > 4).all()
-    # frequencies are the best constant answer on cells they were counted on, and a good one on others
-    assert table.loc["most frequent bin per gene", "exact"] >= table.loc["mean bin per gene", "exact"] - 0.1
-    order = np.random.default_rng(0).permutation(60)
-    other = adata[order].copy()
-    side = pd.Series(np.where(np.arange(60) % 2, "train", "test"), index=adata.obs_names)
-    adata.obs["side"], other.obs["side"] = side, side.reindex(other.obs_names)
-    with pytest.warns(ScbinInputWarning, match="E42"):
-        tables = [
-            scbin.tl.evaluate(each, model, target="genes", split_key="side", progress=False) for each in (adata, other)
-        ]
-    pd.testing.assert_frame_equal(*tables, atol=1e-5)
+    tokens = MaskedPhenotypes(read_tokens(adata))
+    filled = np.flatnonzero(tokens.lengths)
+    scores = score_masked_genes(model, tokens, filled[:40], filled[40:], fraction=0.3, seed=0, device="cpu")
+    assert list(scores) == ["scbin", "most frequent per gene", "gene x depth", "gene x depth x PCA scores"]
+    # which type a cell is of decides how much of a gene it has, and neither genes nor depth say so
+    assert scores["gene x depth x PCA scores"]["log_loss"] < scores["gene x depth"]["log_loss"] - 0.1
+    assert all(np.isfinite(each["log_loss"]) for each in scores.values())
 
 
-def test_log_normalised_reads_counts_and_logs(toy):
-    counts = toy.X.toarray()
-    expected = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4)
-    np.testing.assert_allclose(log_normalised(toy).toarray(), expected, rtol=1e-5)
-    logs = toy.copy()
-    logs.X = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4).astype(np.float32)
-    np.testing.assert_allclose(log_normalised(logs).toarray(), expected, rtol=1e-5)
+@pytest.mark.parametrize("encoding", ["rank", "binary", "gene_bins"])
+def test_every_encoding_can_be_asked_for_genes(toy, quick, encoding):
+    scbin.pp.tokenize(toy, encoding=encoding)
+    model = scbin.tl.pretrain(toy, **quick)
+    table = scbin.tl.evaluate(toy, model, target="genes", gene_mask=0.3, **HOW)
+    assert table.index[0] == "scbin" and table["log_loss"].notna().all()
+    assert table["scored_on"].iloc[0].endswith("held out of pretraining")
+
+
+def test_cells_that_pretraining_held_out_are_asked(trained):
+    adata, model = trained[0].copy(), trained[1]
+    table = scbin.tl.evaluate(adata, model, target="genes", **HOW)
+    assert table["scored_on"].iloc[0].endswith("cells held out of pretraining")
+    adata.obs["part"] = np.where(np.arange(60) < 30, "train", "test")
+    with pytest.warns(ScbinInputWarning, match="L04"):
+        table = scbin.tl.evaluate(adata, model, target="genes", split_key="part", **HOW)
+    assert table["scored_on"].iloc[0].endswith("test cells")
+
+
+def test_scores_of_levels_against_a_loop():
+    rng = np.random.default_rng(0)
+    truth, given = rng.integers(0, 12, 300), rng.integers(0, 12, 300)
+    scores = gene_scores(truth, given, np.full(300, -1.5))
+    pairs = list(zip(truth, given, strict=True))
+    assert scores["exact"] == np.mean([a == b for a, b in pairs])
+    assert scores["high_within_one"] == np.mean([abs(a - b) <= 1 for a, b in pairs if a > 8])
+    assert scores["nonzero_exact"] == np.mean([a == b for a, b in pairs if a > 0]) and scores["log_loss"] == 1.5

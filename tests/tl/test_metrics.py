@@ -1,153 +1,184 @@
+"""Scores and probes against scikit-learn."""
+
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import sparse
+from scipy.stats import pearsonr
 from sklearn import metrics
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import log_loss, r2_score, roc_auc_score
+from sklearn.neighbors import KNeighborsClassifier
 
-from scbin.tl._metrics import (
-    calibration_error,
-    classification_scores,
-    masked_gene_scores,
-    probability_scores,
-    ranked_gene_scores,
-    regression_scores,
-    roc_auc,
-)
+from scbin.get.predictions import Column
+from scbin.tl._metrics import calibration_error, class_scores, fitted_temperature, number_scores, roc_auc
+from scbin.tl._probe import Scaler, balanced_weights, baseline_predictions, fit_classes, fit_numbers
+
+
+@pytest.fixture
+def guesses():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 4, 200)
+    probability = rng.dirichlet(np.ones(4), 200)
+    probability[np.arange(200), truth] += 0.4
+    return truth, probability / probability.sum(1, keepdims=True)
 
 
 @pytest.fixture(scope="module")
-def guesses():
+def data():
+    """Counts of three classes, of which the first is rare."""
     rng = np.random.default_rng(0)
-    truth = rng.integers(0, 4, 300)
-    logits = rng.normal(size=(300, 4)) + 1.5 * np.eye(4)[truth]
-    probability = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    return truth, probability.argmax(axis=1), probability
+    codes = rng.choice(3, 150, p=[0.1, 0.3, 0.6])
+    rates = np.full((3, 30), 0.3)
+    for k in range(3):
+        rates[k, 5 * k : 5 * k + 5] = 1.2
+    return sparse.csr_matrix(np.log1p(rng.poisson(rates[codes])).astype(np.float32)), codes
+
+
+# ---- scores ---------------------------------------------------------------------------------------------------------
 
 
 def test_classes_against_scikit_learn(guesses):
-    truth, predicted, probability = guesses
-    scores = classification_scores(truth, predicted, probability)
-    expected = {
-        "accuracy": metrics.accuracy_score(truth, predicted),
-        "balanced_accuracy": metrics.balanced_accuracy_score(truth, predicted),
-        "macro_precision": metrics.precision_score(truth, predicted, average="macro"),
-        "macro_recall": metrics.recall_score(truth, predicted, average="macro"),
-        "macro_f1": metrics.f1_score(truth, predicted, average="macro"),
-        "roc_auc": metrics.roc_auc_score(truth, probability, multi_class="ovr"),
-        "log_loss": metrics.log_loss(truth, probability),
-    }
-    for name, value in expected.items():
-        assert scores[name] == pytest.approx(value), name
-    brier = np.mean([((p - np.eye(4)[t]) ** 2).sum() for p, t in zip(probability, truth, strict=True)])
-    assert scores["brier"] == pytest.approx(brier)
+    truth, probability = guesses
+    given = probability.argmax(1)
+    scores = class_scores(truth, given, probability)
+    assert scores["accuracy"] == metrics.accuracy_score(truth, given)
+    assert scores["macro_recall"] == pytest.approx(metrics.balanced_accuracy_score(truth, given))
+    assert scores["macro_f1"] == pytest.approx(metrics.f1_score(truth, given, average="macro"))
+    assert scores["roc_auc"] == pytest.approx(roc_auc_score(truth, probability, multi_class="ovr"))
+    assert scores["log_loss"] == pytest.approx(log_loss(truth, probability))
 
 
-def test_averages_go_over_true_classes_alone(guesses):
-    truth, predicted, _ = guesses
-    truth, predicted = truth[truth < 2], predicted[truth < 2]
-    expected = metrics.f1_score(truth, predicted, labels=[0, 1], average="macro")
-    assert classification_scores(truth, predicted)["macro_f1"] == pytest.approx(expected)
-
-
-def test_seed_f1_is_that_of_the_macro_averages(guesses):
-    truth, predicted, _ = guesses
-    scores = classification_scores(truth, predicted, f1="seed")
-    p, r = scores["macro_precision"], scores["macro_recall"]
-    assert scores["macro_f1"] == pytest.approx(2 * p * r / (p + r))
-
-
-def test_cell_without_prediction_counts_as_wrong():
-    scores = classification_scores(np.array([0, 0, 1, 1]), np.array([0, -1, 1, 1]))
-    assert scores["accuracy"] == 0.75
-    assert scores["macro_recall"] == pytest.approx((0.5 + 1) / 2)
+def test_averages_are_over_true_classes_and_no_prediction_is_wrong(guesses):
+    truth, probability = guesses
+    wide = np.hstack([probability, np.zeros((200, 2))])
+    first, second = (class_scores(truth, probability.argmax(1), each) for each in (wide, probability))
+    assert first == pytest.approx(second)
+    given = np.where(np.arange(200) < 50, -1, truth)
+    assert class_scores(truth, given)["accuracy"] == 0.75
+    missing = np.where(np.arange(200)[:, None] < 50, np.nan, probability)
+    assert class_scores(truth, given, missing)["log_loss"] == pytest.approx(log_loss(truth[50:], probability[50:]))
+    assert np.isnan(class_scores(truth, given, np.full((200, 4), np.nan))["roc_auc"])
 
 
 def test_calibration_error_against_a_loop(guesses):
-    truth, _, probability = guesses
-    confidence, right = probability.max(axis=1), probability.argmax(axis=1) == truth
-    error = 0.0
+    truth, probability = guesses
+    confidence, right = probability.max(1), probability.argmax(1) == truth
+    total = 0.0
     for k in range(15):
-        here = (confidence >= k / 15) & ((confidence < (k + 1) / 15) | (k == 14))
-        if here.any():
-            error += here.mean() * abs(right[here].mean() - confidence[here].mean())
-    assert calibration_error(confidence, right) == pytest.approx(error)
-    assert calibration_error(np.ones(5), np.ones(5)) == 0
-    assert calibration_error(np.ones(5), np.zeros(5)) == 1
+        inside = (confidence >= k / 15) & ((confidence < (k + 1) / 15) | (k == 14))
+        if inside.any():
+            total += inside.sum() * abs(confidence[inside].mean() - right[inside].mean())
+    assert calibration_error(confidence, right) == pytest.approx(total / 200)
 
 
-def test_classes_that_cannot_be_told():
-    probability = np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0], [0.5, 0.5, 0.0]])
-    scores = probability_scores(np.array([0, 1, 2]), probability)  # class 2 was never learned
-    assert np.isfinite(scores["log_loss"])
-    assert np.isnan(roc_auc(np.array([1, 1]), probability[:2]))
-    assert np.isnan(probability_scores(np.array([0]), np.full((1, 3), np.nan))["brier"])
+def test_area_in_a_cross_validation_is_over_pairs_within_folds():
+    rng = np.random.default_rng(0)
+    truth, fold = rng.integers(0, 2, 400), np.arange(400) % 4
+    score = rng.random(400) + 3 * fold * (rng.random() - 0.5)
+    probability = np.column_stack([1 - score, score])
+    areas = [roc_auc_score(truth[fold == k], score[fold == k]) for k in range(4)]
+    pairs = [(truth[fold == k] == 1).sum() * (truth[fold == k] == 0).sum() for k in range(4)]
+    assert roc_auc(truth, probability, fold) == pytest.approx(np.average(areas, weights=pairs))
+    assert np.isnan(roc_auc(np.zeros(5, int), np.ones((5, 1))))
 
 
 def test_numbers_against_scikit_learn():
-    rng = np.random.default_rng(1)
-    truth = rng.normal(size=50)
-    predicted = truth + rng.normal(size=50)
-    scores = regression_scores(truth, np.append(predicted[:-1], np.nan))
-    truth, predicted = truth[:-1], predicted[:-1]
-    assert scores["n_cells"] == 49
-    assert scores["mae"] == pytest.approx(metrics.mean_absolute_error(truth, predicted))
-    assert scores["r2"] == pytest.approx(metrics.r2_score(truth, predicted))
-    assert scores["pearson"] == pytest.approx(np.corrcoef(truth, predicted)[0, 1])
-    constant = regression_scores(truth, np.full(49, truth.mean()))
-    assert constant["r2"] == pytest.approx(0, abs=1e-12)
-    assert np.isnan(constant["pearson"])
-
-
-def test_masked_genes_against_a_loop():
-    rng = np.random.default_rng(2)
-    truth, predicted = rng.integers(0, 13, 400), rng.integers(0, 13, 400)
-    predicted[::2] = truth[::2]
-    scores = masked_gene_scores(truth, predicted)
-    pairs = list(zip(truth.tolist(), predicted.tolist(), strict=True))
-
-    def share(condition, among):
-        chosen = [pair for pair in pairs if among(pair)]
-        return sum(condition(pair) for pair in chosen) / len(chosen)
-
-    assert scores["exact"] == share(lambda p: p[0] == p[1], lambda p: True)
-    assert scores["within_one"] == share(lambda p: abs(p[0] - p[1]) <= 1, lambda p: True)
-    assert scores["zero_exact"] == share(lambda p: p[1] == 0, lambda p: p[0] == 0)
-    assert scores["one_as_zero"] == share(lambda p: p[1] == 0, lambda p: p[0] == 1)
-    assert scores["nonzero_within_two"] == share(lambda p: abs(p[0] - p[1]) <= 2, lambda p: p[0] > 0)
-    assert scores["high_within_one"] == share(lambda p: abs(p[0] - p[1]) <= 1, lambda p: p[0] > 8)
-    assert np.isnan(masked_gene_scores(np.ones(3), np.ones(3))["high_exact"])
-
-
-def test_ranked_genes():
-    scores = ranked_gene_scores(np.array([3, 4, 5, 6]), np.array([3, 4, 5, 0]), np.log([0.5, 0.5, 0.5, 0.5]))
-    assert scores == {"n_genes": 4.0, "exact": 0.75, "log_loss": pytest.approx(np.log(2))}
-
-
-def test_area_in_a_cross_validation_goes_over_pairs_within_folds():
     rng = np.random.default_rng(0)
-    truth, fold = rng.integers(0, 3, 90), rng.integers(0, 4, 90)
-    probability = rng.dirichlet(np.ones(3), 90)
-    areas = []
-    for k in range(3):
-        wins = [
-            float(probability[i, k] > probability[j, k])
-            for i in range(90)
-            for j in range(90)
-            if truth[i] == k != truth[j] and fold[i] == fold[j]
-        ]
-        areas.append(np.mean(wins))
-    assert roc_auc(truth, probability, fold) == pytest.approx(np.mean(areas))
-    assert roc_auc(truth, probability, np.zeros(90)) == pytest.approx(roc_auc(truth, probability))
-    # shares of the other folds: they know nothing, but pooled they are lower where the class is held out
-    shares = np.array([[np.mean(truth[fold != f] == k) for k in range(3)] for f in fold])
-    assert roc_auc(truth, shares) < 0.5 and roc_auc(truth, shares, fold) == 0.5
-    assert np.isnan(roc_auc(truth, probability, truth))
+    truth = rng.normal(size=50)
+    given = truth + rng.normal(size=50)
+    given[3] = np.nan
+    kept = np.delete(np.arange(50), 3)
+    scores = number_scores(truth, given)
+    assert scores["mae"] == pytest.approx(metrics.mean_absolute_error(truth[kept], given[kept]))
+    assert scores["r2"] == pytest.approx(r2_score(truth[kept], given[kept]))
+    assert scores["pearson"] == pytest.approx(pearsonr(truth[kept], given[kept]).statistic)
+    fold = np.arange(50) % 5
+    assert np.isnan(number_scores(truth, fold.astype(float), fold)["pearson"])  # means of folds
 
 
-def test_the_means_of_folds_correlate_with_nothing():
-    truth, fold = np.arange(30.0), np.arange(30) // 6
-    means = np.array([truth[fold != f].mean() for f in fold])
-    assert np.isnan(regression_scores(truth, means, fold)["pearson"])
-    assert regression_scores(truth, truth + means, fold)["pearson"] == pytest.approx(
-        np.corrcoef(truth, truth + means)[0, 1]
-    )
+def test_a_temperature_undoes_what_sharpened_the_outputs(guesses):
+    truth, _ = guesses
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(3000, 4))
+    truth = np.array([rng.choice(4, p=np.exp(row) / np.exp(row).sum()) for row in logits])
+    assert fitted_temperature(3 * logits, truth) == pytest.approx(3, rel=0.1)
+    assert fitted_temperature(3 * logits[:9], truth[:9]) == 1
+
+
+# ---- probes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_classes_are_those_of_a_logistic_regression(data, n_classes):
+    x, codes = data[0].toarray().astype(np.float64), np.minimum(data[1], n_classes - 1)
+    weights = balanced_weights(codes, n_classes)
+    theirs = LogisticRegression(C=0.1, class_weight="balanced", tol=1e-8, max_iter=2000).fit(x, codes)
+    ours = fit_classes(x, codes, n_classes, class_weights=weights, strength=0.1)
+    outputs = ours.outputs(x)
+    p = np.exp(outputs - np.logaddexp.reduce(outputs, axis=1, keepdims=True))
+    np.testing.assert_allclose(p, theirs.predict_proba(x), atol=2e-3)
+
+
+def test_the_strength_is_chosen_by_cells_that_were_not_fitted(data):
+    rng = np.random.default_rng(0)
+    x, codes = data[0].toarray(), data[1]
+    noise = rng.normal(size=(150, 300)).astype(np.float32)
+    assert fit_classes(noise, codes, 3).strength <= 1e-3  # nothing to learn
+    found = fit_classes(x, codes, 3)
+    assert found.strength >= 0.01 and found.loss < fit_classes(noise, codes, 3).loss - 0.2
+    donors = np.array([f"d{k}" for k in np.arange(150) // 15])
+    per_donor = np.repeat(rng.normal(size=(10, 40)), 15, axis=0).astype(np.float32)  # tells donors, not classes, apart
+    by_donor = rng.permutation(10) % 2
+    assert fit_classes(per_donor, by_donor[np.arange(150) // 15], 2, donors=donors).loss > 0.5
+
+
+def test_a_class_that_few_cells_have_breaks_nothing(data):
+    x, codes = data[0].toarray(), data[1].copy()
+    codes[:149] = 0
+    codes[149] = 2
+    found = fit_classes(x, codes, 4)
+    outputs = found.outputs(x)
+    assert outputs.shape == (150, 4) and np.isfinite(outputs).all()
+    assert (outputs[:, [1, 3]].max(1) < outputs[:, 0]).all()
+
+
+def test_numbers_are_those_of_a_ridge_regression(data):
+    x = data[0].toarray().astype(np.float64)
+    y = x[:, 0] - x[:, 5] + np.random.default_rng(0).normal(0, 0.1, 150)
+    found = fit_numbers(x, y)
+    np.testing.assert_allclose(found.outputs(x)[:, 0], Ridge(found.strength).fit(x, y).predict(x), atol=1e-6)
+    assert found.loss < 0.2 * y.var()
+    assert fit_numbers(x, y - x[:, 0] + x[:, 5] + np.random.default_rng(1).normal(size=150)).strength >= 1e3
+
+
+def test_the_scaler_brings_features_to_one_spread(data):
+    rng = np.random.default_rng(0)
+    z = rng.normal(3, [0.1, 5, 0], (150, 3)).astype(np.float32)
+    features = Scaler.fit(z, data[0]).features(z, data[0], 2.0)
+    np.testing.assert_allclose(features[:, :2].std(0), 2, rtol=1e-3)
+    np.testing.assert_allclose(features[:, 3:].std(0), 1, rtol=0.05)
+    assert (features[:, 2] == 0).all() and features.shape == (150, 33)
+    assert Scaler.fit(z, data[0]).features(z, None, 1.0).shape == (150, 3)
+
+
+def test_baselines(data):
+    x, codes = data
+    column, rows = Column("y", "class", codes.astype(float), ("a", "b", "c", "d")), np.arange(100)
+    majority = baseline_predictions("majority class", x[:100], column, rows, x[100:])
+    np.testing.assert_allclose(majority[0], np.bincount(codes[:100], minlength=4) / 100)
+    for method in ("logistic regression", "PCA + kNN"):
+        found = baseline_predictions(method, x[:100], column, rows, x[100:])
+        assert found.shape == (50, 4) and (found[:, 3] < 0.01).all()
+        np.testing.assert_allclose(found.sum(1), 1)
+        assert metrics.accuracy_score(codes[100:], found.argmax(1)) > 0.75
+    dense = x.toarray().astype(np.float64)
+    centred = dense[:100] - dense[:100].mean(0)  # all components: distances are those of the genes
+    theirs = KNeighborsClassifier(15).fit(centred, codes[:100]).predict(dense[100:] - dense[:100].mean(0))
+    assert (found.argmax(1) == theirs).mean() > 0.95
+    numbers = Column("n", "number", dense[:, 0] * 10 + 5)
+    assert (baseline_predictions("mean", x[:100], numbers, rows, x[100:]) == numbers.values[:100].mean()).all()
+    for method in ("ridge on genes", "ridge on PCA"):
+        given = baseline_predictions(method, x[:100], numbers, rows, x[100:])
+        assert r2_score(numbers.values[100:], given) > 0.9

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from scbin.get._evaluate import evaluate_df
-from scbin.get._gap import gap_df
-from scbin.get._history import history_df
-from scbin.get._perturb import perturb_df
-from scbin.get._tokens import tokens_df
+from scbin.get.perturbation import perturb_df
+from scbin.get.predictions import evaluate_df, gap_df
+from scbin.get.tables import history_df, tokens_df
 
 __all__ = ["evaluate_df", "gap_df", "history_df", "perturb_df", "tokens_df"]

@@ -12,7 +12,7 @@ from scbin.tl._perturb_statistics import perturb_statistics
 from scbin.tl._predict import predict
 from scbin.tl._pretrain import pretrain
 from scbin.tl._search import search
-from scbin.tl._splits import split
+from scbin.tl._split import split
 
 __all__ = [
     "embed",

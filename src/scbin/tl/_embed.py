@@ -5,43 +5,42 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Literal
 
+import anndata as ad
 import numpy as np
+import pandas as pd
+import torch
 
-from scbin import _keys
-from scbin._anndata import (
-    check_adata,
-    check_writable,
-    copied,
-    read_tokens,
-    write_obsm,
-    write_uns,
-    write_var,
-    write_varm,
-)
-from scbin._arguments import flags, whole_numbers
+from scbin import _docs, _keys
+from scbin._adata import check_writable, copied, read_tokens, write, write_uns
+from scbin._arguments import checked, choices
 from scbin._errors import ScbinInputError
-from scbin.nn.embedding import embed_tokens, hide_phenotypes, mean_gene_vectors
-from scbin.tl._model import resolve_model
-from scbin.tl._perturb_genes import gene_names
+from scbin.model import resolve_model
+from scbin.nn.backbone import layer_number
+from scbin.nn.network import CellNetwork
+from scbin.nn.run import embed as embed_tokens
+from scbin.nn.run import run
+from scbin.nn.vector import PooledVector
+from scbin.tl._edits import gene_names
+from scbin.tl._labels import MaskedPhenotypes, has_column, obs_column
 
 if TYPE_CHECKING:
     import os
 
-    from anndata import AnnData
-
     from scbin.model import Model
     from scbin.nn.device import Precision
-    from scbin.nn.embedding import Pooling
+    from scbin.nn.vector import Pooling
+    from scbin.tokens.tokens import Tokens
 
 
+@_docs.shared
+@checked
 def embed(
-    adata: AnnData,
+    adata: ad.AnnData | Tokens,
     model: Model | str | os.PathLike[str] | None = None,
     *,
     pooling: Pooling | None = None,
     layer: int | None = None,
     phenotypes: Literal["hide", "show"] = "hide",
-    projection: bool = True,
     genes: bool = False,
     tokens_key: str | None = None,
     device: str = "auto",
@@ -50,65 +49,54 @@ def embed(
     progress: bool = True,
     key_added: str | None = None,
     copy: bool = False,
-) -> AnnData | None:
+) -> ad.AnnData | None:
     """Give every cell its vector, for neighbours, UMAP, clustering or a classifier.
 
     The vector of a cell depends on its tokens and the model alone: not on the other cells, their order, the token budget or,
-    to 1e-5 in float32, the device.
+    to 1e-5 in float32, the device. Where the model was trained with a `batch_key`, it depends on the cell's batch too, if `obs` has
+    that column.
 
     Parameters
     ----------
     adata
-        Tokenized cells. For data the model was not trained on: `scbin.pp.tokenize(adata, like=model)`.
-    model
-        A :class:`scbin.Model`, or the directory of one. Default: the one trained on these cells.
+        Tokenized cells; new ones by `scbin.pp.tokenize(adata, like=model)`. Tokens that are not in an AnnData
+        (:class:`scbin.tokens.tokens.Tokens`) give a new one.
+    {model}
     pooling
-        How the vectors of a cell's tokens become one: `"weighted"` by expression, `"mean"` over the genes, or `"cls"`.
-        Default: as the model was trained.
+        Instead of the model's own vector, a mean of the hidden states of the cell's tokens: `"weighted"` by expression, `"mean"` over
+        the genes, or `"cls"`.
     layer
-        Which hidden states: -1 the last layer, -2 the one before (Geneformer's habit), 0 the embeddings. Default: as the
-        model says.
-    phenotypes
-        `"hide"` shows the model `[MASK]` instead of every phenotype token, so that labels cannot leak into the embedding.
-        `"show"` shows them: then cells of one label lie together because you said so.
-    tokens_key
-        The slot of `obsm` with the tokens. Default: `"X_tokens"`.
-    projection
-        Take the model's last step, from the vector of the network to the cell's place among others; `False` leaves the vector as
-        it is, which is also what another `pooling` or `layer` than the model's gives.
+        Instead of the model's own vector, the pooled hidden states of a layer: -1 the last one, -2 the one before (Geneformer's
+        habit), 0 the embeddings.
+    {phenotypes_shown}
     genes
-        Give every gene its vector too: the mean of its token's vectors over the cells that express it.
-    device
-        `"auto"` takes cuda, then mps, then cpu.
-    precision
-        `"bfloat16"` is faster on recent GPUs and good to about 1e-3.
-    token_budget
-        Most tokens to go through the network at once. Changes memory and speed, not numbers.
-    progress
-        Show a progress bar.
-    key_added
-        Name of the slot. Default: `"X_scbin"`.
-    copy
-        Return a copy instead of writing into `adata`.
+        Give every gene its vector too: the mean of its token's hidden states over the cells that express it.
+    {tokens_key}
+    {device}
+    {precision}
+    {token_budget}
+    {progress}
+    {key_added}
+    {copy}
 
     Returns
     -------
-    Returns `None` if `copy=False`, else returns an `AnnData` object. Sets the following fields:
+    {returns_copy}
 
-    `adata.obsm['X_scbin' | key_added]`
-        One float32 vector per cell (cells, hidden size); NaN for cells without tokens (see `obs['scbin_status']`).
-    `adata.varm['scbin_genes']`
+    `adata.obsm["X_scbin"]`
+        One float32 vector per cell; NaN for cells without tokens (see `obs["scbin_status"]`).
+    `adata.varm["scbin_genes"]`
         With `genes=True`: one float32 vector per gene (genes, hidden size); NaN for genes that the model does not read or no cell
-        expresses. With `key_added` it is called `f'{key_added}_genes'`.
-    `adata.var['scbin_n_cells']`
+        expresses. With `key_added` it is called `f"{key_added}_genes"`.
+    `adata.var["scbin_n_cells"]`
         With it: how many cells that mean is over.
-    `adata.uns['scbin']['embed']`
+    `adata.uns["scbin"]["embed"]`
         How it was made, as JSON.
 
     Raises
     ------
     ScbinInputError
-        If the cells are not tokenized, or with another vocabulary than the model's.
+        If the cells are not tokenized, or with another vocabulary than the model's. Nothing is written then.
 
     Examples
     --------
@@ -120,63 +108,106 @@ def embed(
     >>> scbin.pp.tokenize(test, like=model)
     >>> scbin.tl.embed(test, model)
     >>> test.obsm["X_scbin"].shape
-    (100, 64)
+    (100, 30)
     """
-    check_adata(adata)
-    whole_numbers(token_budget=token_budget)
-    whole_numbers(optional=True, layer=layer)
-    flags(progress=progress, copy=copy, projection=projection, genes=genes)
-    if phenotypes not in ("hide", "show"):
-        raise ScbinInputError("T17", f"phenotypes is {phenotypes!r}; choose 'hide' or 'show'.")
+    choices({"pooling": (None, "weighted", "mean", "cls")}, pooling=pooling)
     if token_budget < 1:
-        raise ScbinInputError("T30", f"token_budget is {token_budget}; it needs to be at least 1.")
-    adata = copied(adata) if copy else adata
-    chosen = resolve_model(model, adata)
-    tokens, vocabulary = read_tokens(adata, chosen.vocabulary, key=tokens_key)
-    key = embedding_key(adata, key_added)
+        raise ScbinInputError("A02", f"token_budget is {token_budget}; it needs to be at least 1.")
+    in_adata = adata if isinstance(adata, ad.AnnData) else None
+    chosen = resolve_model(model, in_adata)
+    tokens = read_tokens(adata, chosen.vocabulary, tokens_key)
+    key = embedding_key(in_adata, key_added)
     gene_key = _keys.GENES if key_added is None else f"{key_added}_genes"
-    if genes:
-        check_writable(adata, "varm", gene_key)
-        check_writable(adata, "var", _keys.N_CELLS)
-    readout = chosen.readout
-    pooling = pooling or readout.pooling
-    n_states = chosen.bert.config.num_hidden_layers + 1  # -1 and the number of the last layer are one
-    layer = readout.layer if layer is None else int(layer)
-    same_state = layer % n_states == readout.layer % n_states and pooling == readout.pooling
-    projects = projection and chosen.projection is not None and same_state
-    tokens = hide_phenotypes(tokens, vocabulary) if phenotypes == "hide" else tokens
+    if in_adata is not None and genes:
+        check_writable(in_adata, "varm", gene_key)
+        check_writable(in_adata, "var", _keys.N_CELLS)
+    shown: Any = MaskedPhenotypes(tokens) if phenotypes == "hide" else tokens
     how: dict[str, Any] = {"device": device, "precision": precision, "token_budget": token_budget, "progress": progress}
-    embedding = embed_tokens(chosen.bert, tokens, chosen.weights(pooling), layer=layer, **how)
-    of_genes = mean_gene_vectors(chosen.bert, tokens, vocabulary, layer=layer, **how) if genes else None
+
+    network = _with_vector(chosen, pooling, layer)
+    vectors = corrected(network, embed_tokens(network, shown, **how), adata, chosen.training.get("batch_key"))
+    of_genes = mean_gene_vectors(network, shown, **how) if genes else None
+
+    if in_adata is None:
+        target = ad.AnnData(obs=pd.DataFrame(index=pd.Index(tokens.names).astype(str)))
+        if of_genes is not None:
+            target = ad.AnnData(obs=target.obs, var=pd.DataFrame(index=list(chosen.vocabulary.genes)))
+    else:
+        target = copied(in_adata) if copy else in_adata
     if of_genes is not None:
-        _write_genes(adata, gene_key, *of_genes, gene_names(adata, vocabulary).columns)
-    write_obsm(adata, key, chosen.place(embedding) if projects else embedding)
+        columns = gene_names(target, chosen.vocabulary).columns
+        in_var = np.full((target.n_vars, of_genes[0].shape[1]), np.nan, dtype=np.float32)
+        counts = np.zeros(target.n_vars, dtype=np.int64)
+        in_var[columns[columns >= 0]], counts[columns[columns >= 0]] = (part[columns >= 0] for part in of_genes)
+        write(target, "varm", gene_key, in_var)
+        write(target, "var", _keys.N_CELLS, counts)
+    write(target, "obsm", key, vectors)
+    own = network is chosen.network
     params = {
         "model": chosen.fingerprint,
-        "pooling": pooling,
-        "layer": layer,
-        "phenotypes": phenotypes,
-        "projection": projects,
+        "pooling": getattr(network.vector, "pooling", None),
+        "layer": network.vector.layer,
     }
-    write_uns(adata, _keys.EMBED, json.dumps({**params, "precision": precision}))
-    return adata if copy else None
+    params |= {"phenotypes": phenotypes, "own_vector": own, "precision": precision}
+    write_uns(target, _keys.EMBED, json.dumps(params))
+    return target if copy or in_adata is None else None
 
 
-def _write_genes(adata: AnnData, key: str, vectors: np.ndarray, n_cells: np.ndarray, columns: np.ndarray) -> None:
-    """Write the vectors of the model's genes and their numbers of cells into the rows of var that they stand in."""
-    there = columns >= 0
-    in_var = np.full((adata.n_vars, vectors.shape[1]), np.nan, dtype=np.float32)
-    in_var[columns[there]] = vectors[there]
-    counts = np.zeros(adata.n_vars, dtype=np.int64)
-    counts[columns[there]] = n_cells[there]
-    write_varm(adata, key, in_var)
-    write_var(adata, _keys.N_CELLS, counts)
+def _with_vector(model: Model, pooling: Pooling | None, layer: int | None) -> CellNetwork:
+    """Return the model's network, or one with another pooling of the same backbone."""
+    backbone, own = model.network.backbone, model.network.vector
+    own_layer, own_pooling = int(own.layer), getattr(own, "pooling", None)
+    number = layer_number(own_layer if layer is None else layer, backbone.n_layers)
+    # a learned vector has no pooling: a layer that is named then means pooled hidden states
+    if pooling in (None, own_pooling) and (
+        layer is None or (own_pooling and number == layer_number(own_layer, backbone.n_layers))
+    ):
+        return model.network
+    vector = PooledVector(model.vocabulary, backbone.hidden_size, pooling or own_pooling or "weighted", layer=number)
+    return CellNetwork(backbone, vector.to(next(model.network.parameters()).device))
 
 
-def embedding_key(adata: AnnData, key_added: str | None) -> str:
+def corrected(
+    network: CellNetwork, vectors: np.ndarray, data: ad.AnnData | Tokens, batch_key: str | None
+) -> np.ndarray:
+    """Return vectors of cells as every verb writes them: moved by the network's batch correction, where it has one.
+
+    Heads, and the probe that they start from, read the vectors before this step: it does not change what they say of a cell.
+    """
+    correction: Any = network.batches
+    if correction is None:
+        return vectors
+    own = np.full(len(vectors), -1)
+    if batch_key is not None and has_column(data, batch_key):
+        codes = {name: code for code, name in enumerate(correction.batches)}
+        own = np.array([codes.get(name, -1) for name in obs_column(data, batch_key).astype(str)])
+    moved, filled = vectors.copy(), np.flatnonzero(np.isfinite(vectors).all(axis=1))
+    with torch.inference_mode():
+        moved[filled] = correction(torch.from_numpy(vectors[filled]), torch.from_numpy(own[filled])).numpy()
+    return moved
+
+
+def mean_gene_vectors(network: CellNetwork, tokens: Tokens, **how: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean hidden state of each gene's token over the cells that express it (genes, hidden), and their number (genes,)."""
+    vocabulary = tokens.vocabulary
+    sums = torch.zeros(len(vocabulary.genes), network.backbone.hidden_size, dtype=torch.float64)
+    counts = np.zeros(len(vocabulary.genes), dtype=np.int64)
+    layer: Any = network.vector.layer
+    for pack, hidden in run(network, tokens, layer=layer, label="embedding genes", **how):
+        ids, positions = pack.input_ids.cpu().numpy(), pack.position_ids.cpu().numpy()
+        at = np.flatnonzero(vocabulary.is_gene_token(ids))
+        of = vocabulary.genes_at(ids[at], positions[at])
+        sums.index_add_(0, torch.from_numpy(of), hidden[torch.from_numpy(at).to(hidden.device)].cpu().double())
+        counts += np.bincount(of, minlength=len(counts))
+    means = np.where(counts[:, None] > 0, sums.numpy() / np.maximum(counts, 1)[:, None], np.nan)
+    return means.astype(np.float32), counts
+
+
+def embedding_key(adata: ad.AnnData | None, key_added: str | None) -> str:
     """Return the slot for an embedding, if it may be written."""
     key = _keys.EMBEDDING if key_added is None else key_added
-    check_writable(adata, "obsm", key)
-    if key == _keys.TOKENS or _keys.of_tokens(_keys.VOCABULARY, key) in adata.uns.get(_keys.UNS, {}):
+    check_writable(ad.AnnData() if adata is None else adata, "obsm", key)
+    entries = {} if adata is None else adata.uns.get(_keys.UNS, {})
+    if key == _keys.TOKENS or _keys.of_tokens(_keys.VOCABULARY, key) in entries:
         raise ScbinInputError("A04", f"key_added={key!r} is where tokens stand. Choose another name for the embedding.")
     return key

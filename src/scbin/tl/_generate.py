@@ -4,114 +4,109 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
+import torch
 from scipy import sparse
+from tqdm.auto import tqdm
 
 import scbin
-from scbin import _keys
-from scbin._anndata import check_adata, warn
-from scbin._arguments import flags, numbers, plain, texts, whole_numbers
+from scbin import _docs, _keys
+from scbin._adata import check_adata, iter_blocks, read_obs, warn, write_uns
+from scbin._arguments import checked, plain
 from scbin._errors import ScbinInputError, ScbinTypeError
-from scbin.encoding.phenotypes import labels_of
-from scbin.model import Model
-from scbin.nn.decoder import partial_tokens
-from scbin.nn.embedding import embed_tokens
-from scbin.nn.sampling import Sampler, choose_values, expression_values
-from scbin.pp._phenotypes import cell_labels
+from scbin.model import resolve_model
+from scbin.nn.density import Density, expected_shares
+from scbin.tl._edits import gene_names
 from scbin.tl._embed import embed
-from scbin.tl._perturb_genes import gene_names
+from scbin.tokens.encoding import Encoder
+from scbin.tokens.phenotypes import age_labels, labels_of, text_of
+from scbin.tokens.values import Reading
 
 if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
     from anndata import AnnData
 
-    from scbin.encoding.vocabulary import Phenotype, Vocabulary
-    from scbin.nn.decoder import Decoder, Vectors
+    from scbin.model import Model
+    from scbin.nn.counts import CountHead
+    from scbin.tokens.vocabulary import Vocabulary
+
+CELLS_AT_ONCE = 512
 
 
+@_docs.shared
+@checked
 def generate(
     model: Model | str | os.PathLike[str],
-    phenotypes: Mapping[str, str] | None = None,
+    phenotypes: Mapping[str, Any] | None = None,
     n_cells: int | None = None,
     *,
+    depth: float | None = None,
     like: AnnData | None = None,
     balance: str | None = None,
-    n_genes: int | None = None,
-    steps: int = 16,
-    temperature: float = 1.0,
     seed: int = 0,
     device: str = "auto",
     token_budget: int = 32_768,
     progress: bool = True,
 ) -> AnnData:
-    """Make cells of a kind, such as `{"cell_type": "B cell", "sex": "female"}`.
+    """Generate cells of a kind, such as `{"cell_type": "B cell", "sex": "female"}`.
 
-    For tests of methods, teaching, and to even out rare types in the training of a classifier. Made cells show what the model
-    took from its data; they are no evidence about biology. The result says in every cell, in the names of the cells and in
-    `uns` that it was made.
+    For tests of methods, teaching, and to balance rare types in the training of a classifier. Generated cells show what the
+    model learned from its data; they are no evidence about biology. Every cell is marked as generated, in `obs`, in its name
+    and in `uns`.
 
-    Genes are drawn a part at a time. At first how often cells of the kind express a gene decides; then the network reads what
-    has been drawn, and what it sees moves the odds of the other genes.
+    For each cell a vector is drawn from where the training cells of this kind lie, and then the counts of all genes from the
+    count head, given the vector and a depth. So genes vary together within a type as they do in real cells.
 
     Parameters
     ----------
     model
-        A :class:`scbin.Model`, or the directory of one, pretrained on cells tokenized with `phenotypes=`.
+        A :class:`scbin.Model`, or the path of its directory, pretrained on cells that were tokenized with `phenotypes=`.
     phenotypes
-        What the cells are to be: a value by phenotype. What is left out is drawn as it came together in the training cells.
+        What the cells are to be: a value by phenotype. What is left out is drawn as it occurred in the training cells.
     n_cells
-        How many. With `balance`: how many cells of each value there are to be in all. Default there: as many as the most
+        How many. With `balance`: how many cells of each value there are to be in all; default there: as many as the most
         frequent value has.
-    like, balance
-        Fill up rare classes: cells are made for the values of `like.obs[balance]`, as many as each lacks. The result holds the
-        made cells alone, with the gene names of `like`.
-    n_genes
-        How many genes each cell expresses, about. Default: drawn as the training cells of the kind had them.
-    steps
-        Parts in which the genes are drawn. More cost time; from 8 to 32 little changes.
-    temperature
-        Below 1 the likelier is drawn more often than it is likely: cells vary less.
+    depth
+        Counts per cell over the genes of the model. Default: drawn with the vector, as the training cells had them.
+    like
+        With `balance`, the data whose rare values are to be filled up. Genes are then named as there.
+    balance
+        Column of `like.obs`, a phenotype of the model: cells are generated for each value, as many as it lacks.
     seed
-        The same seed gives the same cells. A cell depends on the seed and its number, not on how many are made.
-    device
-        `"auto"` takes cuda, then mps, then cpu.
-    token_budget
-        Most tokens to go through the network at once.
-    progress
-        Show a progress bar.
+        The same seed gives the same cells. A cell depends on the seed and its number, not on how many are generated.
+    {device}
+    {token_budget}
+    {progress}
 
     Returns
     -------
     A new `AnnData` (cells, genes of the model) with the following fields:
 
     `X`
-        Expression, CSR float32: log1p of counts per 10,000 where the bins are of that (the default), drawn evenly within each
-        bin; counts for bins of counts; 1 for `"binary"`; for quantiles per cell the share of the cell's genes below.
-    `obs[...]`
+        Counts, CSR float32. Where the model reads log1p values, such values; for `"binary"` 1 for expressed genes.
+    `obs[<phenotype>]`
         Each phenotype of the model, categorical.
-    `obs['scbin_generated']`
-        True. Where made cells are joined with real ones, give those the column too: `anndata.concat` keeps common columns alone.
-    `obsm['X_scbin']`
-        The vector that the model gives each cell, for :func:`scbin.pl.generated`.
-    `obsm['X_tokens']`, `uns['scbin']`
+    `obs["scbin_generated"]`
+        True. Where generated cells are joined with real ones, give those the column too: `anndata.concat` keeps common
+        columns only.
+    `obsm["X_tokens"]`, `uns["scbin"]`
         The tokens and their vocabulary, so that other verbs read the cells as any others.
-    `uns['scbin_generated']`
+    `obsm["X_scbin"]`
+        The embedding of the generated cells, for :func:`scbin.pl.generated`.
+    `uns["scbin_generated"]`
         Model, arguments and version, as JSON.
 
     Raises
     ------
     ScbinInputError
-        If the model cannot make cells, a phenotype or value is unknown, or an argument is out of range.
-
-    Notes
-    -----
-    Drawing parts of a whole given the parts before, in few steps, follows masked generative models of images.
+        If the model cannot generate cells, a phenotype or value is unknown, or an argument is out of range.
 
     Examples
     --------
@@ -123,192 +118,132 @@ def generate(
     >>> made.obs_names[0], made.shape, bool(made.obs["scbin_generated"].all())
     ('generated_0', (5, 765), True)
     """
-    _check_arguments(n_cells, n_genes, steps, temperature, seed, token_budget, progress)
-    model = _model_of(model)
-    vocabulary, decoder = model.vocabulary, _decoder_of(model)
-    wanted = _wanted(phenotypes, vocabulary)
+    least = {"n_cells": (n_cells, 1), "depth": (depth, 1), "seed": (seed, 0), "token_budget": (token_budget, 1)}
+    for name, (value, smallest) in least.items():
+        if value is not None and not smallest <= value < np.inf:
+            raise ScbinInputError("A02", f"{name} is {value}; it needs to be at least {smallest}.")
     if (like is None) != (balance is None):
-        raise ScbinInputError("S06", "like= and balance= go together: like=adata, balance='cell_type'.")
-    if like is not None and balance is not None:
-        rows = _lacking(check_adata(like), balance, wanted, n_cells, vocabulary)
-    else:
-        if n_cells is None:
-            raise ScbinInputError("S05", "say how many cells to make: n_cells=100.")
-        rows = np.repeat(wanted[None], n_cells, axis=0)
-    if n_genes is not None and n_genes > len(vocabulary.genes):
-        raise ScbinInputError("S05", f"n_genes is {n_genes}, but the model knows {len(vocabulary.genes):,} genes.")
-    cells = np.arange(len(rows))
-    vectors: Vectors = partial(
-        embed_tokens,
-        model.bert,
-        weights=model.weights(),
-        layer=model.readout.layer,
-        device=device,
-        token_budget=token_budget,
-    )
-    sampler = Sampler(vectors, decoder, vocabulary, steps, temperature)
-    values = choose_values(rows, decoder.frequencies, seed, cells)
-    sizes = sampler.sizes(values, seed, cells) if n_genes is None else np.full(len(cells), float(n_genes))
-    levels = sampler.sample(values, sizes, seed, cells, progress=progress)
-    made = _anndata(levels, values, vocabulary, seed, like)
-    record = {
-        "generated": True,
-        "scbin": scbin.__version__,
-        "model": model.fingerprint,
-        "phenotypes": dict(phenotypes or {}),
-    }
-    record |= {"balance": balance, "n_genes": n_genes, "steps": steps, "temperature": temperature, "seed": seed}
+        raise ScbinInputError("A03", "like= and balance= go together: like=adata, balance='cell_type'.")
+    if n_cells is None and balance is None:
+        raise ScbinInputError("A03", "say how many cells to generate: n_cells=100.")
+    model = resolve_model(model)
+    vocabulary, head = model.vocabulary, model.network.counts
+    density: Any = model.network.density
+    why = None
+    if vocabulary.unit == "order":
+        why = 'reads genes by rank, which does not say how much is expressed. Tokenize with encoding="bins"'
+    elif not vocabulary.phenotypes:
+        why = "knows no phenotypes, so it cannot be told what to generate. Tokenize with phenotypes=['cell_type']"
+    elif head is None or not isinstance(density, Density):
+        why = "has no count head or no density of its training cells: it was published by others or fine-tuned"
+    if why is not None or head is None:
+        raise ScbinInputError("M06", f"this model {why}, and use the model that scbin.tl.pretrain returns.")
+    if depth is not None and vocabulary.unit != "counts":
+        raise ScbinInputError(
+            "A03", f"this model reads {vocabulary.unit} values, which have no depth; leave depth out."
+        )
+    wanted = _wanted(phenotypes, n_cells, like, balance, vocabulary, density)
+    generators = [np.random.default_rng([seed, number]) for number in range(len(wanted))]
+    vectors, log_depth, values = density.draw(wanted, generators)
+    if depth is not None:
+        log_depth = np.full(len(wanted), np.log(depth))
+
+    taken: set[str] = set() if like is None else set(like.obs_names)
+    names = (f"generated_{number}" for number in range(len(wanted) + len(taken)))
+    obs = pd.DataFrame(index=[name for name in names if name not in taken][: len(wanted)])
+    ids = np.empty(values.shape, dtype=np.int64)
+    for k, phenotype in enumerate(vocabulary.phenotypes):
+        obs[phenotype.name] = pd.Categorical.from_codes(values[:, k], categories=list(phenotype.values))
+        ids[:, k] = np.where(values[:, k] < 0, phenotype.missing_id, phenotype.first_id + values[:, k])
+    obs[_keys.GENERATED] = True
+    made = ad.AnnData(_expression(head, density, vectors, log_depth, generators, vocabulary, progress), obs=obs)
+    made.var_names = list(vocabulary.genes if like is None else gene_names(like, vocabulary).names)
+    reading = Reading("counts" if vocabulary.unit == "counts" else "log1p")
+    encoder = Encoder(vocabulary, np.arange(made.n_vars), reading)
+    parts = [encoder.encode(block, ids[block.start :][: block.n_rows]).tokens for block in iter_blocks(made)]
+    made.obsm[_keys.TOKENS] = sparse.vstack(parts, format="csr")
+    filled = np.diff(made.obsm[_keys.TOKENS].indptr) > 0
+    made.obs[_keys.STATUS] = pd.Categorical(np.where(filled, "ok", "empty"))
+    made.obs[_keys.ROW_VOCABULARY] = pd.Categorical([vocabulary.sha256[:16]] * made.n_obs)
+    write_uns(made, _keys.VOCABULARY, vocabulary.to_json())
     embed(made, model, device=device, token_budget=token_budget, progress=False)
-    made.uns[_keys.GENERATED] = json.dumps(record | {"values": _unit(vocabulary)}, default=plain)
+    asked = {"phenotypes": dict(phenotypes or {}), "balance": balance, "depth": depth, "seed": seed}
+    record = {"generated": True, "scbin": scbin.__version__, "model": model.fingerprint, "unit": vocabulary.unit}
+    made.uns[_keys.GENERATED] = json.dumps(record | asked, default=plain)
     return made
 
 
-def _check_arguments(
-    n_cells: Any, n_genes: Any, steps: Any, temperature: Any, seed: Any, token_budget: Any, progress: Any
-) -> None:
-    whole_numbers(optional=True, n_cells=n_cells, n_genes=n_genes)
-    whole_numbers(steps=steps, seed=seed, token_budget=token_budget)
-    numbers(temperature=temperature)
-    flags(progress=progress)
-    least = {"n_cells": (n_cells, 1), "n_genes": (n_genes, 1), "steps": (steps, 1), "seed": (seed, 0)}
-    for name, (value, smallest) in {**least, "token_budget": (token_budget, 1)}.items():
-        if value is not None and value < smallest:
-            raise ScbinInputError("S05", f"{name} is {value}; it needs to be at least {smallest}.")
-    if not 0 < temperature <= 10:
-        raise ScbinInputError("S05", f"temperature is {temperature}; it needs a number above 0, at most 10.")
-
-
-def _model_of(model: Any) -> Model:
-    if isinstance(model, Model):
-        return model
-    if isinstance(model, str | os.PathLike):
-        return Model.load(model)
-    raise ScbinTypeError("M20", f"model is a {type(model).__name__}; pass a scbin.Model or the path of its directory.")
-
-
-def _decoder_of(model: Model) -> Decoder:
-    vocabulary = model.vocabulary
-    if not vocabulary.position_is_gene:
-        raise ScbinInputError(
-            "S02",
-            'this model reads genes by rank, and ranks do not say how much a gene is expressed. Tokenize with encoding="bins" '
-            "and pretrain to make cells.",
-        )
-    if not vocabulary.phenotypes:
-        raise ScbinInputError(
-            "S03",
-            "this model knows no phenotypes, so it cannot be told what to make. Tokenize with phenotypes=['cell_type'] and "
-            "pretrain.",
-        )
-    if model.decoder is None:
-        raise ScbinInputError(
-            "S04",
-            "this model has no decoder: it was fine-tuned, published by others, or trained by an earlier scbin. Use the one "
-            "that scbin.tl.pretrain returned.",
-        )
-    return model.decoder
-
-
-def _wanted(phenotypes: Any, vocabulary: Vocabulary) -> np.ndarray:
-    """Return the number of the wanted value of each phenotype (phenotypes,), -1 where it is open."""
+def _wanted(
+    phenotypes: Any, n_cells: int | None, like: AnnData | None, balance: str | None, vocabulary: Vocabulary,
+    density: Density,
+) -> np.ndarray:  # fmt: skip
+    """Return the number of the wanted value of each phenotype (cells, phenotypes), -1 where it is open."""
     if phenotypes is not None and not isinstance(phenotypes, Mapping):
-        raise ScbinTypeError(
-            "S07", f"phenotypes is a {type(phenotypes).__name__}; pass a value by phenotype: {{'cell_type': 'B cell'}}."
-        )
-    wanted = np.full(len(vocabulary.phenotypes), -1, dtype=np.int64)
-    names = [phenotype.name for phenotype in vocabulary.phenotypes]
+        what = "pass a value by phenotype: {'cell_type': 'B cell'}"
+        raise ScbinTypeError("A01", f"phenotypes is a {type(phenotypes).__name__}; {what}.")
+    known: dict[str, dict[str, int]] = {}  # the values that training cells had, with their numbers
+    for phenotype, column in zip(vocabulary.phenotypes, density.values.cpu().numpy().T, strict=True):
+        known[phenotype.name] = {value: k for k, value in enumerate(phenotype.values) if k in column}
+    names, row = list(known), np.full(len(known), -1)
+    for name in (*(phenotypes or {}), *(() if balance is None else (balance,))):
+        if name not in known:
+            raise ScbinInputError("A06", f"{name!r} is no phenotype of this model. It knows: {_closest(name, names)}.")
     for name, value in (phenotypes or {}).items():
-        if name not in names:
-            raise ScbinInputError(
-                "S07", f"{name!r} is not a phenotype of this model. It knows: {_listed(name, names)}."
-            )
-        wanted[names.index(name)] = _number(value, vocabulary.phenotype(name))
-    return wanted
+        number = known[name].get(text_of(value) or "")
+        if number is None:
+            close = _closest(value, list(known[name]))
+            raise ScbinInputError("A06", f"the model saw no cell with {name} {str(value)!r}. Close to it: {close}.")
+        row[names.index(name)] = number
+    if like is None or balance is None:
+        return np.repeat(row[None], n_cells or 0, axis=0)
+
+    if balance in (phenotypes or {}):
+        raise ScbinInputError("A03", f"{balance!r} is what is balanced; leave it out of phenotypes.")
+    labels, width = labels_of(read_obs(check_adata(like), balance), balance), vocabulary.phenotype(balance).age_groups
+    counts = pd.Series(labels if width is None else age_labels(labels, width)[0]).value_counts()
+    new = [value for value in counts.index if value not in known[balance]]
+    if len(new) == len(counts):
+        raise ScbinInputError("A06", f"the model saw none of the values of like.obs[{balance!r}].")
+    if new:
+        listed = ", ".join(map(repr, new[:5]))
+        warn("I36", f"no cells are generated for {balance} {listed}: the model never saw them.")
+    counts = counts.drop(new)
+    full = int(counts.max()) if n_cells is None else n_cells
+    rows = np.repeat(row[None], len(counts), axis=0)
+    rows[:, names.index(balance)] = [known[balance][value] for value in counts.index]
+    rows = np.repeat(rows, np.maximum(0, full - counts.to_numpy()), axis=0)
+    if not len(rows):
+        raise ScbinInputError("A02", f"every {balance} has at least {full} cells already; there is nothing to add.")
+    return rows
 
 
-def _number(value: object, phenotype: Phenotype) -> int:
-    label = labels_of(pd.Series([value], dtype=object), phenotype.name)[0]
-    if label in phenotype.values:
-        return phenotype.values.index(label)
-    near = _listed(str(value), list(phenotype.values))
-    raise ScbinInputError("S08", f"the model never saw {phenotype.name} {str(value)!r}. Close to it: {near}.")
-
-
-def _listed(name: object, names: list[str]) -> str:
-    """The closest of some names, or the first ones."""
+def _closest(name: object, names: Sequence[str]) -> str:
+    """List the names most like one, or the first ones."""
     by_lower = {known.lower(): known for known in names}
     near = difflib.get_close_matches(str(name).lower(), list(by_lower), n=5, cutoff=0.3)
     return ", ".join(repr(known) for known in ([by_lower[match] for match in near] or names[:5])) or "none"
 
 
-def _lacking(
-    like: AnnData, balance: str, wanted: np.ndarray, n_cells: int | None, vocabulary: Vocabulary
-) -> np.ndarray:
-    """Return the wanted values of the cells (cells, phenotypes) that the classes of a column lack."""
-    texts(balance=balance)
-    names = [phenotype.name for phenotype in vocabulary.phenotypes]
-    if balance not in names:
-        raise ScbinInputError(
-            "S07", f"{balance!r} is not a phenotype of this model. It knows: {_listed(balance, names)}."
-        )
-    column = names.index(balance)
-    if wanted[column] >= 0:
-        raise ScbinInputError("S06", f"{balance!r} is what is balanced; leave it out of phenotypes.")
-    phenotype = vocabulary.phenotypes[column]
-    counts = pd.Series(cell_labels(like, balance, phenotype.age_groups)).value_counts()
-    unread = [value for value in counts.index if value not in phenotype.values]
-    if unread:
-        warn("S09", f"no cells are made for {balance} {', '.join(map(repr, unread[:5]))}: the model never saw them.")
-    counts = counts.drop(unread)
-    if counts.empty:
-        raise ScbinInputError("S08", f"none of the values of like.obs[{balance!r}] is one that the model has seen.")
-    full = int(counts.max()) if n_cells is None else n_cells
-    rows = [
-        np.repeat(
-            [np.where(np.arange(len(wanted)) == column, number, wanted)], max(0, full - counts.get(value, full)), axis=0
-        )
-        for number, value in enumerate(phenotype.values)
-    ]
-    if not sum(len(part) for part in rows):
-        raise ScbinInputError("S06", f"every {balance} has at least {full} cells already; there is nothing to fill up.")
-    return np.concatenate(rows)
+def _expression(
+    head: CountHead, density: Density, vectors: np.ndarray, log_depth: np.ndarray,
+    generators: Sequence[np.random.Generator], vocabulary: Vocabulary, progress: bool,
+) -> sparse.csr_matrix:  # fmt: skip
+    """Draw the expression of each cell (cells, genes) given its vector and depth, each with its own generator.
 
-
-def _anndata(
-    levels: sparse.csr_matrix, values: np.ndarray, vocabulary: Vocabulary, seed: int, like: AnnData | None
-) -> AnnData:
-    cells = np.arange(levels.shape[0])
-    expression = sparse.csr_matrix(
-        (expression_values(levels, vocabulary, seed, cells), levels.indices, levels.indptr), levels.shape
-    )
-    taken = set() if like is None else set(like.obs_names)
-    first = 0
-    while any(f"generated_{first + k}" in taken for k in cells):
-        first += len(cells)
-    obs = pd.DataFrame(index=[f"generated_{first + k}" for k in cells])
-    for n, phenotype in enumerate(vocabulary.phenotypes):
-        obs[phenotype.name] = pd.Categorical.from_codes(values[:, n], categories=list(phenotype.values))
-    obs[_keys.GENERATED] = True
-    names = vocabulary.genes if like is None else gene_names(like, vocabulary).names
-    made = ad.AnnData(expression.astype(np.float32), obs=obs, var=pd.DataFrame(index=list(names)))
-    made.obsm[_keys.TOKENS] = _tokens(levels, values, vocabulary)
-    made.uns[_keys.UNS] = {_keys.VOCABULARY: vocabulary.to_json()}
-    return made
-
-
-def _tokens(levels: sparse.csr_matrix, values: np.ndarray, vocabulary: Vocabulary) -> sparse.csr_matrix:
-    dense = levels.toarray()
-    tokens = partial_tokens(dense, np.ones(dense.shape, dtype=bool), vocabulary)
-    for n, phenotype in enumerate(vocabulary.phenotypes):
-        own = np.where(values[:, n] >= 0, phenotype.first_id + values[:, n], phenotype.missing_id)
-        tokens.data[tokens.indices == phenotype.position] = own
-    return tokens
-
-
-def _unit(vocabulary: Vocabulary) -> str:
-    bins = vocabulary.bins
-    if bins is None or bins.n_bins == 1:
-        return "1 where expressed"
-    if bins.per == "cell":
-        return "share of the cell's expressed genes below"
-    return "counts" if bins.reads == "counts" else f"log1p of counts per {bins.target_sum:g}"
+    Counts are negative binomial. Of other units, a gene is on with the probability that keeps its mean at the value that it has
+    where it is on.
+    """
+    theta, typical = density.dispersion(head), density.typical.cpu().numpy()
+    blocks = []
+    for start in tqdm(range(0, len(vectors), CELLS_AT_ONCE), desc="generating", unit="block", disable=not progress):
+        part = slice(start, start + CELLS_AT_ONCE)
+        mean = expected_shares(head, torch.from_numpy(vectors[part])) * np.exp(log_depth[part, None])
+        if vocabulary.unit == "counts":
+            pairs = zip(mean, generators[part], strict=True)
+            drawn = np.stack([rng.poisson(mu * rng.gamma(theta) / theta) for mu, rng in pairs])
+        else:
+            value = np.minimum(np.maximum(mean, typical), vocabulary.token_values.max())
+            chance = np.stack([rng.random(mean.shape[1]) for rng in generators[part]])
+            drawn = np.where(chance * typical < mean, value, 0)
+        blocks.append(sparse.csr_matrix(drawn.astype(np.float32)))
+    return sparse.vstack(blocks, format="csr")

@@ -1,73 +1,73 @@
-"""`tl.perturb`: what happens to cells when genes are taken away, turned up or turned down."""
+"""What happens to cells when genes are taken away, turned up or turned down."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, get_args
+import json
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
-from scbin._anndata import check_adata, copied, read_obs, read_tokens
-from scbin._arguments import choices, flags, numbers, paths, texts, whole_numbers
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from scbin import _docs, _keys
+from scbin._adata import check_adata, check_writable, copied, read_obs, read_tokens, write
+from scbin._arguments import checked
 from scbin._errors import ScbinInputError
-from scbin.encoding.edits import Edit, GeneRows
-from scbin.nn.embedding import hide_phenotypes
-from scbin.nn.perturbation import RowEncoder
-from scbin.tl._model import resolve_model
-from scbin.tl._perturb_affected import run_affected
-from scbin.tl._perturb_genes import gene_names
-from scbin.tl._perturb_measure import Readout, expression_measure, measure_for, phenotype_measure
-from scbin.tl._perturb_plan import chosen_cells, make_plan, read_states, singles_of
-from scbin.tl._perturb_run import Job, run_job
-from scbin.tl._perturb_write import Alone, Slots, write_results
+from scbin.model import resolve_model
+from scbin.nn.run import Runner, at_rest
+from scbin.tl._edits import Plan, States, Statistics, config, gene_names, make_plan, perturbed_cells
+from scbin.tl._effects import (
+    CPU_PACK,
+    Job,
+    Level,
+    Method,
+    affected_genes,
+    in_column,
+    make_measure,
+    means_of,
+    permutation_p_values,
+    permuted_means,
+    run_effects,
+    unit,
+)
+from scbin.tl._embed import corrected
+from scbin.tl._perturb_statistics import (
+    false_discovery_rates,
+    gene_statistics,
+    pair_statistics,
+)
+from scbin.tokens.edits import Edit, GeneRows
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from anndata import AnnData
 
-    from scbin.encoding.edits import Mode
-    from scbin.encoding.vocabulary import Vocabulary
     from scbin.model import Model
-    from scbin.nn.device import Precision
-    from scbin.tl._perturb_plan import Plan
-
-MOST_EXPRESSION = 200_000_000  # predicted values held at once
-Method = Literal["auto", "exact", "screen"]
+    from scbin.tl._effects import Effects, Measure
+    from scbin.tokens.edits import Mode
 
 
+@_docs.shared
+@checked
 def perturb(
     adata: AnnData,
     model: Model | str | os.PathLike[str] | None = None,
     *,
     genes: str | Sequence[str] | Sequence[tuple[str, ...]] | None = None,
-    mode: Mode = "delete",
-    k: int = 1,
-    fraction: float = 0.5,
+    mode: Mode | Mapping[str, Any] = "delete",
     each: bool = True,
-    anchor: str | Sequence[str] | None = None,
     combine: int = 1,
-    readout: Readout = "embedding",
-    level: Literal["cell", "gene"] = "cell",
-    target: str | None = None,
-    method: Method = "auto",
-    verify: float = 0.1,
-    state_key: str | None = None,
-    start: str | None = None,
-    goal: str | None = None,
-    alternatives: str | Sequence[str] | None = None,
-    centre: Literal["auto", "states", "cells"] | None = "auto",
+    anchor: str | Sequence[str] | None = None,
+    level: Level = "cell",
+    states: Mapping[str, Any] | None = None,
     groupby: str | None = None,
-    groups: str | Sequence[str] | None = None,
-    donor_key: str | None = None,
-    null: str | Sequence[str] = "matched",
-    gene_key: str | None = None,
-    max_edits: int = 10_000_000,
-    save_dir: str | os.PathLike[str] | None = None,
+    method: str | Mapping[str, Any] = "auto",
+    statistics: Statistics | Mapping[str, Any] | None = None,
     tokens_key: str | None = None,
     device: str = "auto",
-    precision: Precision = "float32",
-    token_budget: int = 32_768,
-    seed: int = 0,
     progress: bool = True,
     key_added: str | None = None,
     copy: bool = False,
@@ -80,91 +80,61 @@ def perturb(
 
     Parameters
     ----------
-    adata
-        Tokenized cells (`scbin.pp.tokenize(adata, like=model)`).
-    model
-        A :class:`scbin.Model`, or the directory of one. Default: the one trained on these cells.
+    {tokenized}
+    {model}
     genes
         A gene, or a list of genes, each in turn; a list of tuples edits the genes of a tuple together. Default: every
         expressed gene of every cell in turn.
     mode
-        `"delete"`; `"overexpress"` (the top bin, or the first rank); `"inhibit"` and `"activate"` by `k` bins, or quartiles of
-        the ranks; `"knock_down"` by `fraction`. What turns a gene up is also done in cells that lack it, if you name the gene.
-    k
-        Bins, or quartiles of the ranks, for `"inhibit"` and `"activate"`.
-    fraction
-        Share of the expression that `"knock_down"` takes away; for `"rank"`, of the way to the last rank.
+        `"delete"`; `"overexpress"` (the top bin, the cell's highest count, or the first rank); `"inhibit"` and `"activate"` by
+        `k` bins, or quartiles of the ranks: `{"mode": "inhibit", "k": 2}`; `"knock_down"` by a `fraction` of the expression. What
+        turns a gene up is also done in cells that lack it, if you name the gene.
     each
         `False` edits the whole list at once, in the cells that express all of it (in all cells where genes are turned up).
-    anchor
-        A gene that is edited along with each of the others, in the cells that express it.
     combine
         2 edits all pairs of `genes`, 3 all triples. The table of pairs says what each does beyond the sum of both genes alone.
-    readout
-        What is read off a cell: its vector, `"embedding"`; the probabilities that the model gives to the values of a
-        `"phenotype"`, named by `target`, or just to its value `goal`; or the `"expression"` that it expects of every gene, given
-        a part of the others and the edited ones.
+    anchor
+        A gene that is edited along with each of the others, in the cells that express it.
     level
-        `"gene"` measures the vectors of the other genes of a cell instead of the cell's: which genes an edit affects.
-    target
-        The phenotype to predict.
+        What is measured: the vector of the `"cell"`; the vectors of the other genes of the cell, `"gene"`: which genes an edit
+        affects; the probabilities that the model gives to the values of a `"phenotype"` (`states={"key": "cell_type"}`), or
+        just to its value `goal`; or the `"expression"` of every gene that the model expects of the cell.
+    states
+        From which cells to which others, a mapping such as `{"key": "disease", "start": "ill", "goal": "healthy"}`: the column of
+        `obs`, the state whose cells are perturbed (default: all cells in none of the others), the one they shall come to,
+        `alternatives` to compare with, and `centre`, the origin of the cosines: the mean of the cells of all `"states"` (the
+        default), of all `"cells"`, or `None`.
+    groupby
+        Column of `obs` with groups of cells, for each of which the table has rows.
     method
         `"exact"`: every edit is a forward of the network. `"screen"`: the effects of all genes of a cell from one forward and a
         few gradients, a hundred times faster; the genes with the largest effects are then computed exactly, and the table says
-        which (`exact`). `"auto"`: exact up to 20,000 edits, else the screen where there is one: for effects on the vector of
-        single genes, where a position is a gene, and for deletions in `"rank"`.
-    verify
-        Share of the genes of a screen that is computed exactly: those with the largest effects, and a tenth as many at random.
-    state_key, start, goal, alternatives
-        Column of `obs` with states, the state whose cells are perturbed (default: all cells in none of the others), the one they
-        shall come to, and others to compare with.
-    centre
-        Origin of the cosines: the mean of the cells of all `"states"`, the mean of all `"cells"`, or `None` for the origin of
-        the vectors. Raw cosines all lie near 1. `"auto"`: `"states"` where there are some, else `None`.
-    groupby, groups
-        Column of `obs` and the groups of cells to perturb; the table is made by group.
-    donor_key
-        Column of `obs` with the donors, who are the replicates of the statistics. Default: cells are, which overstates how sure
-        one can be.
-    null
-        What a gene is compared with: `"matched"`, genes of the same expression and detection, or names of tested genes.
-    gene_key
-        Column of `var` with the names of the genes as the model has them. Default: what fits best.
-    max_edits
-        Refuse to make more edits than this.
-    save_dir
-        Directory in which finished pieces are kept: the same call goes on where it was interrupted.
-    tokens_key
-        The slot of `obsm` with the tokens. Default: `"X_tokens"`.
-    device
-        `"auto"` takes cuda, then mps, then cpu.
-    precision
-        Of the matrix products. Shifts are small: `"bfloat16"` is faster and keeps the order of the genes, not the third digit.
-    token_budget
-        Most tokens to go through the network at once. Changes memory and speed, not numbers.
-    seed
-        Of the genes drawn at random.
+        which. `"auto"`: exact up to 20,000 edits. `{"name": "screen", "verify": 0.2}` also says the share of genes to verify,
+        `max_edits` (10 million), `precision` (`"float32"`) or `token_budget`.
+    statistics
+        Fields of :class:`scbin.Statistics`, such as `{"donor_key": "donor"}`: donors as replicates, what genes are compared with,
+        permutations of the states, confidence, seed.
+    {tokens_key}
+    {device}
     progress
         Say how long it will take, and show a progress bar.
     key_added
         Names of the slots: `"x"` gives `layers["x_shift"]`, `obsm["X_x_perturbed"]` and `uns["x_perturb"]`. Default: `"scbin"`.
-    copy
-        Return a copy instead of writing into `adata`.
+    {copy}
 
     Returns
     -------
-    Returns `None` if `copy=False`, else returns an `AnnData` object. Sets the following fields:
+    {returns_copy}
 
     `adata.layers['scbin_shift']`
         CSR (cells, genes): effect of each gene on each cell, 1 - cosine, or the change of the cosine to the goal. What is stored
         was edited; the rest was not. With an anchor, of both genes together. Not for tuples, pairs or a list at once.
     `adata.obsm['X_scbin_perturbed']`
-        For a list at once: where the cells lie afterwards (cells, hidden size), beside `X_scbin`; NaN for cells that were not
-        edited. The shift itself is measured on the network's own vector, before the last step of the embedding.
+        For a list at once: where the cells lie afterwards (cells, size), beside `X_scbin`; NaN for cells that were not edited.
     `adata.uns['scbin_perturb']`
         `table`, one row per gene or set of genes (see :func:`scbin.get.perturb_df`), and `params`, how it was made, as JSON.
-        With `level="gene"` the table has a row per perturbed and affected gene. With `readout="expression"` also `expression`
-        (sets, genes of the model), the mean change that is expected of each gene, and the names `sets` and `genes`.
+        With `level="gene"` the table has a row per perturbed and affected gene. With `level="expression"` also `expression`
+        (rows of the table, genes of the model), the mean change of the log1p counts per 10,000, and the names `sets` and `genes`.
 
     Raises
     ------
@@ -189,104 +159,173 @@ def perturb(
     True
     """
     check_adata(adata)
-    allowed = {"method": get_args(Method), "centre": ("auto", "states", "cells", None), "readout": get_args(Readout)}
-    choices({**allowed, "level": ("cell", "gene")}, method=method, centre=centre, readout=readout, level=level)
-    whole_numbers(k=k, combine=combine, max_edits=max_edits, token_budget=token_budget, seed=seed)
-    numbers(fraction=fraction, verify=verify)
-    flags(each=each, progress=progress, copy=copy)
-    texts(optional=True, state_key=state_key, start=start, goal=goal, groupby=groupby, donor_key=donor_key)
-    paths(optional=True, save_dir=save_dir)
-    if not 0 <= verify <= 1 or combine < 1 or token_budget < 1:
+    edit, how, judged = config(Edit, mode), config(Method, method), config(Statistics, statistics)
+    ends: States | None = None if states is None else config(States, states)
+    if combine < 1 or (level == "phenotype" and ends is None) or (level in ("gene", "expression") and ends is not None):
         raise ScbinInputError(
-            "P23",
-            f"verify={verify}, combine={combine}, token_budget={token_budget}: a share, and numbers of 1 or more.",
+            "A03",
+            f"combine={combine}, level={level!r} and states={states!r} do not go together: level='phenotype' needs "
+            "states={'key': name of the phenotype}, 'gene' and 'expression' know no states, and combine is 1 or more.",
         )
-    if centre == "states" and state_key is None:
-        raise ScbinInputError("P33", 'centre="states" needs states: pass state_key= and goal=, or another centre.')
-    if level == "gene" and method == "screen":
-        raise ScbinInputError("P46", 'there is no screen for level="gene". Use method="exact".')
-    if (readout == "phenotype") != (target is not None) or (level == "gene" and (readout != "embedding" or state_key)):
-        raise ScbinInputError(
-            "P34",
-            f"readout={readout!r}, target={target!r}, level={level!r} do not go together: target= is the phenotype to read, and "
-            'level="gene" is about vectors without states.',
-        )
-    edit = Edit(mode, int(k), float(fraction))
-    slots = Slots.of(adata, key_added)
+    slot = _keys.PERTURB if key_added is None else f"{key_added}_perturb"
+    layer, obsm = _keys.of_perturbation(slot)
+    for kind, key in (("layers", layer), ("obsm", obsm), ("uns", slot)):
+        check_writable(adata, kind, key)
     adata = copied(adata) if copy else adata
     chosen = resolve_model(model, adata)
-    tokens, vocabulary = read_tokens(adata, chosen.vocabulary, key=tokens_key)
-    rows = GeneRows(hide_phenotypes(tokens, vocabulary), vocabulary)
-    named = gene_names(adata, vocabulary, gene_key)
-    donors = None if donor_key is None else read_obs(adata, donor_key).astype(object).to_numpy()
+    rows, named = _rows(adata, chosen, tokens_key), gene_names(adata, chosen.vocabulary)
     readable = rows.n_genes > 0
-    states = None if readout == "phenotype" else read_states(adata, readable, state_key, start, goal, alternatives)
-    cells = chosen_cells(adata, readable, groupby, groups, states)
-    plan = make_plan(rows, named, cells, edit, genes, each=each, anchor=anchor, combine=combine, max_edits=max_edits)
-    encoder = RowEncoder(
-        chosen.bert,
-        vocabulary,
-        chosen.weights(),
-        layer=chosen.readout.layer if readout == "embedding" else -1,
-        device=device,
-        precision=precision,
-        token_budget=token_budget,
-    )
-    job = Job(plan, rows, edit, method, verify, seed, save_dir, progress)
-    with encoder:
-        if readout == "phenotype":
-            measure = phenotype_measure(encoder, rows, cells, vocabulary.phenotype(str(target)), goal)
-        elif readout == "expression":
-            _check_expression(vocabulary, plan)
-            measure = expression_measure(encoder, rows, cells, named.names)
-        else:
-            measure = measure_for(encoder, rows, plan, cells, states, centre)
-        affected = alone = None
+    members = ends.members(adata, readable) if ends is not None and level == "cell" else ()
+    cells = perturbed_cells(adata, readable, groupby, ends, members)
+    requested = {"each": each, "anchor": anchor, "combine": combine, "max_edits": how.max_edits}
+    plan = make_plan(rows, named, cells, edit, genes, **requested)
+    names, group = np.array([None], dtype=object), np.where(np.isin(np.arange(adata.n_obs), cells), 0, -1)
+    if groupby is not None:
+        names, group[cells] = np.unique(read_obs(adata, groupby).iloc[cells].astype(str), return_inverse=True)
+    with at_rest(chosen.network):
+        runner = Runner(chosen.network, device, how.precision)
+        budget = min(how.token_budget, CPU_PACK) if runner.device.type == "cpu" else how.token_budget
+        job = Job(plan, rows, edit, runner, budget, group, judged.donors(adata), judged.seed, progress)
+        measure = make_measure(chosen, rows, level, cells, ends, members, job.how)
+        alone: tuple[Plan, Effects] | None = None
         if level == "gene":
-            result, affected = run_affected(job, encoder, named.names)
+            effects, tables = affected_genes(job, named.names)
         else:
-            result = run_job(job, encoder, measure, chosen.fingerprint)
-            if plan.sets.shape[1] == 2 and readout == "embedding":
-                single = singles_of(plan, rows, named)
-                each_alone = replace(job, plan=single, method="exact", label="each gene of the pairs alone: ")
-                own = replace(measure, keep_vectors=False)
-                alone = Alone(single, run_job(each_alone, encoder, own, chosen.fingerprint))
-    params = {
-        "mode": mode,
-        "k": k,
-        "fraction": fraction,
-        "model": chosen.fingerprint,
-        "precision": precision,
-        "readout": readout,
-        "level": level,
-        "target": target,
-        "state_key": state_key,
-        "start": start,
-        "goal": goal,
-        "alternatives": [] if states is None else list(states.names[2:]),
-        "centre": centre,
-        "groupby": groupby,
-        "donor_key": donor_key,
-        "anchor": [anchor] if isinstance(anchor, str) else list(anchor or ()),
-        "seed": seed,
-    }
-    write_results(
-        adata, slots, plan, rows, named, measure, result, params, groupby, donors, null, chosen.place, affected, alone
-    )
+            effects = run_effects(job, measure, how, keep=level == "cell" and plan.together)
+        if level == "cell" and plan.sets.shape[1] == 2 and len(plan.sets) > 1:
+            alone = _alone(job, measure, named.names)
+    if level != "gene":
+        tables = [_table(job, measure, effects, judged, k, alone) for k in range(len(names))]
+    if measure.goal is not None and ends is not None and judged.n_permutations:
+        donors = None if job.donors is None else [job.donors[of] for of in members]
+        permuted = permuted_means(measure.goal.vectors, donors, judged.n_permutations, judged.seed)
+        tables = [_permuted(table, measure, effects, ends, permuted, k) for k, table in enumerate(tables)]
+    if groupby is not None:
+        tables = [
+            pd.concat({name: table}, names=["group"]).reset_index("group")
+            for name, table in zip(names, tables, strict=True)
+        ]
+    anchors = [anchor] if isinstance(anchor, str) else list(anchor or ())
+    params = asdict(edit) | {"model": chosen.fingerprint, "level": level, "alternatives": []}
+    params |= {} if ends is None else {name.replace("key", "state_key"): value for name, value in asdict(ends).items()}
+    params |= {"groupby": groupby, "donor_key": judged.donor_key, "anchor": anchors, "seed": judged.seed}
+    params |= {"precision": how.precision, "method": effects.method, **effects.about}
+    params |= {"n_edits": len(plan.cells), "n_cells": len(np.unique(plan.cells))}
+    entry = {"table": pd.concat(tables, ignore_index=True), "params": json.dumps(params)}
+    if level == "expression":
+        entry |= _expression(job, effects, named.names)
+    if (
+        (plan.sets.shape[1] == 1 or anchors)
+        and not plan.together
+        and len(np.unique(plan.sets[:, -1])) == len(plan.sets)
+    ):
+        columns = named.columns[plan.genes[:, -1]]
+        values = np.where(columns >= 0, effects.values[:, 0], np.nan)
+        write(adata, "layers", layer, _stored(values, plan.cells, np.maximum(columns, 0), adata.shape))
+    if effects.after is not None:
+        vectors = np.full((adata.n_obs, effects.after.shape[1]), np.nan, dtype=np.float32)
+        vectors[plan.cells] = effects.after
+        write(adata, "obsm", obsm, corrected(chosen.network, vectors, adata, chosen.training.get("batch_key")))
+    write(adata, "uns", slot, entry)
     return adata if copy else None
 
 
-def _check_expression(vocabulary: Vocabulary, plan: Plan) -> None:
-    """Refuse what has no expression to predict, or more of it than memory."""
-    if not vocabulary.position_is_gene:
-        raise ScbinInputError(
-            "P35",
-            'readout="expression" needs tokens that say how much of a gene there is; these are ranks. Use "bins".',
-        )
-    n = plan.n_pairs * len(vocabulary.genes)
-    if n > MOST_EXPRESSION:
-        raise ScbinInputError(
-            "P45",
-            f"{plan.n_pairs:,} edits times {len(vocabulary.genes):,} predicted genes are {n:,} numbers, more than the "
-            f"{MOST_EXPRESSION:,} that are held at once. Name fewer genes, or restrict the cells.",
-        )
+def _expression(job: Job, effects: Effects, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Return the mean change of the expected expression of all genes but the edited ones, by group and set."""
+    if effects.profile is None:
+        return {}
+    change, n_groups = effects.profile.astype(np.float32), job.n_slots // len(job.plan.sets)
+    change[np.arange(len(change))[:, None], np.tile(job.plan.sets, (n_groups, 1))] = np.nan
+    sets = np.array(job.plan.names * n_groups, dtype=object)
+    return {"expression": change, "genes": np.array(names, dtype=object), "sets": sets}
+
+
+def _rows(adata: AnnData, model: Model, tokens_key: str | None) -> GeneRows:
+    """Return the tokens with all phenotypes masked: the model is told nothing about a cell but its genes."""
+    matrix = read_tokens(adata, model.vocabulary, key=tokens_key).take(np.arange(adata.n_obs))
+    hidden = [phenotype.position for phenotype in model.vocabulary.phenotypes]
+    matrix.data[np.isin(matrix.indices, hidden)] = model.vocabulary.mask_id
+    return GeneRows(matrix, model.vocabulary)
+
+
+def _stored(values: np.ndarray, rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> sparse.csr_matrix:
+    """Return values as CSR with their zeros kept; NaN is not stored."""
+    known = np.isfinite(values)
+    matrix = sparse.csr_matrix((values[known].astype(np.float32), (rows[known], columns[known])), shape=shape)
+    matrix.sort_indices()
+    return matrix
+
+
+def _table(
+    job: Job,
+    measure: Measure,
+    effects: Effects,
+    judged: Statistics,
+    group: int,
+    alone: tuple[Plan, Effects] | None,
+) -> pd.DataFrame:
+    """Return the statistics of every gene or set in the cells of a group; of pairs also what is beyond the sum of both genes."""
+    plan, rows, vocabulary = job.plan, job.rows, job.rows.vocabulary
+    cells = np.flatnonzero(job.group == group)
+    donors = None if job.donors is None else job.donors[cells]
+
+    def shifts_of(plan: Plan, effects: Effects) -> sparse.csr_matrix:
+        shape = (len(job.group), len(plan.sets))
+        return _stored(effects.values[:, 0], plan.cells, plan.which, shape)[cells]
+
+    tables, (at, genes) = vocabulary.tables(), np.divmod(rows.keys, len(vocabulary.genes))
+    values = tables.value_of_id[rows.tokens.data[rows.at]] * tables.value_of_position[rows.tokens.indices[rows.at]]
+    shape = (rows.tokens.shape[0], len(vocabulary.genes))
+    expression = sparse.csr_matrix((values * (rows.level > 0), (at, genes)), shape=shape)[cells]
+    of_set = (np.repeat(np.arange(len(plan.sets)), plan.sets.shape[1]), plan.sets.ravel())
+    in_set = sparse.csr_matrix((np.ones(plan.sets.size), of_set), shape=(len(plan.sets), shape[1]))
+    shifts = shifts_of(plan, effects)
+    table = gene_statistics(
+        shifts,
+        names=plan.names,
+        expression=sparse.csr_matrix(expression @ in_set.T),
+        donors=donors,
+        statistics=judged,
+        exact=effects.exact,
+        limits=measure.limits,
+    )
+    inside = job.group[plan.cells] == group
+    for k, name in enumerate(measure.names[1:], start=1):
+        table[name] = means_of(effects.values[inside, k], plan.which[inside], len(plan.sets))
+    if alone is not None:
+        pairs, single = np.searchsorted(alone[0].sets[:, 0], plan.sets), shifts_of(*alone)
+        how: dict[str, Any] = {"names": alone[0].names, "donors": donors, "confidence": judged.confidence}
+        found = pair_statistics(single, shifts, pairs, **how)
+        about = {name: f"combined_minus_sum_{name}" for name in ("ci_low", "ci_high", "p_value", "fdr")}
+        table = table.join(found[["sum_of_shifts", "combined_minus_sum", *about]].rename(columns=about))
+    return table
+
+
+def _alone(job: Job, measure: Measure, names: tuple[str, ...]) -> tuple[Plan, Effects]:
+    """Make the edits of each gene of the pairs alone, in the cells in which one of its pairs is edited."""
+    plan = job.plan
+    single, place = np.unique(plan.sets, return_inverse=True)
+    edits = np.unique(plan.cells[:, None] * len(single) + place.reshape(plan.sets.shape)[plan.which])
+    own = Plan.of(job.rows, names, single[:, None], *np.divmod(edits, len(single)))
+    return own, run_effects(replace(job, plan=own), measure, Method("exact"))
+
+
+def _permuted(
+    table: pd.DataFrame, measure: Measure, effects: Effects, ends: States, permuted: np.ndarray, group: int
+) -> pd.DataFrame:
+    """Put the p values of permuted states in the place of those against other genes, for the goal and the alternatives.
+
+    The mean shift of a gene is the product of its mean movement with the direction of the state, so no edit is made again.
+    """
+    if effects.profile is None or measure.goal is None:
+        return table
+    moved, centre = effects.profile[group * len(table) : (group + 1) * len(table)], measure.goal.centre
+    for k, name in enumerate(ends.names):
+        if k == 1:  # the start is no end
+            continue
+        observed, null = moved @ unit(measure.goal.means[k], centre), unit(permuted[:, k], centre) @ moved.T
+        p_values, suffix = permutation_p_values(observed, null), "" if k == 0 else f"_{in_column(name)}"
+        table[f"p_value{suffix}"], table[f"fdr{suffix}"] = p_values, false_discovery_rates(p_values)
+        if k == 0:
+            table["note"] = table["note"].where(np.isnan(p_values), "")
+    return table

@@ -1,31 +1,367 @@
-"""`tl.perturb_statistics`: other questions to shifts that were computed already."""
+"""From shifts of cells to one row per gene, and other questions to shifts that were computed already."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from scipy import sparse
+import pandas as pd
+from scipy import sparse, stats
+from scipy.optimize import minimize_scalar
 
-from scbin import _keys
-from scbin._anndata import check_adata, check_writable, copied, read_obs, write_entry
-from scbin._arguments import choices, flags, numbers, texts, whole_numbers
-from scbin._errors import ScbinInputError
-from scbin.get._perturb import read_perturbation
-from scbin.tl._expression import log_normalised
-from scbin.tl._perturb_compare import mixture, pair_statistics, vs_null
-from scbin.tl._perturb_stats import gene_statistics
+from scbin import _docs, _keys
+from scbin._adata import check_adata, check_writable, copied, iter_blocks, read_obs, write
+from scbin._arguments import checked
+from scbin._errors import ScbinInputError, count
+from scbin.get.perturbation import read_perturbation
+from scbin.tl._edits import Statistics, config
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    import pandas as pd
     from anndata import AnnData
 
 Statistic = Literal["matched", "mixture", "vs_null", "pairs"]
+N_NULL = 100  # genes of the same expression that a gene is compared with
+FEWEST_NULL = 5  # with fewer nobody knows how widely genes alike scatter
+NO_DONOR = ("", "nan", "none", "unknown")
+MEDIAN_VARIANCE = np.pi / 2  # variance of a median in units of the mean's, for normal values
+MIDDLE = 0.8  # share of the null scores that the empirical null is fitted to: hits lie outside
+TAILS = (1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 30.0, 1000.0)  # degrees of freedom that are tried
+AS_LIKELY = 1.35  # log likelihood by which a heavier tail may fit worse and is still assumed: 90 % interval
 
 
+# ---- replicates: donors or cells ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Replicates:
+    """Mean shift of every gene in every replicate: rows are donors, or there is one row for all cells."""
+
+    mean: np.ndarray  # (replicates, genes), NaN where the gene was edited in no cell
+    n_cells: np.ndarray  # (replicates, genes)
+    error: np.ndarray | None  # standard errors over the cells (genes,), or None: donors are the replicates
+
+    def average(self, values: np.ndarray, slope: np.ndarray | float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return mean, standard error and degrees of freedom of `values` (replicates, genes); each donor counts once.
+
+        Over cells the error is that of the shifts, times the `slope` of the values against them.
+        """
+        frame = pd.DataFrame(values)
+        n = frame.count().to_numpy() if self.error is None else self.n_cells[0]
+        error = frame.sem().to_numpy() if self.error is None else self.error * slope
+        return frame.mean().to_numpy(), error, np.where(n > 1, n - 1.0, np.nan)
+
+
+def donor_codes(donors: np.ndarray | Sequence[str]) -> np.ndarray:
+    """Return the number of each cell's donor, -1 where it is not known."""
+    names = pd.Series(list(donors), dtype=object)
+    missing = names.isna() | names.astype(str).str.strip().str.lower().isin(NO_DONOR)
+    if missing.all():
+        raise ScbinInputError("P02", f"none of the {len(names):,} cells has a known donor. Leave donor_key out.")
+    return pd.Categorical(names.where(~missing, None).map(str, na_action="ignore")).codes.astype(np.int64)
+
+
+def summarise(shifts: sparse.csr_matrix, donors: np.ndarray | Sequence[str] | None) -> Replicates:
+    """Average the stored shifts of each gene over each donor's cells, or over all cells; NaN is not counted."""
+    codes = np.zeros(shifts.shape[0], dtype=np.int64) if donors is None else donor_codes(donors)
+    donor, values = np.repeat(codes, np.diff(shifts.indptr)), shifts.data.astype(np.float64)
+    used = np.isfinite(values) & (donor >= 0)
+    by_both = pd.Series(values[used]).groupby([donor[used], shifts.indices[used]])
+    shape = {"index": range(codes.max(initial=0) + 1), "columns": range(shifts.shape[1])}
+    mean, n = (found.unstack().reindex(**shape).to_numpy() for found in (by_both.mean(), by_both.count()))
+    error = by_both.sem().unstack().reindex(**shape).to_numpy()[0] if donors is None else None
+    return Replicates(mean, np.nan_to_num(n).astype(np.int64), error)
+
+
+# ---- the null -------------------------------------------------------------------------------------------------------
+
+
+def null_genes(
+    names: np.ndarray, tested: np.ndarray, expression: sparse.csr_matrix, null: str | Sequence[str], *, seed: int
+) -> np.ndarray:
+    """Return for each gene the indices of those it is compared with (genes, N_NULL or chosen); -1 is nobody.
+
+    A gene is never among its own, and neither is one that was not tested. `"matched"` takes the tested genes that are nearest
+    in mean expression and in the share of cells that express them, both as ranks.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    if not isinstance(null, str):
+        wanted = [str(name) for name in null]
+        places = pd.Index(names.astype(str)).get_indexer(wanted)
+        if (places < 0).any():
+            first, n = wanted[int(np.argmin(places))], int((places < 0).sum())
+            raise ScbinInputError("A06", f"{n} of the {len(wanted)} null genes were not perturbed, first {first!r}.")
+        result = np.tile(np.unique(places[tested[places]]), (len(names), 1))
+        result[result == np.arange(len(names))[:, None]] = -1
+        return result
+    candidates = np.flatnonzero(tested)
+    result = np.full((len(tested), max(min(N_NULL, len(candidates) - 1), 0)), -1)
+    if result.shape[1]:
+        mean = np.asarray(expression.sum(axis=0), dtype=np.float64).ravel()[candidates]
+        detection = np.bincount(expression.indices[expression.data > 0], minlength=len(tested))[candidates]
+        ranks = np.column_stack([stats.rankdata(mean), stats.rankdata(detection)])
+        ranks += np.random.default_rng(seed).uniform(-1e-3, 1e-3, ranks.shape)  # ties are broken at random
+        nearest = NearestNeighbors(n_neighbors=result.shape[1]).fit(ranks).kneighbors(return_distance=False)
+        result[candidates] = candidates[nearest]
+    return result
+
+
+def fit_null(scores: np.ndarray) -> tuple[float, float]:
+    """Return scale and degrees of freedom of the t distribution that the middle of the null scores follows.
+
+    Efron's empirical null: of what lies far out, hits among it, only the number counts. Of tails that are about as likely the
+    heaviest are taken.
+    """
+    sizes = np.abs(scores[np.isfinite(scores)])
+    edge = np.quantile(sizes, MIDDLE) if len(sizes) else 0.0
+    inside = sizes[sizes <= edge]
+    if edge <= 0:
+        return np.nan, np.nan
+
+    def loss(log_scale: float, freedom: float) -> float:
+        beyond = (len(sizes) - len(inside)) * np.log(2 * stats.t.sf(edge / np.exp(log_scale), freedom))
+        return float(-stats.t.logpdf(inside, freedom, scale=np.exp(log_scale)).sum() - beyond)
+
+    bounds = (np.log(edge / 1.28) - 3, np.log(edge / 1.28) + 3)
+    found = [minimize_scalar(loss, bounds=bounds, args=(freedom,), method="bounded") for freedom in TAILS]
+    losses = np.array([each.fun for each in found])
+    chosen = int(np.flatnonzero(losses <= losses.min() + AS_LIKELY)[0])
+    return float(np.exp(found[chosen].x)), TAILS[chosen]
+
+
+def false_discovery_rates(p_values: np.ndarray) -> np.ndarray:
+    """Return Benjamini and Hochberg's FDR of each p value; NaN stays NaN and is not counted as a test."""
+    fdr = np.full(len(p_values), np.nan)
+    known = np.isfinite(p_values)
+    if known.any():
+        fdr[known] = stats.false_discovery_control(p_values[known])
+    return fdr
+
+
+# ---- one row per gene -----------------------------------------------------------------------------------------------
+
+
+def gene_statistics(
+    shifts: sparse.csr_matrix,
+    *,
+    names: Sequence[str] | np.ndarray,
+    expression: sparse.csr_matrix,
+    donors: np.ndarray | Sequence[str] | None = None,
+    statistics: Statistics | None = None,
+    exact: bool | np.ndarray = True,
+    limits: tuple[float, float] | None = None,
+) -> pd.DataFrame:
+    """Say for each gene how far its perturbation moves cells, and whether genes alike move them as far.
+
+    A gene is compared with tested genes of the same mean expression and detection, or with a null set: with the median of their
+    shifts in each donor, or over cells. Lengths are compared by their logarithms, for they scatter by factors. The interval is that
+    of these differences over donors. The p value asks whether a random gene of the null set would lie as far out, against the
+    empirical null of all scores, whose tails are as heavy as these genes'.
+
+    `shifts` are (cells, genes): what is stored was perturbed in that cell, also a stored zero; NaN counts as not perturbed.
+    `expression` of the same cells and genes is what genes are matched by. `limits` are the smallest and largest shift that there can
+    be; with 0 as the smallest, shifts are lengths and tests one-sided. By default they are those of cosines.
+
+    The table has a row per gene: `gene`, `n_cells`, `n_donors`, `shift`, `effect_size` (distance to the null genes' median in their
+    standard deviations) with `ci_low` and `ci_high`, `p_value`, `fdr`, `exact`, `shift_low`, `shift_high`, `null_low`, `null_high` (where the null genes lie), `n_null`, `replicates` ("donors" or "cells") and `note`: why numbers are missing.
+    """
+    names, chosen = np.asarray(names, dtype=object), statistics or Statistics()
+    replicates, known = summarise(shifts, donors), shifts.data[np.isfinite(shifts.data)]
+    if limits is None:  # a cosine's rounding may put a length just below zero
+        limits = (-2.0, 2.0) if known.size and known.min() < -1e-6 else (0.0, 2.0)
+    signed, positive = limits[0] < 0, replicates.mean[replicates.mean > 0]
+    floor = 1e-3 * float(np.median(positive)) if positive.size else 1.0  # shorter ones are none
+
+    def forward(x: np.ndarray) -> np.ndarray:
+        return x if signed else np.log(np.maximum(x, floor))
+
+    def back(y: np.ndarray) -> np.ndarray:
+        return np.clip(y if signed else np.exp(y), *limits)
+
+    n, n_replicates = replicates.n_cells.sum(axis=0), (replicates.n_cells > 0).sum(axis=0)
+    others = null_genes(names, n > 0, expression, chosen.null, seed=chosen.seed)
+    values = forward(replicates.mean)
+    reference = np.stack([_over_null(row, others, _median) for row in values])
+    shift, shift_error, shift_freedom = replicates.average(replicates.mean)
+    slope = 1.0 if signed else 1 / np.maximum(shift, floor)
+    mean, error, freedom = replicates.average(values - reference, slope)
+    unit, n_null, p_values = _against_null(mean, error, others, chosen, signed)
+    margin = stats.t.ppf((1 + chosen.confidence) / 2, freedom) * error
+    shift_margin = stats.t.ppf((1 + chosen.confidence) / 2, shift_freedom) * shift_error * slope
+    centre, band = forward(shift) - mean, stats.norm.ppf((1 + chosen.confidence) / 2) * unit
+    word, are_donors = ("cell", False) if donors is None else ("donor", True)
+    reasons = {"perturbed in no cell" + (" of a known donor" if are_donors else ""): n == 0}
+    reasons[f"one {word} only: no scatter to judge by"] = (n_replicates if are_donors else n) == 1
+    reasons[f"fewer than {FEWEST_NULL} genes to compare with"] = n_null < FEWEST_NULL
+    reasons["nothing varies"] = np.ones(len(n), dtype=bool)
+    columns = {
+        "gene": names.astype(str).astype(object),
+        "n_cells": n,
+        "n_donors": n_replicates * are_donors,
+        "shift": shift,
+        "effect_size": mean / unit,
+        "ci_low": (mean - margin) / unit,
+        "ci_high": (mean + margin) / unit,
+        "p_value": p_values,
+        "fdr": false_discovery_rates(p_values),
+        "exact": np.broadcast_to(np.asarray(exact, dtype=bool), n.shape).copy(),
+        "shift_low": np.minimum(back(forward(shift) - shift_margin), shift),
+        "shift_high": np.maximum(back(forward(shift) + shift_margin), shift),
+        "null_low": back(centre - band),
+        "null_high": back(centre + band),
+        "n_null": n_null,
+        "replicates": f"{word}s",
+        "note": np.select([np.isnan(p_values) & why for why in reasons.values()], list(reasons), "").astype(object),
+    }
+    return pd.DataFrame(columns)
+
+
+def _against_null(
+    mean: np.ndarray, error: np.ndarray, others: np.ndarray, chosen: Statistics, signed: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the standard deviation and the number of each gene's null genes, and the p values (genes,)."""
+    spread, null_variance = _over_null(mean, others, _spread), np.nan_to_num(_over_null(error**2, others, _median))
+    n_null = _over_null(mean, others, lambda alike: np.isfinite(alike).sum(axis=1)).astype(np.int64)
+    unit = np.where((n_null >= FEWEST_NULL) & np.isfinite(mean) & (spread > 0), spread, np.nan)
+    # the null genes' scatter holds their own errors already; a gene less certain than they are adds the rest
+    more = np.where(np.isfinite(error), np.maximum(error**2 - null_variance, 0.0), np.nan)
+    score = mean / np.sqrt(unit**2 * (1 + MEDIAN_VARIANCE / np.maximum(n_null, 1)) + more)
+    null = score if isinstance(chosen.null, str) else score[np.unique(others[others >= 0])]
+    width, tail = fit_null(null if signed else null[null > 0])
+    p_values = stats.t.sf(np.abs(score) / width, tail) * 2 if signed else stats.t.sf(score / width, tail)
+    return unit, n_null, p_values
+
+
+def _over_null(values: np.ndarray, others: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Return a statistic of the values (genes,) of each gene's null genes, NaN for nobody, some millions at a time."""
+    padded = np.append(values, np.nan)
+    return np.concatenate([statistic(padded[part]) for part in np.array_split(others, 1 + others.size // 4_000_000)])
+
+
+def _median(values: np.ndarray) -> np.ndarray:
+    """Return the median of each row without the NaNs; NaN where there is nothing else."""
+    return pd.DataFrame(values).median(axis=1).to_numpy()
+
+
+def _spread(values: np.ndarray) -> np.ndarray:
+    """Return the standard deviation of each row as the median deviation tells it: hits do not widen it.
+
+    Where more than half of the values are equal this is zero, and the usual standard deviation takes its place.
+    """
+    robust = 1.4826 * _median(np.abs(values - _median(values)[:, None]))
+    return np.where(robust > 0, robust, pd.DataFrame(values).std(axis=1))
+
+
+# ---- other ways to read shifts --------------------------------------------------------------------------------------
+
+
+def vs_null(
+    test: sparse.csr_matrix,
+    null: sparse.csr_matrix,
+    *,
+    names: Sequence[str] | np.ndarray,
+    test_donors: np.ndarray | None = None,
+    null_donors: np.ndarray | None = None,
+) -> pd.DataFrame:
+    """Compare each gene's shifts in the cells of interest with its shifts in null cells.
+
+    Without donors this is the rank-sum test over cells that Geneformer makes; with donors of both, Welch's t test over the donors'
+    means, which does not take ten cells of one donor for ten witnesses.
+    """
+    sides = [summarise(test, test_donors), summarise(null, null_donors)]
+    shift, null_shift = (side.average(side.mean)[0] for side in sides)
+    by_gene, p_values, over_cells = (test.tocsc(), null.tocsc()), np.full(test.shape[1], np.nan), test_donors is None
+    for gene in range(test.shape[1]):
+        samples = (
+            [matrix[:, [gene]].data for matrix in by_gene] if over_cells else [side.mean[:, gene] for side in sides]
+        )
+        samples = [sample[np.isfinite(sample)].astype(np.float64) for sample in samples]
+        if over_cells and min(map(len, samples)):
+            p_values[gene] = stats.ranksums(*samples).pvalue
+        elif not over_cells and min(map(len, samples)) > 1:
+            p_values[gene] = stats.ttest_ind(*samples, equal_var=False).pvalue
+    columns = {"gene": np.asarray(names, dtype=object), "shift": shift, "null_shift": null_shift}
+    columns |= {"difference": shift - null_shift, "p_value": p_values, "fdr": false_discovery_rates(p_values)}
+    columns |= {"n_cells": sides[0].n_cells.sum(axis=0), "n_cells_null": sides[1].n_cells.sum(axis=0)}
+    return pd.DataFrame({**columns, "replicates": "cells" if over_cells else "donors"})
+
+
+def mixture(shifts: sparse.csr_matrix, *, names: Sequence[str] | np.ndarray, seed: int = 0) -> pd.DataFrame:
+    """Split genes into those that move cells and those that do not: two Gaussians on the genes' mean cosines.
+
+    The component of the lower mean cosine is the impact component. A cosine below both means belongs to it, one above both does
+    not, and between them the posterior decides. `impact_share` is the share of a gene's cells that lie in it.
+    """
+    from sklearn.mixture import GaussianMixture
+
+    replicates = summarise(shifts, None)
+    mean, n = replicates.mean[0], replicates.n_cells[0]
+    known = np.isfinite(mean)
+    if known.sum() < 4 or np.ptp(mean[known]) == 0:
+        found = f"a mixture of two needs 4 genes with different shifts; here are {known.sum()}."
+        raise ScbinInputError("P02", found)
+    scale = mean[known].std()  # shifts of 1e-4 would drown in the fit's floor for variances
+    fitted = GaussianMixture(2, random_state=seed).fit(-mean[known, None] / scale)
+    low, high = np.sort(fitted.means_[:, 0])
+
+    def is_impact(values: np.ndarray) -> np.ndarray:
+        cosines = -np.nan_to_num(values.astype(np.float64), nan=-np.inf) / scale
+        posterior = fitted.predict(np.clip(cosines, low, high)[:, None]) == np.argmin(fitted.means_[:, 0])
+        return (cosines <= low) | (posterior & (cosines < high))
+
+    cells = np.bincount(shifts.indices, weights=is_impact(shifts.data), minlength=len(mean))
+    columns = {"gene": np.asarray(names, dtype=object), "n_cells": n, "shift": mean, "impact": is_impact(mean)}
+    return pd.DataFrame(columns).assign(impact_share=np.where(n > 0, cells / np.maximum(n, 1), np.nan))
+
+
+def pair_statistics(
+    single: sparse.csr_matrix,
+    combined: sparse.csr_matrix,
+    pairs: Sequence[tuple[int, int]] | np.ndarray,
+    *,
+    names: Sequence[str] | np.ndarray,
+    donors: np.ndarray | None = None,
+    confidence: float = 0.95,
+) -> pd.DataFrame:
+    """Say of each pair of genes whether both together move cells more than the sum of either alone.
+
+    `single` are shifts by single genes (cells, genes), `combined` by pairs (cells, pairs), `pairs` the columns of both genes. Only
+    cells in which the pair and both genes were perturbed count, and each is compared with itself.
+    """
+    names, chosen = np.asarray(names, dtype=str).astype(object), np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
+    parts = []
+    for matrix in (single[:, chosen[:, 0]], single[:, chosen[:, 1]], combined):
+        dense = np.full(matrix.shape, np.nan)  # a stored zero is a shift
+        dense[np.repeat(np.arange(len(dense)), np.diff(matrix.indptr)), matrix.indices] = matrix.data
+        parts.append(dense)
+    excess = pd.DataFrame(parts[2] - parts[0] - parts[1])
+    frames = [excess, *(pd.DataFrame(part).where(excess.notna()) for part in parts)]
+    if donors is not None:
+        codes = donor_codes(donors)
+        frames = [frame[codes >= 0].groupby(codes[codes >= 0]).mean() for frame in frames]
+    mean, anchor, gene, both = (frame.mean().to_numpy() for frame in frames)
+    error, n = frames[0].sem().to_numpy(), frames[0].count().to_numpy()
+    freedom = np.where(n > 1, n - 1.0, np.nan)
+    margin = stats.t.ppf((1 + confidence) / 2, freedom) * error
+    p_values = 2 * stats.t.sf(np.abs(mean) / np.where(error > 0, error, np.nan), freedom)
+    n_cells = (excess if donors is None else excess[codes >= 0]).count().to_numpy()
+    columns = {"anchor": names[chosen[:, 0]], "gene": names[chosen[:, 1]], "n_cells": n_cells}
+    columns |= {"n_donors": n * (donors is not None), "anchor_shift": anchor, "gene_shift": gene}
+    columns |= {"sum_of_shifts": anchor + gene, "combined_shift": both, "combined_minus_sum": mean}
+    columns |= {"ci_low": mean - margin, "ci_high": mean + margin, "p_value": p_values}
+    columns["fdr"] = false_discovery_rates(p_values)
+    return pd.DataFrame({**columns, "replicates": "cells" if donors is None else "donors"})
+
+
+# ---- the verb -------------------------------------------------------------------------------------------------------
+
+
+@_docs.shared
+@checked
 def perturb_statistics(
     adata: AnnData,
     *,
@@ -33,13 +369,10 @@ def perturb_statistics(
     groupby: str | None = None,
     group: str | None = None,
     null_group: str | None = None,
-    donor_key: str | None = None,
-    null: str | Sequence[str] = "matched",
     anchored: str | None = None,
-    level: float = 0.95,
+    statistics: Statistics | Mapping[str, Any] | None = None,
     key: str | None = None,
     key_added: str | None = None,
-    seed: int = 0,
     copy: bool = False,
 ) -> AnnData | None:
     """Make statistics again from the shifts of a perturbation, without the model: other donors, cells, null genes, or a mixture.
@@ -49,194 +382,119 @@ def perturb_statistics(
     adata
         Cells after :func:`scbin.tl.perturb` of single genes, with `layers["scbin_shift"]`.
     statistic
-        `"matched"`: each gene against genes of the same expression and detection, or against `null`, as :func:`scbin.tl.perturb`
-        does. `"mixture"`: two Gaussians on the genes' mean cosines split those that move cells from those that do not; for
-        shifts without a goal. `"vs_null"`: each gene's shifts in the cells of `group` against those in `null_group`.
-        `"pairs"`: whether an anchor and another gene together move cells more than the sum of either alone; for this, perturb the
-        genes and the anchor one by one, then the genes with `anchor=` and a `key_added=` of its own, and name that in `anchored`.
-    groupby, group
-        Column of `obs`, and the one group whose cells count. Default: all cells that were perturbed.
+        `"matched"`: each gene against genes of the same expression and detection. `"mixture"`: two Gaussians on the genes' mean
+        cosines split those that move cells from those that do not; for shifts without a goal. `"vs_null"`: each gene's shifts in
+        the cells of `group` against those in `null_group`. `"pairs"`: whether an anchor and another gene together move cells more
+        than the sum of either alone; for this, perturb the genes and the anchor one by one, then the genes with `anchor=` and a
+        `key_added=` of its own, and name that in `anchored`.
+    groupby
+        Column of `obs` with groups of cells.
+    group
+        The one group whose cells count. Default: all cells that were perturbed.
     null_group
         The group of null cells for `"vs_null"`. Default: all perturbed cells that are not in `group`.
-    donor_key
-        Column of `obs` with the donors, who are then the replicates; not for `"mixture"`.
-    null
-        Names of perturbed genes to compare with, instead of `"matched"` ones.
     anchored
         Entry of `uns` of the perturbation with an anchor, for `"pairs"`.
-    level
-        Of the confidence intervals.
+    statistics
+        A :class:`scbin.Statistics` or a mapping of its fields: donors, null genes, confidence. States are not permuted here.
     key
         Entry of `uns` with the perturbation. Default: `"scbin_perturb"`.
     key_added
         Entry of `uns` to write. Default: that of the perturbation and the statistic, `"scbin_perturb_mixture"`.
-    seed
-        Of random choices.
-    copy
-        Return a copy instead of writing into `adata`.
+    {copy}
 
     Returns
     -------
-    Returns `None` if `copy=False`, else returns an `AnnData` object. Sets the following fields:
+    {returns_copy}
 
     `adata.uns['scbin_perturb_<statistic>' | key_added]`
         `table` and `params`, for `scbin.get.perturb_df(adata, key=...)`, also under Geneformer's names.
 
-    Raises
-    ------
-    ScbinInputError
-        If there are no shifts, or a group has no perturbed cells.
-
     Examples
     --------
-    >>> import scbin
-    >>> adata = scbin.datasets.pbmc68k_reduced()[:60].copy()
-    >>> scbin.pp.tokenize(adata)
-    >>> model = scbin.tl.pretrain(adata, preset="tiny", max_steps=2, progress=False)
-    >>> scbin.tl.perturb(adata, model, genes=["CST3", "NKG7", "LYZ", "CD79A"], mode="overexpress", progress=False)
+    >>> import numpy, pandas, scbin
+    >>> from scipy.sparse import csr_matrix
+    >>> adata = scbin.datasets.pbmc68k_reduced()[:60, :8].copy()
+    >>> shifts = numpy.random.default_rng(0).uniform(size=(60, 8)) * [9, 9, 1, 1, 1, 1, 1, 1]
+    >>> adata.layers["scbin_shift"] = csr_matrix(0.01 * shifts)
+    >>> adata.uns["scbin_perturb"] = {"table": pandas.DataFrame({"gene": adata.var_names}), "params": "{}"}
     >>> scbin.tl.perturb_statistics(adata, statistic="mixture")
-    >>> len(scbin.get.perturb_df(adata, key="scbin_perturb_mixture"))
-    4
+    >>> int(scbin.get.perturb_df(adata, key="scbin_perturb_mixture")["impact"].sum())
+    2
     """
     check_adata(adata)
-    choices({"statistic": get_args(Statistic)}, statistic=statistic)
-    texts(optional=True, groupby=groupby, group=group, null_group=null_group, donor_key=donor_key, key_added=key_added)
-    numbers(level=level)
-    whole_numbers(seed=seed)
-    flags(copy=copy)
-    params = read_perturbation(adata, key)[1]
+    how: Statistics = config(Statistics, statistics)
+    origin, params = read_perturbation(adata, key)
     shifts, columns = _shifts(adata, key)
     if (statistic == "pairs") != (anchored is not None):
-        raise ScbinInputError(
-            "P68", "statistic='pairs' needs anchored=, the perturbation with an anchor, and others do not."
-        )
-    perturbed = np.diff(shifts.indptr) > 0
-    cells, null_cells = _cells(adata, perturbed, statistic, groupby, group, null_group)
-    donors = None if donor_key is None else read_obs(adata, donor_key).astype(object).to_numpy()
+        wrong = "statistic='pairs' needs anchored=, the perturbation with an anchor; others do not."
+        raise ScbinInputError("A03", wrong)
+    cells, null_cells = _cells(adata, np.diff(shifts.indptr) > 0, statistic, groupby, group, null_group)
+    donors = how.donors(adata)
+    own, theirs = (None, None) if donors is None else (donors[cells], donors[null_cells])
     slot = f"{_keys.PERTURB if key is None else key}_{statistic}" if key_added is None else key_added
     check_writable(adata, "uns", slot)
-    names = adata.var_names.to_numpy(dtype=object)[columns]
+    names, mine = adata.var_names.to_numpy(dtype=str)[columns], shifts[cells]
     if statistic == "matched":
-        table: pd.DataFrame = gene_statistics(
-            shifts[cells],
-            names=names,
-            expression=log_normalised(adata, cells=cells)[:, columns],
-            donors=None if donors is None else donors[cells],
-            null=null,
-            exact=_exact(adata, key, names),
-            level=level,
-            seed=seed,
+        expression = sparse.vstack([block.csr() for block in iter_blocks(adata)], format="csr")[cells][:, columns]
+        exact = (
+            True if "exact" not in origin else np.isin(names, origin["gene"][origin["exact"].astype(bool)].astype(str))
         )
+        table = gene_statistics(mine, names=names, expression=expression, donors=own, statistics=how, exact=exact)
     elif statistic == "mixture":
-        table = mixture(shifts[cells], names=names, seed=seed)
-    elif statistic == "pairs":
-        table = _pairs(adata, shifts, columns, cells, anchored, donors, level)
+        table = mixture(mine, names=names, seed=how.seed)
+    elif statistic == "vs_null":
+        table = vs_null(mine, shifts[null_cells], names=names, test_donors=own, null_donors=theirs)
     else:
-        table = vs_null(
-            shifts[cells],
-            shifts[null_cells],
-            names=names,
-            test_donors=None if donors is None else donors[cells],
-            null_donors=None if donors is None else donors[null_cells],
-        )
+        anchors = read_perturbation(adata, anchored)[1].get("anchor") or []
+        combined, partners = _shifts(adata, anchored)
+        found = pd.Index(names).get_indexer([*anchors, *adata.var_names[partners]])
+        kept = np.flatnonzero(found[len(anchors) :] >= 0)
+        if len(anchors) != 1 or found[0] < 0 or not len(kept):
+            wrong = f"adata.uns[{anchored!r}] was made with the anchors {anchors}; one is needed, and it and the other genes"
+            raise ScbinInputError("P01", f"{wrong} need to be perturbed one by one too.")
+        pairs = [(found[0], found[1 + i]) for i in kept]
+        both = combined[cells][:, kept]
+        table = pair_statistics(mine, both, pairs, names=names, donors=own, confidence=how.confidence)
     adata = copied(adata) if copy else adata
-    asked = {
-        "statistic": statistic,
-        "groupby": groupby,
-        "group": group,
-        "null_group": null_group,
-        "donor_key": donor_key,
-    }
-    write_entry(adata, slot, {"table": table, "params": json.dumps({**params, **asked})})
+    asked = {"statistic": statistic, "groupby": groupby, "group": group, "null_group": null_group}
+    write(adata, "uns", slot, {"table": table, "params": json.dumps({**params, **asked, "donor_key": how.donor_key})})
     return adata if copy else None
 
 
 def _shifts(adata: AnnData, key: str | None) -> tuple[sparse.csr_matrix, np.ndarray]:
-    """Shifts of the perturbed genes (cells, perturbed genes), stored zeros kept, and their columns."""
+    """Return the shifts by the perturbed genes (cells, perturbed genes), stored zeros kept, and their columns."""
     layer = _keys.of_perturbation(_keys.PERTURB if key is None else key)[0]
     if layer not in adata.layers:
-        raise ScbinInputError(
-            "P66",
-            f"adata.layers has no {layer!r}: there are shifts of each cell only where genes were perturbed one by one. "
-            "Run scbin.tl.perturb(adata, model).",
+        wrong = (
+            f"adata.layers has no {layer!r}: there are shifts of each cell only where genes were perturbed one by one."
         )
+        raise ScbinInputError("A06", f"{wrong} Run scbin.tl.perturb(adata, model).")
     shifts = sparse.csr_matrix(adata.layers[layer])
     columns = np.unique(shifts.indices)
     return shifts[:, columns], columns
 
 
-def _pairs(
-    adata: AnnData,
-    shifts: sparse.csr_matrix,
-    columns: np.ndarray,
-    cells: np.ndarray,
-    anchored: str | None,
-    donors: np.ndarray | None,
-    level: float,
-) -> pd.DataFrame:
-    """Each gene with the anchor, against both alone."""
-    anchors = read_perturbation(adata, anchored)[1].get("anchor") or []
-    combined, partners = _shifts(adata, anchored)
-    single = {str(name): i for i, name in enumerate(adata.var_names[columns])}
-    missing = [name for name in anchors if name not in single]
-    if len(anchors) != 1 or missing:
-        raise ScbinInputError(
-            "P79",
-            f"adata.uns[{anchored!r}] was made with the anchors {anchors}; one is needed, and its shifts alone too: perturb it one by "
-            "one with the other genes.",
-        )
-    names = adata.var_names[partners].astype(str)
-    kept = [i for i, name in enumerate(names) if name in single]
-    if not kept:
-        raise ScbinInputError("P80", "none of the genes with the anchor has been perturbed alone.")
-    pairs = [(single[anchors[0]], single[names[i]]) for i in kept]
-    return pair_statistics(
-        shifts[cells],
-        combined[cells][:, kept],
-        pairs,
-        names=adata.var_names.to_numpy(dtype=object)[columns],
-        donors=None if donors is None else donors[cells],
-        level=level,
-    )
-
-
 def _cells(
-    adata: AnnData,
-    perturbed: np.ndarray,
-    statistic: str,
-    groupby: str | None,
-    group: str | None,
-    null_group: str | None,
+    adata: AnnData, perturbed: np.ndarray, statistic: str, groupby: str | None, group: str | None, null: str | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Perturbed cells that count, and those that are the null."""
+    """Return the perturbed cells that count, and those that are the null."""
     if (groupby is None) != (group is None) or (statistic == "vs_null" and group is None):
-        raise ScbinInputError(
-            "P77", "groupby= (a column of adata.obs) and group= (one of its values) go together; 'vs_null' needs both."
-        )
-    if groupby is None or group is None:
+        wrong = "groupby= (a column of adata.obs) and group= (one of its values) go together; 'vs_null' needs both."
+        raise ScbinInputError("A03", wrong)
+    if groupby is None:
         return np.flatnonzero(perturbed), np.empty(0, dtype=np.int64)
     labels = read_obs(adata, groupby).astype(object).map(str).to_numpy()
-
-    def members(name: str) -> Any:
-        found = np.flatnonzero(perturbed & (labels == name))
-        if not len(found):
-            known = ", ".join(repr(value) for value in np.unique(labels[perturbed])[:6])
+    known = np.unique(labels[perturbed])
+    for name in (group, null):
+        if name is not None and name not in known:
+            listed = ", ".join(map(repr, known[:6].tolist()))
             raise ScbinInputError(
-                "P67", f"no perturbed cell has {name!r} in adata.obs[{groupby!r}]; they have: {known}."
+                "A06", f"no perturbed cell has {name!r} in adata.obs[{groupby!r}]; they have: {listed}."
             )
-        return found
-
-    cells = members(group)
-    rest = np.flatnonzero(perturbed & (labels != group)) if null_group is None else members(null_group)
-    if statistic == "vs_null" and not len(rest):
-        raise ScbinInputError("P78", f"all perturbed cells are {group!r}: none is left to compare with.")
-    return cells, rest
-
-
-def _exact(adata: AnnData, key: str | None, names: np.ndarray) -> np.ndarray:
-    """Which genes the perturbation's own table calls exact."""
-    table = read_perturbation(adata, key)[0]
-    if not {"gene", "exact"} <= set(table.columns):
-        return np.ones(len(names), dtype=bool)
-    exact = dict(zip(table["gene"].astype(str), table["exact"].astype(bool), strict=True))
-    return np.array([exact.get(str(name), True) for name in names])
+    rest = perturbed & (labels != group if null is None else labels == null)
+    if statistic == "vs_null" and not rest.any():
+        raise ScbinInputError(
+            "P02", f"all {count(int(perturbed.sum()), 'perturbed cell')} are {group!r}: no null is left."
+        )
+    return np.flatnonzero(perturbed & (labels == group)), np.flatnonzero(rest)

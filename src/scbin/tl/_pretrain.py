@@ -3,180 +3,125 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+import anndata as ad
 import numpy as np
 
-from scbin import _keys
-from scbin._anndata import check_adata, read_obs, read_tokens, warn, write_obsm, write_uns
-from scbin._arguments import flags, paths, whole_numbers
+from scbin import _docs, _keys
+from scbin._adata import read_tokens, warn, write, write_uns
+from scbin._arguments import checked, instances
 from scbin._errors import ScbinInputError, count
-from scbin.data.masking import MaskingScheme
-from scbin.model import Model
-from scbin.nn.checkpoint import replaces_model
-from scbin.nn.embedding import hide_phenotypes
+from scbin.io.directory import replaces_model
+from scbin.model import Model, remember
+from scbin.nn.batches import BatchCorrection
+from scbin.nn.density import Density
+from scbin.nn.losses import Loss
+from scbin.nn.network import build_network
+from scbin.nn.presets import Network, preset_for
 from scbin.nn.presets import preset as preset_named
-from scbin.nn.presets import preset_for
-from scbin.nn.readout import Readout
-from scbin.tl._embed import embedding_key
-from scbin.tl._model import remember
-from scbin.tl._seen import remembered_cells
+from scbin.nn.run import embed as embed_tokens
+from scbin.tl._embed import corrected, embedding_key
+from scbin.tl._labels import MaskedPhenotypes, obs_column
+from scbin.tl._leakage import remembered_cells
 from scbin.train.distributed import is_first_process, joined_world
-from scbin.train.objective import MaskedLoss
-from scbin.train.pretraining import Recipe, pretrain_tokens
-from scbin.train.settings import TrainSettings
-from scbin.train.setup import embed_together, split
+from scbin.train.loop import split_cells, train
+from scbin.train.masking import Masking
+from scbin.train.pretraining import Pretraining
+from scbin.train.settings import Training
+from scbin.train.start import start
+from scbin.train.task import Task
 
 if TYPE_CHECKING:
     import os
 
-    from anndata import AnnData
+    import pandas as pd
 
-    from scbin.nn.device import Precision
-    from scbin.nn.embedding import Pooling
-    from scbin.nn.presets import Preset
-    from scbin.train.pretraining import Pretrained
+    from scbin.tokens.tokens import Tokens
+
+_log = logging.getLogger(__name__)
 
 
+@_docs.shared
+@checked
 def pretrain(
-    adata: AnnData,
+    adata: ad.AnnData | Tokens,
     *,
-    preset: str | Preset = "auto",
-    hidden_size: int | None = None,
-    num_hidden_layers: int | None = None,
-    num_attention_heads: int | None = None,
-    intermediate_size: int | None = None,
-    epochs: int | None = None,
-    max_steps: int | None = None,
-    cells_per_step: int | None = None,
-    learning_rate: float | None = None,
-    gene_table: Literal["svd", "random"] = "svd",
-    gene_table_rank: int = 30,
-    gene_mask_prob: float = 0.15,
-    phenotype_mask_prob: float = 0.5,
-    masking: MaskingScheme | None = None,
-    loss: MaskedLoss | None = None,
-    masked_weight: float = 1.0,
-    denoising_weight: float = 1.0,
-    contrastive_weight: float = 0.1,
-    pooling: Pooling = "weighted",
-    projection: bool = True,
+    preset: str | Network = "auto",
+    backbone: str = "mlp",
     batch_key: str | None = None,
-    validation_share: float = 0.05,
-    token_budget: int = 32_768,
-    device: str = "auto",
-    precision: Precision = "auto",
-    gradient_checkpointing: bool = False,
-    compile: bool = False,
-    seed: int = 0,
-    save_dir: str | os.PathLike[str] | None = None,
-    checkpoint_every: int | None = None,
-    resume: bool = False,
-    tensorboard: str | os.PathLike[str] | None = None,
-    wandb: str | None = None,
-    progress: bool = True,
+    masking: Masking | None = None,
+    loss: Loss | None = None,
+    task: Task | None = None,
+    training: Training | None = None,
+    max_steps: int | None = None,
     tokens_key: str | None = None,
     key_added: str | None = None,
+    save_dir: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    progress: bool = True,
 ) -> Model:
-    """Train a BERT on the cells and give each cell its vector.
+    """Train a network on the cells and give each cell its vector.
 
-    The model learns to predict hidden genes (and phenotypes, where the tokens have some) from the rest of a cell, and to
-    recognise two random halves of one cell among those of other cells. It starts from what the data themselves say: the
-    embedding of each gene is its loading in a truncated SVD. Labels are used only if you tokenized them.
+    From a part of a cell's molecules the network makes the cell's vector, which has to predict the rest of them. Hidden phenotypes
+    are predicted too, where the tokens have some, and hidden genes, where `masking` or `loss` is given or the data are no counts.
+    The network starts at the principal components of the data, and training stops where it no longer gets better on held-out
+    cells; one line says how good it was at the start and in the end. Labels are used only if you tokenized them.
 
     Parameters
     ----------
     adata
-        Tokenized cells (:func:`scbin.pp.tokenize`).
+        Tokenized cells, see :func:`scbin.pp.tokenize`. Tokens that are not in an AnnData (:class:`scbin.tokens.tokens.Tokens`) are
+        trained on too; then nothing is written.
     preset
-        Size and optimiser settings by name: `"tiny"` (a minute or two on a laptop), `"small"`, `"base"` (for a GPU), or those
-        of published systems such as `"geneformer-v1-6l"`; see `scbin.nn.presets.PRESETS`. `"auto"` takes tiny up to 20,000
-        cells, small up to 200,000, and base beyond. A `Preset` of your own is taken too.
-    hidden_size, num_hidden_layers, num_attention_heads, intermediate_size
-        Parts of the network's shape, over the preset's.
-    epochs
-        Times every cell is seen. Default: the preset's.
-    max_steps
-        Stop after so many steps of the optimiser.
-    cells_per_step
-        Cells whose gradients make one step. Default: the preset's.
-    learning_rate
-        Its peak. Default: the preset's.
-    gene_table
-        Start of the gene embeddings: the data's own truncated `"svd"`, or `"random"`.
-    gene_table_rank
-        Components of that SVD, at most the hidden size.
-    gene_mask_prob, phenotype_mask_prob
-        Share of the genes, and of the phenotypes, that are hidden and to be predicted.
-    masking
-        All details of what is hidden; replaces the two above.
-    loss
-        How predictions are scored: label smoothing, ordinal or binary losses, class weights.
-    masked_weight, denoising_weight, contrastive_weight
-        Weights of the terms of the loss: predicting what is hidden, finding the place of a cell from half of its genes, and
-        recognising the two halves of a cell among others. 0 leaves one out.
-    pooling
-        How the vectors of a cell's tokens become the cell's vector: `"weighted"` by expression, `"mean"` or `"cls"`.
-    projection
-        Learn a last step of the embedding, from the vector of a cell to its place among the cells that are like it. `False` leaves
-        the network's own vector.
-    batch_key
-        Column of `obs` with the batch of each cell: kinds of cells that batches share then lie together in the embedding. The
-        network itself sees no batches, so new cells of any batch can be embedded.
-    validation_share
-        Share of the cells that are held out to report the loss on; the weights never see them.
-    token_budget
-        Most tokens to go through the network at once. Lower it to save memory; but for the draws of dropout, what is learned
-        stays the same.
-    device
-        `"auto"` takes cuda, then mps, then cpu. Naming a device that is not there is an error.
-    precision
-        Of the matrix products; `"auto"` takes bfloat16 where it helps.
-    gradient_checkpointing
-        Trade a third of the speed for memory, for long cells and large networks.
-    compile
-        Let `torch.compile` fuse parts of the network.
-    seed
-        The same seed, data and machine give the same model.
-    save_dir
-        Directory for checkpoints, written so that a crash at any instant costs at most the steps since the last one; the
-        finished model is saved as its subdirectory `model`.
-    checkpoint_every
-        Steps between checkpoints. Default: an epoch.
-    resume
-        Go on from the newest sound checkpoint in `save_dir`.
-    tensorboard, wandb
-        Directory for TensorBoard, and name of a Weights & Biases project.
-    progress
-        Show a progress bar with loss, speed and time left.
-    tokens_key
-        The slot of `obsm` with the tokens. Default: `"X_tokens"`.
-    key_added
-        Name of the slot for the embedding. Default: `"X_scbin"`.
+        Size and optimiser settings by name: `"tiny"` (a minute or two on a laptop), `"small"`, `"base"` (for a GPU), or those of
+        published systems such as `"geneformer-v1-6l"`; or a :class:`scbin.Network`. `"auto"` chooses by the number of cells.
+    backbone
+        What reads the tokens: `"mlp"`, a network on the expression of all genes together; `"latent"`, latent queries that attend to
+        the gene tokens; `"bert"`, stock BERT. Their vectors were measured to be equally good, at 3 (`"latent"`) and 25 (`"bert"`)
+        times the cost of the first. A kind of your own: `scbin.nn.backbone.BACKBONES`.
+    {batch_key}
+    {masking}
+    {loss}
+    task
+        What to learn, if it is a :class:`scbin.train.task.Task` of your own; `masking` and `loss` are then yours too.
+    {training}
+    {max_steps}
+    {tokens_key}
+    {key_added}
+    {save_dir}
+    {device}
+    {seed}
+    {progress}
 
     Returns
     -------
     The trained :class:`scbin.Model`, with its `history`. Sets the following fields:
 
-    `adata.obsm['X_scbin' | key_added]`
-        One float32 vector per cell (cells, hidden size), NaN for cells without tokens. Phenotype tokens are hidden for it, so
-        that labels cannot leak into it.
-    `adata.uns['scbin']['pretrain']`
+    `adata.obsm["X_scbin"]`
+        One float32 vector per cell, NaN for cells without tokens. Phenotype tokens are hidden for it, so that labels cannot leak
+        into it.
+    `adata.uns["scbin"]["pretrain"]`
         How the model was trained, as JSON.
-    `adata.uns['scbin']['pretrain_history']`
+    `adata.uns["scbin"]["pretrain_history"]`
         Losses, learning rate and speed of every step, as a `DataFrame`.
 
     Raises
     ------
     ScbinInputError
         If the cells are not tokenized, fewer than two have tokens, or an argument is out of range. Nothing is written then.
+    ScbinTrainingError
+        If loss or gradient were not finite three times in a row, or memory is too short for one cell.
 
     Notes
     -----
-    Masked modelling follows BERT and Geneformer :cite:p:`theodoris2023`; the contrastive term is InfoNCE over two random
-    halves of a cell's genes, as in SimCLR. Batches are brought together by mutual nearest neighbours :cite:p:`haghverdi2018`.
+    Masked modelling follows BERT and Geneformer :cite:p:`theodoris2023`. Batches are brought together by mutual nearest neighbours
+    :cite:p:`haghverdi2018`. Under `torchrun` all processes train together.
 
     Examples
     --------
@@ -184,142 +129,147 @@ def pretrain(
     >>> adata = scbin.datasets.pbmc68k_reduced()[:200].copy()
     >>> scbin.pp.tokenize(adata)
     >>> model = scbin.tl.pretrain(adata, preset="tiny", max_steps=3, progress=False)
-    >>> adata.obsm["X_scbin"].shape, len(model.history)
-    ((200, 64), 3)
+    >>> adata.obsm["X_scbin"].shape, model.training["steps"]
+    ((200, 30), 3)
     """
-    check_adata(adata)
-    tokens, vocabulary = read_tokens(adata, key=tokens_key)
-    key = embedding_key(adata, key_added)
-    paths(optional=True, save_dir=save_dir, tensorboard=tensorboard)
+    training = training or Training()
+    instances(Training, "a scbin.Training", training=training)
+    instances(Masking, "a scbin.Masking", optional=True, masking=masking)
+    instances(Loss, "a scbin.Loss", optional=True, loss=loss)
+    instances(Task, "a task with losses, weights, prepare and loss", optional=True, task=task)
+    if max_steps is not None:
+        training = replace(training, max_steps=max_steps)
+    if not 0 <= seed < 2**63:
+        raise ScbinInputError("A02", f"seed is {seed}; it needs to be a whole number from 0 to below 2**63.")
+    in_adata = adata if isinstance(adata, ad.AnnData) else None
+    tokens = read_tokens(adata, key=tokens_key)
+    key = embedding_key(in_adata, key_added)
     if save_dir is not None:
         replaces_model(Path(save_dir) / "model", overwrite=True)  # raises now rather than after hours of training
-    n_cells = int(np.count_nonzero(np.diff(tokens.indptr)))
+    n_cells = int(np.count_nonzero(tokens.lengths))
     if n_cells < 2:
         raise ScbinInputError("I47", f"training needs at least 2 cells with tokens; here are {n_cells}.")
-    flags(projection=projection)
-    batches = None if batch_key is None else _batches(adata, batch_key, projection)
-    shape: dict[str, Any] = {"hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
-    shape |= {"num_attention_heads": num_attention_heads, "intermediate_size": intermediate_size}
-    whole_numbers(optional=True, **shape)
-    fitting = preset_for(n_cells)
-    preset = fitting if preset == "auto" else preset
-    chosen = replace(preset_named(preset), **{name: value for name, value in shape.items() if value is not None})
-    recipe = Recipe(
-        gene_table=gene_table,
-        gene_table_rank=gene_table_rank,
-        masking=masking or MaskingScheme(gene_mask_prob=gene_mask_prob, phenotype_mask_prob=phenotype_mask_prob),
-        loss=loss or MaskedLoss(),
-        masked_weight=masked_weight,
-        denoising_weight=denoising_weight,
-        contrastive_weight=contrastive_weight,
-        pooling=pooling,
-        projection=projection,
-    )
-    settings = TrainSettings(
-        epochs=chosen.epochs if epochs is None else epochs,
-        max_steps=max_steps,
-        cells_per_step=chosen.cells_per_step if cells_per_step is None else cells_per_step,
-        token_budget=token_budget,
-        learning_rate=chosen.learning_rate if learning_rate is None else learning_rate,
-        schedule=chosen.schedule,
-        warmup=chosen.warmup,
-        weight_decay=chosen.weight_decay,
-        clip=chosen.clip,
-        precision=chosen.precision if precision == "auto" else precision,
-        device=device,
-        seed=seed,
-        validation_share=validation_share,
-        save_dir=None if save_dir is None else Path(save_dir),
-        checkpoint_every=checkpoint_every,
-        resume=resume,
-        gradient_checkpointing=gradient_checkpointing,
-        compile=compile,
+    batches, codes = _batches(adata, batch_key)
+    name = "custom" if isinstance(preset, Network) else preset_for(n_cells) if preset == "auto" else preset
+    shape = preset if isinstance(preset, Network) else preset_named(name)
+    _warn_if_too_large(shape, n_cells)
+    cells, held_out = split_cells(tokens, training, seed)
+    training = _filled(training, shape, len(cells))
+
+    network = build_network(tokens.vocabulary, shape, backbone, batches=batches or ("all",), seed=seed)
+    layer = network.vector.layer if network.vector.latents else None
+    own = Pretraining(tokens.vocabulary, masking, loss, batches=codes, layer=layer)
+    start(network, own, tokens, cells, codes, seed=seed)
+    learned: Any = own if task is None else task
+    history = train(
+        network, learned, tokens, training, cells=cells, held_out=held_out, save_dir=save_dir, device=device, seed=seed,
         progress=progress,
-        tensorboard=None if tensorboard is None else Path(tensorboard),
-        wandb=wandb,
-    )
-    training, _ = split(tokens, None, settings)
-    if epochs is None:
-        steps_asked = replace(chosen, cells_per_step=settings.cells_per_step)
-        settings = replace(settings, epochs=steps_asked.epochs_for(len(training)))
-    _warn_if_too_large(chosen, n_cells, fitting)
-    result = pretrain_tokens(tokens, vocabulary, chosen, recipe, settings, cell_names=adata.obs_names, batches=batches)
-    gene_weights = None if result.gene_weights is None else tuple(float(weight) for weight in result.gene_weights)
+    )  # fmt: skip
+    with joined_world(training.timeout) as world:
+        rows, where = np.arange(tokens.n_cells), str(world.device(device))
+        options: dict[str, Any] = {"device": where, "precision": "float32", "token_budget": training.token_budget}
+        hidden: Any = MaskedPhenotypes(tokens)
+        vectors = embed_tokens(network, hidden, rows=world.share(rows), **options)[world.share(rows)]
+        vectors = world.gather(vectors, len(rows))
+    if network.counts is not None:
+        network.density = Density.fit(tokens, vectors, cells=cells, seed=seed)
+    if codes is not None:
+        network.batches = BatchCorrection.fit(vectors[cells], codes[cells], batches, seed=seed)
+        vectors = corrected(network, vectors, adata, batch_key)
+
+    at_start, in_the_end = _held_out_losses(history, kept=training.patience is not None)
     model = Model(
-        result.bert,
-        vocabulary,
-        Readout(pooling, gene_weights=gene_weights if pooling == "weighted" else None),
+        network,
+        tokens.vocabulary,
         {
-            **_summary(preset, chosen, recipe, settings, result),
-            "cells": remembered_cells(tokens, vocabulary, training),
+            "preset": name,
+            "backbone": backbone,
+            "n_cells": len(cells),
+            "steps": int(history["step"].max()) if len(history) else 0,
+            "epochs": int(history["epoch"].max()) + 1 if len(history) else 0,
+            "network": asdict(shape),
+            "masking": asdict(own.masking),
+            "loss": asdict(own.score),
+            "training": training.learned(),
+            "seed": seed,
+            "batch_key": batch_key,
+            "start": at_start,
+            "end": in_the_end,
+            "cells": remembered_cells(tokens, cells),
         },
-        result.history,
-        decoder=result.decoder,
-        projection=result.projection,
+        history,
     )
-    if save_dir is not None and is_first_process():
-        model.save(Path(save_dir) / "model", overwrite=True)
-    hidden = hide_phenotypes(tokens, vocabulary)
-    with joined_world() as world:
-        embedding = embed_together(
-            result.bert, hidden, model.weights(), world, device=device, token_budget=token_budget
-        )
-    _write(adata, key, model.place(embedding), model, save_dir)
+    if is_first_process():
+        line = _summary(history, at_start, in_the_end, getattr(learned, "watched", None), training)
+        _log.info(line)
+        if progress:
+            print(line)
+        if save_dir is not None:
+            model.save(Path(save_dir) / "model", overwrite=True)
+    identifier = model.fingerprint
+    remember(identifier, model)
+    if in_adata is not None:
+        write(in_adata, "obsm", key, vectors)
+        write_uns(in_adata, _keys.PRETRAIN, json.dumps(model.training))
+        write_uns(in_adata, _keys.HISTORY, model.history.copy())
+        write_uns(in_adata, _keys.MODEL_ID, identifier)
+        write_uns(in_adata, _keys.MODEL_PATH, "" if save_dir is None else str(Path(save_dir).resolve() / "model"))
     return model
 
 
-def _batches(adata: AnnData, batch_key: str, projection: bool) -> np.ndarray:
-    """Return the batch of each cell; those without one count as one more batch."""
-    batches = read_obs(adata, batch_key).astype(str).to_numpy()
-    if not projection:
-        raise ScbinInputError(
-            "T24", "batch_key brings batches together in the projection; leave projection=True with it."
-        )
-    names, counts = np.unique(batches, return_counts=True)
+def _filled(training: Training, shape: Network, n_cells: int) -> Training:
+    """Return the settings with those of the preset where nothing was chosen."""
+    names = ("cells_per_step", "learning_rate", "schedule", "warmup", "weight_decay", "precision", "rates")
+    filled: Any = training.filled(**{name: getattr(shape, name) for name in names}, clip=shape.clip or math.inf)
+    return filled.filled(epochs=replace(shape, cells_per_step=filled.cells_per_step).epochs_for(n_cells))
+
+
+def _batches(data: ad.AnnData | Tokens, batch_key: str | None) -> tuple[list[str], np.ndarray | None]:
+    """Return the names of the batches and the number of each cell's (cells,); cells without one count as one more batch."""
+    if batch_key is None:
+        return [], None
+    names, codes, counts = np.unique(
+        obs_column(data, batch_key).astype(str).to_numpy(), return_inverse=True, return_counts=True
+    )
     if len(names) < 2 or counts.min() < 2:
         least = f"; {names[counts.argmin()]!r} has {count(int(counts.min()), 'cell')}" if len(names) > 1 else ""
         raise ScbinInputError(
-            "T25",
+            "A03",
             f"obs[{batch_key!r}] has {count(len(names), 'batch', 'batches')}{least}. It takes two batches or more of at least "
             "2 cells each; leave batch_key out where there is nothing to bring together.",
         )
-    return batches
+    return [str(name) for name in names], codes.astype(np.int64)
 
 
-def _warn_if_too_large(chosen: Preset, n_cells: int, fitting: str) -> None:
+def _warn_if_too_large(shape: Network, n_cells: int) -> None:
     """Warn where even twice the cells would be too few for the network."""
     enough = preset_named(preset_for(2 * n_cells))
-    if chosen.n_encoder_weights > enough.n_encoder_weights:
+    if shape.n_encoder_weights > enough.n_encoder_weights:
         warn(
-            "T19",
-            f"{count(n_cells, 'cell')} with tokens are few for a network of {chosen.n_encoder_weights:,} weights in its "
-            f"layers; it may learn less than a smaller one. preset={fitting!r} fits them.",
+            "T05",
+            f"{count(n_cells, 'cell')} with tokens are few for a network of {shape.n_encoder_weights:,} weights in its layers; it "
+            f"may learn less than a smaller one. preset={preset_for(n_cells)!r} fits them.",
         )
 
 
+def _held_out_losses(history: pd.DataFrame, *, kept: bool) -> tuple[float | None, float | None]:
+    """Return the watched loss on held-out cells at the start and of the weights that were kept, `None` without such cells."""
+    if "validation" not in history:
+        return None, None
+    values = history["validation"].dropna()
+    return float(values.iloc[0]), float(values.min() if kept else values.iloc[-1])
+
+
 def _summary(
-    preset: str | Preset, chosen: Preset, recipe: Recipe, settings: TrainSettings, result: Pretrained
-) -> dict[str, Any]:
-    """Return plain values that say how a model came about."""
-    last = result.history.iloc[-1] if len(result.history) else {"step": -1, "epoch": -1}
-    return {
-        "preset": preset if isinstance(preset, str) else "custom",
-        "n_cells": result.n_cells,
-        "steps": int(last["step"]) + 1,
-        "epochs": int(last["epoch"]) + 1,
-        "network": asdict(chosen),
-        "recipe": asdict(recipe),
-        "settings": settings.learned(),
-    }
-
-
-def _write(
-    adata: AnnData, key: str, embedding: np.ndarray, model: Model, save_dir: str | os.PathLike[str] | None
-) -> None:
-    identifier = model.fingerprint
-    remember(identifier, model)
-    write_obsm(adata, key, embedding)
-    write_uns(adata, _keys.PRETRAIN, json.dumps(model.training))
-    write_uns(adata, _keys.HISTORY, model.history.copy())
-    write_uns(adata, _keys.MODEL_ID, identifier)
-    write_uns(adata, _keys.MODEL_PATH, "" if save_dir is None else str(Path(save_dir).resolve() / "model"))
+    history: pd.DataFrame, at_start: float | None, in_the_end: float | None, watched: str | None, training: Training
+) -> str:
+    """Say in one line whether training helped on cells that it has not seen."""
+    steps = count(int(history["step"].max()) if len(history) else 0, "step")
+    if at_start is None or in_the_end is None:
+        return f"trained for {steps}; no cells were held out to say whether it helped."
+    what = f"log likelihood of held-out cells ({watched or 'all losses'})"
+    if in_the_end < at_start:
+        return f"{what}: {-at_start:.4f} at the start, {-in_the_end:.4f} after training ({steps})."
+    last = float(history["validation"].dropna().iloc[-1])
+    which = "the weights of the start were kept" if training.patience is not None else "they were kept all the same"
+    return f"Training did not help: {what} was {-at_start:.4f} at the start and {-last:.4f} after {steps}; {which}."

@@ -1,0 +1,143 @@
+"""`tl.split`, and how splits and donors are read."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import scbin
+from scbin._errors import ScbinInputError, ScbinInputWarning
+from scbin.tl._labels import Split, folds_of, hold_out, known_split, named_parts, split_and_donors
+
+
+@pytest.fixture
+def ready(cells):
+    cells.obs["donor_id"] = pd.Categorical([f"d{i}" for i in np.arange(60) // 10])
+    return cells
+
+
+def parts(adata):
+    return adata.obs["scbin_split"].astype(str).to_numpy()
+
+
+def test_fractions_and_classes(ready, untouched):
+    del ready.obs["donor_id"]
+    then = untouched(ready)
+    scbin.tl.split(ready, target="cell_type", test=0.25, validation=0.2)
+    then.check(obs={"scbin_split"}, uns={"split"})
+    table = pd.crosstab(ready.obs["cell_type"], ready.obs["scbin_split"])
+    assert (table["test"] == 5).all() and (table["validation"] == 4).all()
+    first = parts(ready)
+    scbin.tl.split(ready, target="cell_type", test=0.25, validation=0.2)
+    assert (parts(ready) == first).all()
+    scbin.tl.split(ready, target="cell_type", test=0.25, validation=0.2, seed=1)
+    assert (parts(ready) != first).any()
+    assert scbin.tl.split(ready, copy=True) is not ready
+
+
+def test_folds_of_donors_partition_the_cells(ready):
+    tests = []
+    for fold in range(3):
+        scbin.tl.split(ready, target="cell_type", split_key="donor_id", n_folds=3, fold=fold)
+        assert ((pd.crosstab(ready.obs["donor_id"], ready.obs["scbin_split"]) > 0).sum(axis=1) == 1).all()
+        tests.append(parts(ready) == "test")
+    assert (np.sum(tests, axis=0) == 1).all()
+
+
+@pytest.mark.parametrize("donors", [None, np.repeat(np.arange(10), 9)])
+def test_held_out_cells_have_the_classes_in_similar_fractions(donors):
+    classes = np.tile([0, 0, 0, 0, 0, 1, 1, 1, 2], 10)
+    for seed in range(3):
+        held = hold_out(classes, 0.2, donors=donors, seed=seed)
+        counts = np.bincount(classes[held], minlength=3)
+        assert abs(held.mean() - 0.2) < 0.05 and (np.abs(counts / counts.sum() - [5 / 9, 3 / 9, 1 / 9]) < 0.1).all()
+        if donors is not None:
+            assert not set(donors[held]) & set(donors[~held])
+        folds = folds_of(classes, 5, donors=donors, seed=seed)
+        assert set(folds) == set(range(5))
+        if donors is not None:
+            assert all(len(set(folds[donors == donor])) == 1 for donor in range(10))
+
+
+def test_small_and_odd_cases():
+    assert not hold_out(np.array([0, 1, 2]), 0.5).any()  # classes of one cell are never held out
+    assert not hold_out(np.zeros(1), 0.5).any() and not hold_out(np.zeros(10), 0.0).any()
+    assert hold_out(np.zeros(1000), 0.5, most=10).sum() == 10
+    assert not hold_out(np.zeros(6), 0.5, donors=np.array(["a"] * 6)).any()
+    held = hold_out(np.array([0] * 50 + [1]), 0.3)
+    assert not held[50] and held.sum() == 15
+    assert (folds_of(np.zeros(4), 5, donors=np.array(["a"] * 4)) == 0).all()
+    assert len(set(folds_of(np.arange(6), 3))) == 3  # classes of one cell each
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments"),
+    [
+        ("A02", {"test": 0.0}),
+        ("A02", {"test": 0.6, "validation": 0.5}),
+        ("A02", {"n_folds": 3, "fold": 3}),
+        ("L03", {"split_key": "donor_id", "n_folds": 7}),
+        ("L02", {"target": "single"}),
+        ("A06", {"split_key": "donor"}),
+        ("L03.*already", {"split_key": "part"}),
+        ("L03.*validation=0", {"split_key": "two"}),
+    ],
+)
+def test_splits_that_cannot_be_are_refused(ready, untouched, code, arguments):
+    ready.obs["single"] = ["one", *["more"] * 59]
+    ready.obs["part"] = np.where(np.arange(60) < 30, "train", "test")
+    ready.obs["two"] = np.where(np.arange(60) < 30, "a", "b")
+    then = untouched(ready)
+    with pytest.raises(ScbinInputError, match=code):
+        scbin.tl.split(ready, **arguments)
+    then.check()
+    scbin.tl.split(ready, split_key="two", test=0.5, validation=0.0)
+    assert set(parts(ready)) == {"train", "test"}
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def test_usual_words_for_parts_are_understood():
+    words = pd.Series(["Training", "val", "hold_out", np.nan, "dev", "TEST"])
+    assert named_parts(words, "x").tolist() == ["train", "validation", "test", "", "validation", "test"]
+    assert named_parts(pd.Series(["d1", "d2"]), "x") is None
+    assert named_parts(pd.Series([True, False]), "doublet") is None
+    for column, name in ((pd.Series(["train", "other"]), "x"), (pd.Series([True, False]), "is_train")):
+        with pytest.raises(ScbinInputError, match="L03"):
+            named_parts(column, name)
+
+
+def test_a_split_by_donor_is_recognised_by_its_donors(ready):
+    donor = ready.obs["donor_id"].astype(str).to_numpy()
+    scbin.tl.split(ready, split_key="donor_id", test=0.3, validation=0.2)
+    split, donors = split_and_donors(ready, None)
+    assert (donors == donor).all() and (split.column() == ready.obs["scbin_split"]).all()
+    with pytest.warns(ScbinInputWarning, match="L03"):
+        scbin.tl.split(ready)
+    assert split_and_donors(ready, None)[1] is None
+    ready.obs["donor_id"] = "d0"
+    assert split_and_donors(ready, None)[1] is None
+
+
+def test_the_column_that_a_split_went_by_is_remembered(ready):
+    ready.obs["plate"] = ready.obs.pop("donor_id")
+    scbin.tl.split(ready, split_key="plate", test=0.3)
+    assert (split_and_donors(ready, None)[1] == ready.obs["plate"].astype(str)).all()
+    assert known_split(ready, "plate") is None
+
+
+def test_donors_divide_the_cells_that_are_not_for_testing(ready):
+    with pytest.warns(ScbinInputWarning, match="L03"):
+        scbin.tl.split(ready, test=0.3, validation=0.2)
+    before = known_split(ready, None)
+    split, donors = split_and_donors(ready, "donor_id")
+    assert (split.test == before.test).all() and not split.validation.any() and len(set(donors)) == 6
+
+
+def test_cells_not_used_now_keep_their_part():
+    no = np.zeros(4, dtype=bool)
+    before = Split(np.array([True, True, False, False]), no, np.array([False, False, True, False]))
+    now = Split(np.array([True, False, False, False]), no, no)
+    assert now.column(before).tolist()[:3] == ["train", "train", "test"] and pd.isna(now.column(before)[3])
