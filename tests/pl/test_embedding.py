@@ -1,4 +1,8 @@
+"""`pl.embedding` draws with scanpy; its UMAP is kept as long as it belongs to the embedding, and touches nothing else."""
+
 from __future__ import annotations
+
+import sys
 
 import anndata as ad
 import matplotlib.pyplot as plt
@@ -6,201 +10,182 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
-from scipy.sparse import csc_matrix, csr_array
 
-import scbin.pl
-from scbin._errors import ScbinInputError
-from scbin.pl import _style, _umap
+import scbin
+from scbin import ScbinInputError
+from scbin.pl._embedding import compute_umap, umap_slot
 
-
-@pytest.fixture(autouse=True)
-def _quick_layout(monkeypatch):
-    monkeypatch.setattr(_umap, "compute_umap", lambda embedding, **_: embedding[:, :2].copy())
+module = sys.modules["scbin.pl._embedding"]
 
 
-def dots(ax):
-    return np.concatenate([collection.get_offsets() for collection in ax.collections])
+@pytest.fixture
+def calls(monkeypatch):
+    """Replace the slow layout by a deterministic stand-in and record how often it runs."""
+    made = []
+
+    def layout(matrix, **_):
+        made.append(len(matrix))
+        return np.where(np.isfinite(matrix).all(axis=1)[:, None], matrix[:, :2] * 2, np.nan).astype(np.float32)
+
+    monkeypatch.setattr(module, "compute_umap", layout)
+    return made
 
 
-def labels(ax):
-    return [text.get_text() for text in ax.get_legend().get_texts()]
+def umap(adata, basis="X_scbin"):
+    return np.asarray(adata.obsm[umap_slot(adata, basis, module.read_embedding(adata, basis))])
 
 
-def test_every_cell_is_a_dot(embedded):
-    assert len(dots(scbin.pl.embedding(embedded, color="cell_type"))) == 60
+# ---- drawing -----------------------------------------------------------------------------------------------------------
 
 
-def test_legend_names_the_types_present(embedded):
-    embedded.obs["cell_type"] = embedded.obs["cell_type"].cat.add_categories("none of these")
-    assert sorted(labels(scbin.pl.embedding(embedded, color="cell_type"))) == ["B cell", "T cell", "monocyte"]
-
-
-def test_cells_without_embedding_are_left_out_and_counted(embedded):
-    embedded.obsm["X_scbin"][:4] = np.nan
+def test_every_cell_is_a_dot_and_colours_are_kept_as_scanpy_does(embedded, calls):
     ax = scbin.pl.embedding(embedded, color="cell_type")
-    assert len(dots(ax)) == 56
-    assert "4 of 60 cells have no embedding" in ax.get_xlabel()
+    assert len(ax.collections[0].get_offsets()) == 60
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["B cell", "T cell", "monocyte"]
+    assert len(embedded.uns["cell_type_colors"]) == 3
+    assert (ax.get_xlabel(), ax.get_title()) == ("scbin UMAP 1", "cell_type")
+
+
+def test_arguments_and_colours_of_scanpy_are_used(embedded, calls):
+    embedded.uns["cell_type_colors"] = ["#ff0000", "#00ff00", "#0000ff"]
+    ax = scbin.pl.embedding(embedded, color="cell_type", groups=["T cell"], title="mine", frameon=False, size=7)
+    assert (ax.get_title(), ax.axison, ax.collections[0].get_sizes()[0]) == ("mine", False, 7)
+    assert "#00ff00" in {to_hex(colour) for colour in ax.collections[0].get_facecolors()}
+    axes = scbin.pl.embedding(embedded, color=["cell_type", "sex", "GENE0"], ncols=2, vmax=3)
+    assert [panel.get_title() for panel in axes] == ["cell_type", "sex", "GENE0"]
+    assert axes[2].collections[0].get_clim()[1] == 3
+
+
+def test_cells_without_embedding_are_left_out_and_counted_and_labels_are_no_formulas(embedded, calls):
+    embedded.obsm["X_scbin"][:4] = np.nan
+    embedded.obs["odd $\\frac{"] = pd.Categorical([("$\\frac{", "CD4+ $")[i % 2] for i in range(60)])
+    ax = scbin.pl.embedding(embedded, color="odd $\\frac{")
+    ax.figure.canvas.draw()
+    assert "4 cells have no embedding" in ax.get_xlabel()
     assert np.isnan(embedded.obsm["X_umap_scbin"][:4]).all()
 
 
-def test_missing_labels_are_grey_and_last(embedded):
-    embedded.obs["label"] = pd.Series(np.where(np.arange(60) < 10, None, "known"), index=embedded.obs_names)
-    ax = scbin.pl.embedding(embedded, color="label")
-    assert labels(ax) == ["known", "missing"]
-    assert to_hex(ax.get_legend().legend_handles[-1].get_color()) == _style.MISSING_COLOUR
-
-
-def test_unknown_is_grey_and_takes_no_colour(embedded):
-    embedded.obs["label"] = pd.Categorical(["unknown", "zeta"] * 30)
-    handles = scbin.pl.embedding(embedded, color="label").get_legend().legend_handles
-    assert [to_hex(handle.get_color()) for handle in handles] == [_style.MISSING_COLOUR, _style.PALETTE[0]]
-
-
-def test_one_extreme_cell_does_not_darken_the_others(embedded):
-    embedded.X = embedded.X.toarray()
-    embedded.X[0, 3] = 1000.0
-    dots = scbin.pl.embedding(embedded, color="GENE3").collections[-1]
-    assert dots.get_clim()[1] < 20
-    assert dots.get_array().max() == 1000
-
-
-def test_colours_of_scanpy_are_used(embedded):
-    embedded.uns["cell_type_colors"] = np.array(["#ff0000", "#00ff00", "#0000ff"])
-    ax = scbin.pl.embedding(embedded, color="cell_type")
-    colours = [to_hex(handle.get_color()) for handle in ax.get_legend().legend_handles]
-    assert colours == ["#ff0000", "#00ff00", "#0000ff"]
-
-
-def test_nothing_but_the_slot_changes(embedded):
+def test_nothing_but_the_slots_changes(embedded, calls):
     before = embedded.copy()
     scbin.pl.embedding(embedded, color=["cell_type", "GENE3"])
     assert set(embedded.obsm) - set(before.obsm) == {"X_umap_scbin"}
-    assert list(embedded.uns) == ["scbin"]
-    assert not embedded.obsp
+    assert set(embedded.uns) == {"scbin", "cell_type_colors"} and not embedded.obsp
     pd.testing.assert_frame_equal(embedded.obs, before.obs)
     assert (embedded.X != before.X).nnz == 0
 
 
-@pytest.mark.parametrize("container", [np.asarray, csc_matrix, csr_array], ids=["dense", "csc", "csr_array"])
-def test_gene_from_any_container(embedded, container):
-    expected = np.sort(embedded.X[:, 3].toarray().ravel())
-    embedded.X = container(embedded.X.toarray())
-    ax = scbin.pl.embedding(embedded, color="GENE3")
-    np.testing.assert_allclose(ax.collections[-1].get_array(), expected)
-
-
-def test_gene_from_a_layer(embedded):
-    embedded.layers["doubled"] = embedded.X * 2
-    ax = scbin.pl.embedding(embedded, color="GENE3", layer="doubled")
-    assert ax.collections[-1].get_array().max() == 2 * embedded.X[:, 3].max()
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
-def test_number_that_says_nothing(embedded, value):
-    embedded.obs["score"] = value
-    scbin.pl.embedding(embedded, color="score").figure.canvas.draw()
-
-
-def test_gene_that_is_not_expressed(embedded):
-    embedded.X = embedded.X.toarray() * 0
-    scbin.pl.embedding(embedded, color="GENE3").figure.canvas.draw()
-
-
-def test_several_colours_are_several_axes(embedded):
-    axes = scbin.pl.embedding(embedded, color=["cell_type", "sex", "GENE0", "GENE1"])
-    assert [ax.get_title() for ax in axes] == ["cell_type", "sex", "GENE0", "GENE1"]
-
-
-def test_view_becomes_real_without_a_warning(embedded):
+def test_view_becomes_real_without_a_warning(embedded, calls):
     part = embedded[embedded.obs["sex"] == "female"]
-    assert len(dots(scbin.pl.embedding(part, color="GENE3"))) == 30
-    assert part.obsm["X_umap_scbin"].shape == (30, 2)
-    assert "X_umap_scbin" not in embedded.obsm
+    assert len(scbin.pl.embedding(part, color="GENE3").collections[0].get_offsets()) == 30
+    assert part.obsm["X_umap_scbin"].shape == (30, 2) and "X_umap_scbin" not in embedded.obsm
 
 
-def test_gene_of_a_backed_file(embedded, tmp_path):
+def test_gene_and_layer_of_a_backed_file(embedded, calls, tmp_path):
+    embedded.layers["doubled"] = embedded.X * 2
     embedded.write_h5ad(tmp_path / "cells.h5ad")
     backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
-    ax = scbin.pl.embedding(backed, color="GENE3")
-    np.testing.assert_allclose(ax.collections[-1].get_array(), np.sort(embedded.X[:, 3].toarray().ravel()))
+    for layer, factor in ((None, 1), ("doubled", 2)):
+        drawn = scbin.pl.embedding(backed, color="GENE3", layer=layer).collections[0].get_array()
+        np.testing.assert_allclose(drawn, factor * np.sort(embedded.X[:, 3].toarray().ravel()))
     backed.file.close()
 
 
-def test_basis_with_two_columns_is_drawn_as_it_is(embedded):
+def test_basis_with_two_columns_is_drawn_as_it_is(embedded, calls):
     embedded.obsm["X_mine"] = np.arange(120.0).reshape(60, 2)
-    ax = scbin.pl.embedding(embedded, basis="X_mine")
-    np.testing.assert_array_equal(dots(ax), embedded.obsm["X_mine"])
-    assert "X_umap_mine" not in embedded.obsm
-
-
-@pytest.mark.parametrize("layout", [None, "constrained"])
-def test_legend_stays_beside_its_axes(embedded, layout):
-    embedded.obs["many"] = pd.Categorical(
-        [f"_$type_{i % 30}$ of a very long name that goes on and on" for i in range(60)]
-    )
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout=layout)
-    scbin.pl.embedding(embedded, color="many", ax=left)
-    scbin.pl.embedding(embedded, color="GENE0", ax=right)
-    figure.canvas.draw()
-    legend = left.get_legend().get_window_extent()
-    assert legend.x0 >= left.get_window_extent().x1
-    assert legend.x1 <= right.get_tightbbox().x0 + 1
-    assert len(left.get_legend().get_texts()) == 30
-
-
-def test_long_and_strange_labels_are_drawn(embedded):
-    names = ["x" * 10_000, "$\\frac{", "_hidden", "a\nb"]
-    embedded.obs["odd"] = pd.Categorical([names[i % 4] for i in range(60)])
-    ax = scbin.pl.embedding(embedded, color="odd")
-    ax.figure.canvas.draw()
-    assert max(map(len, labels(ax))) <= _style.LONGEST_LABEL
-    assert {"$\\frac{", "_hidden", "a b"} < set(labels(ax))
+    ax = scbin.pl.embedding(embedded, basis="X_mine", ax=plt.subplots()[1])
+    np.testing.assert_array_equal(ax.collections[0].get_offsets(), embedded.obsm["X_mine"])
+    assert not calls and set(embedded.obsm) == {"X_scbin", "X_mine"} and ax.get_xlabel() == "mine 1"
 
 
 @pytest.mark.parametrize(
-    ("change", "code"),
+    ("change", "text"),
     [
-        pytest.param({"color": "cell_typ"}, r"I35.*'cell_type'", id="typo"),
-        pytest.param({"basis": "X_none"}, r"P01.*Available: 'X_scbin'", id="no_basis"),
-        pytest.param({"color": "GENE0", "layer": "none"}, "I35.*layers", id="no_layer"),
+        ({"color": "cell_typ"}, r"A06.*'cell_type'"),
+        ({"basis": "X_none"}, r"A06.*Available: 'X_scbin'"),
+        ({"color": "GENE0", "layer": "none"}, "A06.*layer"),
+        ({"color": []}, "A02.*empty"),
+        ({"color": 3}, "A01.*color"),
+        ({"color": ["cell_type", None]}, "A01.*color"),
+        ({"color": ["cell_type", "sex"], "ax": 1}, "A03.*one panel"),
+        ({"save": "a.png"}, "A03.*savefig"),
     ],
 )
-def test_errors_say_what_is_there(embedded, change, code):
-    with pytest.raises(ScbinInputError, match=code):
+def test_errors_come_before_anything_is_computed(embedded, calls, change, text):
+    with pytest.raises(ScbinInputError, match=text):
         scbin.pl.embedding(embedded, **change)
-    assert list(embedded.obsm) == ["X_scbin"]
-    assert plt.get_fignums() == []
+    assert list(embedded.obsm) == ["X_scbin"] and not calls and plt.get_fignums() == []
 
 
-def test_ax_takes_one_colour(embedded):
-    with pytest.raises(ScbinInputError, match="P03"):
-        scbin.pl.embedding(embedded, color=["cell_type", "sex"], ax=plt.subplots()[1])
-
-
-def test_not_embedded_yet(toy):
-    with pytest.raises(ScbinInputError, match=r"scbin\.tl\.pretrain"):
+def test_what_cannot_be_plotted(toy, embedded):
+    embedded.obsm["X_scbin"][:] = np.nan
+    for cells, text in ((embedded, "I53"), (toy[:0].copy(), "I53"), (toy.copy(), "I53")):
+        cells.obsm.setdefault("X_scbin", np.ones((cells.n_obs, 1)))
+        with pytest.raises(ScbinInputError, match=text):
+            scbin.pl.embedding(cells)
+    del toy.obsm["X_scbin"]
+    with pytest.raises(ScbinInputError, match=r"A06.*scbin\.tl\.pretrain"):
         scbin.pl.embedding(toy)
 
 
-def test_no_finite_row(embedded):
-    embedded.obsm["X_scbin"][:] = np.nan
-    with pytest.raises(ScbinInputError, match="P02"):
-        scbin.pl.embedding(embedded)
+# ---- the UMAP behind it ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("color", "code"), [([], "P13"), (3, "A01"), ([["cell_type"]], "A01"), (["cell_type", None], "A01")]
-)
-def test_what_is_no_colour_to_ask_for(embedded, color, code):
-    with pytest.raises(ScbinInputError, match=f"{code}.*color"):
-        scbin.pl.embedding(embedded, color=color)
-    assert "X_umap_scbin" not in embedded.obsm
+def test_computed_once_and_again_for_another_embedding(embedded, calls):
+    first = umap(embedded)
+    np.testing.assert_array_equal(umap(embedded), first)
+    assert len(calls) == 1
+    embedded.obsm["X_scbin"][7, 3] += 1e-3
+    umap(embedded)
+    embedded.obsm["X_scbin"] = embedded.obsm["X_scbin"][::-1].copy()
+    umap(embedded)
+    assert len(calls) == 3
 
 
-@pytest.mark.parametrize("kept", [["red", "green", "nocolor"], np.ones((3, 2)), "red!", 3])
-def test_colours_that_are_none_give_way_to_scbins_own(embedded, kept, recwarn):
-    embedded.uns["cell_type_colors"] = kept
-    ax = scbin.pl.embedding(embedded, color="cell_type")
-    drawn = [to_hex(handle.get_color()) for handle in ax.get_legend().legend_handles]
-    assert drawn == list(_style.PALETTE[:3])
-    assert [str(warning.message)[:5] for warning in recwarn] == (["[P14]"] if np.ndim(kept) else [])
+def test_subset_and_new_order_keep_their_coordinates(embedded, calls, tmp_path):
+    embedded.obsm["X_scbin"][4] = np.nan
+    all_cells = umap(embedded)
+    order = np.random.default_rng(0).permutation(60)[:25]
+    some = embedded[order].copy()
+    np.testing.assert_array_equal(umap(some), all_cells[order])
+    some.write_h5ad(tmp_path / "a.h5ad")
+    umap(ad.read_h5ad(tmp_path / "a.h5ad"))
+    assert len(calls) == 1
+    umap(ad.concat([some, embedded[~embedded.obs_names.isin(some.obs_names)]]))  # concat drops the fingerprints
+    assert len(calls) == 2
+
+
+def test_two_bases_side_by_side_and_nothing_of_others_is_replaced(embedded, calls):
+    embedded.obsm["X_pca"] = embedded.obsm["X_scbin"] - 1
+    embedded.obsm["X_umap_pca"] = np.ones((60, 2))
+    for basis in ("X_scbin", "X_pca", "X_scbin", "X_pca"):
+        umap(embedded, basis)
+    assert len(calls) == 2 and (embedded.obsm["X_umap_pca"] == 1).all()
+    assert {"X_umap_scbin", "X_umap_scbin_pca"} <= set(embedded.obsm)
+
+
+def test_real_umap_is_deterministic_and_separates_types(embedded):
+    matrix = embedded.obsm["X_scbin"].copy()
+    matrix[3] = np.nan
+    first, second = compute_umap(matrix), compute_umap(matrix)
+    np.testing.assert_array_equal(first, second)
+    assert np.isnan(first[3]).all() and np.isfinite(np.delete(first, 3, axis=0)).all()
+    rest = np.delete(np.arange(60), 3)
+    codes = embedded.obs["cell_type"].cat.codes.to_numpy()[rest]
+    distance = np.linalg.norm(first[rest][:, None] - first[rest][None], axis=-1)
+    np.fill_diagonal(distance, np.inf)
+    assert (codes[distance.argmin(axis=1)] == codes).mean() > 0.9
+
+
+@pytest.mark.parametrize("n_cells", [1, 2, 9, 10, 16])
+def test_few_or_equal_cells(n_cells):
+    matrix = np.random.default_rng(n_cells).normal(size=(n_cells, 4)).astype(np.float32)
+    for cells in (matrix, np.ones_like(matrix)):
+        coordinates = compute_umap(cells)
+        assert coordinates.shape == (n_cells, 2) and np.isfinite(coordinates).all()
+
+
+@pytest.mark.slow
+def test_umap_of_many_cells_takes_the_approximate_neighbours():
+    """From 4,096 cells on scanpy takes another way, which not every version of its neighbour search can go."""
+    matrix = np.random.default_rng(0).normal(size=(4_200, 8)).astype(np.float32)
+    assert np.isfinite(compute_umap(matrix)).all()

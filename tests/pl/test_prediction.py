@@ -1,4 +1,4 @@
-"""Pictures of predictions, drawn from slots written by hand."""
+"""Plots of predictions, of slots written by hand."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix, roc_auc_score
 
-import scbin.pl
 from scbin._errors import ScbinInputError
-from scbin.get._predicted import read_predicted
-from scbin.pl._confusion import count_pairs
-from scbin.pl._prediction import order_cells
+from scbin.get.predictions import read_predicted
+from scbin.pl import calibration, confusion, prediction, roc
+from scbin.pl._prediction import NO_CLASS, order_cells
 
-PICTURES = ("confusion", "roc", "calibration", "prediction")
+PLOTS = {"confusion": confusion, "roc": roc, "calibration": calibration, "prediction": prediction}
 NAMES = ["_B/cell $x$", "T", "a name that is far too long for any axis and goes on", "NK"]
 
 
@@ -42,126 +42,112 @@ def adata():
     return predicted_cells()
 
 
+@pytest.fixture
+def numbered():
+    rng = np.random.default_rng(0)
+    obs = pd.DataFrame({"age": rng.normal(40, 10, 50)}, index=[f"c{i}" for i in range(50)])
+    obs["scbin_age"] = obs["age"] + rng.normal(0, 3, 50)
+    obs.loc["c4", "scbin_age"] = np.nan
+    return ad.AnnData(np.ones((50, 2), dtype=np.float32), obs=obs)
+
+
 def texts(labels):
     return [label.get_text() for label in labels]
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", PLOTS)
 @pytest.mark.parametrize("n_classes", [2, 4, 20])
-def test_every_picture_draws(name, n_classes):
+def test_every_plot_draws(name, n_classes):
     names = NAMES[:n_classes] if n_classes < 5 else [f"type {k}" for k in range(n_classes)]
-    ax = getattr(scbin.pl, name)(predicted_cells(names), "cell_type")
-    ax.figure.canvas.draw()
+    cells = predicted_cells(names)
+    PLOTS[name](cells, "cell_type").figure.canvas.draw()
     own = plt.subplots()[1]
-    assert getattr(scbin.pl, name)(predicted_cells(names), "cell_type", ax=own, title="mine") is own
-    assert own.get_title() == "mine"
-    plt.close("all")
+    assert PLOTS[name](cells, "cell_type", ax=own, title="mine") is own and own.get_title() == "mine"
 
 
 def test_confusion_against_scikit_learn(adata):
+    ax = confusion(adata, "cell_type", normalize=None)
     found = read_predicted(adata, "cell_type")
-    assert len(found.cells) == 119 and 7 not in found.cells
     given = np.where(found.predicted < 0, 4, found.predicted)
-    np.testing.assert_array_equal(
-        np.pad(count_pairs(found), ((0, 1), (0, 0))), confusion_matrix(found.truth, given, labels=range(5))
-    )
-    ax = scbin.pl.confusion(adata, "cell_type", write="count")
-    assert texts(ax.get_yticklabels())[1] == "T  (30)"
-    assert texts(ax.get_xticklabels())[-1] == "none given"
-    shares = ax.images[0].get_array()
-    np.testing.assert_allclose(shares.sum(axis=1), 1)
-    assert sum(int(text.get_text()) for text in ax.texts) == 119
+    shown = ax.images[0].get_array()
+    np.testing.assert_array_equal(shown, confusion_matrix(found.truth, given, labels=range(5)))
+    assert texts(ax.get_xticklabels())[-1] == NO_CLASS and ax.get_xlabel() == "Predicted label"
+    rows = texts(ax.get_yticklabels())
+    assert rows[0] == f"_B/cell $x$ (n={(found.truth == 0).sum()})"
+    assert f"accuracy {(found.truth == found.predicted).mean():.3f}" in ax.get_title()
+    cells = adata.copy()
+    cells.obs["scbin_split"] = np.where(np.arange(120) < 20, "test", "train")
+    assert "19 cells" in confusion(cells, "cell_type").get_title()
+    fractions = confusion(cells, "cell_type", cells="all").images[0].get_array()
+    np.testing.assert_allclose(fractions[:4].sum(axis=1), 1)
 
 
 def test_roc_areas_against_scikit_learn(adata):
+    ax = roc(adata, "cell_type", classes=["T", "NK"])
     found = read_predicted(adata, "cell_type")
-    ax = scbin.pl.roc(adata, "cell_type", classes=["NK", "T"])
-    for text, place in zip(texts(ax.get_legend().get_texts()), (3, 1), strict=True):
-        assert text.startswith(f"{roc_auc_score(found.truth == place, found.probability[:, place]):.3f}")
-    with pytest.raises(ScbinInputError, match=r"E29.*'Q'"):
-        scbin.pl.roc(adata, "cell_type", classes=["Q"])
+    labels = texts(ax.get_legend().get_texts())
+    for label, k in zip(labels, (1, 3), strict=True):
+        area = roc_auc_score(found.truth == k, found.probability[:, k])
+        assert label.startswith(f"{area:.3f} ") and f"(n={(found.truth == k).sum()})" in label
+    assert ax.get_xlabel() == "False positive rate" and ax.get_ylabel() == "True positive rate"
 
 
-def test_calibration_counts_every_cell(adata):
-    ax = scbin.pl.calibration(adata, "cell_type", n_bins=5)
-    assert sum(int(text.get_text()) for text in ax.texts) == 119
-    assert all(0 <= y <= 1 for y in ax.lines[-1].get_ydata())
+def test_calibration_against_scikit_learn(adata):
+    ax = calibration(adata, "cell_type", n_bins=5)
+    found = read_predicted(adata, "cell_type")
+    right = found.probability.argmax(1) == found.truth
+    true, mean = calibration_curve(right, found.probability.max(1), n_bins=5)
+    lines = [line.get_xydata() for line in ax.lines if len(line.get_xdata()) == len(true)]
+    assert any(np.allclose(line, np.column_stack([mean, true])) for line in lines)
+    assert len(ax.patches) == 5 and ax.get_xlabel() == "Mean predicted probability"
 
 
 def test_prediction_orders_by_class_then_right_then_sure(adata):
     found = read_predicted(adata, "cell_type")
     order = order_cells(found)
-    truth, given = found.truth[order], found.predicted[order]
+    truth, wrong = found.truth[order], (found.predicted != found.truth)[order]
+    best = found.probability.max(axis=1)[order]
     assert (np.diff(truth) >= 0).all()
     for k in range(4):
-        right = given[truth == k] == k
-        assert (np.diff(right.astype(int)) <= 0).all()
-        best = found.probability[order][truth == k].max(axis=1)[right]
-        assert (np.diff(best) <= 0).all()
+        assert (np.diff(wrong[truth == k].astype(int)) >= 0).all()
+        assert (np.diff(best[(truth == k) & ~wrong]) <= 0).all()
+    assert prediction(adata, "cell_type").get_ylabel() == "Cells by true class"
+    cells = adata.copy()
+    del cells.obs["cell_type"]
+    assert prediction(cells, "cell_type").get_ylabel() == "Cells by predicted class"
+    with pytest.raises(ScbinInputError, match="A06"):
+        confusion(cells, "cell_type")
 
 
-def test_prediction_without_truth(adata):
-    bare = adata.copy()
-    del bare.obs["cell_type"]
-    assert scbin.pl.prediction(bare, "cell_type").get_ylabel() == "cells, by the class given"
-    with pytest.raises(ScbinInputError, match=r"E10.*truth_key"):
-        scbin.pl.confusion(bare, "cell_type")
-
-
-def test_numbers_are_drawn_against_the_truth(adata):
-    adata = adata.copy()
-    adata.obs["age"] = np.arange(120.0)
-    adata.obs["scbin_age"] = np.append(np.nan, np.arange(119) + 2.0).astype(np.float32)
-    ax = scbin.pl.prediction(adata, "age")
-    assert "R² 1.00" in ax.get_title()
-    assert len(ax.collections[0].get_offsets()) == 119
-    with pytest.raises(ScbinInputError, match="E25"):
-        scbin.pl.roc(adata, "age")
-
-
-def test_numbers_without_a_truth_are_not_held_against_themselves(adata):
-    bare = adata.copy()
-    bare.obs["scbin_age"] = np.append(np.nan, np.arange(119) + 2.0).astype(np.float32)
-    ax = scbin.pl.prediction(bare, "age")
-    assert "no truth" in ax.get_title() and "R²" not in ax.get_title()
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("predicted age", "cells")
-    assert sum(bar.get_height() for bar in ax.patches) == 119
-
-
-def test_subsets_keep_the_classes_of_the_model(adata):
-    part = adata[adata.obs["scbin_cell_type"].isin(["T"]).to_numpy()].copy()
-    found = read_predicted(part, "cell_type")
-    assert found.classes == tuple(NAMES)
-    assert (found.predicted == 1).all()
-    scbin.pl.prediction(part, "cell_type").figure.canvas.draw()
-
-
-def test_labels_that_the_model_never_saw(adata):
-    other = adata.copy()
-    other.obs.loc["c0", "cell_type"] = "new"
-    found = read_predicted(other, "cell_type")
-    assert found.classes == (*NAMES, "new") and found.n_known == 4
-    assert found.truth[0] == 4 and found.probability[0, 4] == 0
-    scbin.pl.confusion(other, "cell_type").figure.canvas.draw()
-
-
-def test_only_test_cells_where_there_are_any(adata):
-    adata = adata.copy()
-    adata.obs["scbin_split"] = pd.Categorical(np.where(np.arange(120) < 100, "train", "test"))
-    assert len(read_predicted(adata, "cell_type").cells) == 20
-    assert len(read_predicted(adata, "cell_type", cells="all").cells) == 119
+def test_numbers_are_drawn_against_the_truth(numbered):
+    ax = prediction(numbered, "age")
+    points = ax.collections[0].get_offsets()
+    known = numbered.obs["scbin_age"].notna()
+    np.testing.assert_allclose(points, numbered.obs.loc[known, ["scbin_age", "age"]])
+    assert ax.get_xlabel() == "Predicted age" and "R²" in ax.get_title()
+    del numbered.obs["age"]
+    ax = prediction(numbered, "age")
+    assert sum(patch.get_height() for patch in ax.patches) == 49 and ax.get_ylabel() == "Cells"
+    for plot in (confusion, roc, calibration):
+        numbered.obs["age"] = 1.0
+        with pytest.raises(ScbinInputError, match="A03"):
+            plot(numbered, "age")
 
 
 def test_errors(adata):
-    with pytest.raises(ScbinInputError, match=r"E11.*Predicted so far: 'cell_type'"):
-        scbin.pl.confusion(adata, "sex")
-    with pytest.raises(ScbinInputError, match="E12"):
-        scbin.pl.confusion(adata, "cell_type", cells="test")
-    without = adata.copy()
-    del without.obsm["scbin_cell_type_probability"]
-    scbin.pl.confusion(without, "cell_type")
-    with pytest.raises(ScbinInputError, match="E26"):
-        scbin.pl.calibration(without, "cell_type")
-    one = adata[adata.obs["cell_type"] == "T"].copy()
-    with pytest.raises(ScbinInputError, match="E28"):
-        scbin.pl.roc(one, "cell_type")
+    cells = adata.copy()
+    wrong = [
+        ("A02", confusion, "normalize", "rows"),
+        ("A06", roc, "classes", ["monocyte"]),
+        ("A02", calibration, "n_bins", 0),
+    ]
+    for code, plot, name, value in wrong:
+        with pytest.raises(ScbinInputError, match=code):
+            plot(cells, "cell_type", **{name: value})
+    with pytest.raises(ScbinInputError, match="L01"):
+        roc(cells[cells.obs["cell_type"] == "T"].copy(), "cell_type")
+    del cells.obsm["scbin_cell_type_probability"]
+    for plot in (roc, calibration, prediction):
+        with pytest.raises(ScbinInputError, match="A06"):
+            plot(cells, "cell_type")
+    assert plt.get_fignums() == []  # nothing was opened in vain

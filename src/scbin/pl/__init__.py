@@ -1,17 +1,11 @@
-"""Pictures: each takes `ax=`, returns `Axes`, never saves and never shows."""
+"""Plots: each takes `ax=`, returns `Axes`, never saves and never shows."""
 
 from __future__ import annotations
 
-from scbin.pl._calibration import calibration
-from scbin.pl._confusion import confusion
 from scbin.pl._embedding import embedding
 from scbin.pl._generated import generated
-from scbin.pl._perturbation import perturbation
-from scbin.pl._perturbation_map import perturbation_map
-from scbin.pl._perturbation_matrix import perturbation_matrix
-from scbin.pl._perturbation_volcano import perturbation_volcano
-from scbin.pl._prediction import prediction
-from scbin.pl._roc import roc
+from scbin.pl._perturbation import perturbation, perturbation_map, perturbation_matrix, perturbation_volcano
+from scbin.pl._prediction import calibration, confusion, prediction, roc
 from scbin.pl._tokens import tokens
 from scbin.pl._training import training
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import difflib
+import warnings
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import pandas as pd
 
-from scbin import _keys
-from scbin._anndata import check_adata, matrix_of, warn
-from scbin._arguments import shown, texts
+from scbin import _docs, _keys
+from scbin._adata import check_adata, layer_names, make_real, write, write_uns
+from scbin._arguments import texts
 from scbin._errors import ScbinInputError
-from scbin.pl import _style
-from scbin.pl._umap import read_embedding, umap_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,77 +20,60 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-NAMES = {"X_pca": "PCA", "X_umap": "UMAP", "X_tsne": "t-SNE", _keys.UMAP: "scbin UMAP"}
+FEWEST_FOR_UMAP = 10
 
 
 @overload
 def embedding(
-    adata: AnnData,
-    *,
-    color: str | None = None,
-    basis: str = ...,
-    layer: str | None = ...,
-    size: float | None = ...,
-    cmap: str = ...,
-    title: str | None = ...,
-    ax: Axes | None = ...,
+    adata: AnnData, *, color: str | None = None, basis: str = ..., ax: Axes | None = ..., **kwargs: Any
 ) -> Axes: ...
 @overload
 def embedding(
-    adata: AnnData,
-    *,
-    color: Sequence[str],
-    basis: str = ...,
-    layer: str | None = ...,
-    size: float | None = ...,
-    cmap: str = ...,
-    title: str | None = ...,
-    ax: None = ...,
+    adata: AnnData, *, color: Sequence[str], basis: str = ..., ax: None = ..., **kwargs: Any
 ) -> list[Axes]: ...
+@_docs.shared
 def embedding(
     adata: AnnData,
     *,
     color: str | Sequence[str] | None = None,
     basis: str = _keys.EMBEDDING,
-    layer: str | None = None,
-    size: float | None = None,
-    cmap: str = "viridis",
-    title: str | None = None,
     ax: Axes | None = None,
+    **kwargs: Any,
 ) -> Axes | list[Axes]:
     """Draw the cells of an embedding as a UMAP.
 
-    The UMAP is computed once (its own neighbour graph, always the same for the same embedding) and kept; it is computed
-    again only when the embedding has changed. Neighbours, UMAP and colours that scanpy left in `adata` stay as they are.
+    It is :func:`scanpy.pl.embedding` that draws, so colours, legends and all its arguments are as you know them. The UMAP is
+    computed once (its own neighbour graph, the same for the same embedding) and kept; it is computed again only when the
+    embedding has changed. Neighbours and UMAP that scanpy left in `adata` stay as they are.
 
     Parameters
     ----------
     adata
         The cells, with an embedding in `obsm`.
     color
-        A column of `obs` or a gene; a list of them gives one panel each. Categories use the colours in
-        `uns["<key>_colors"]` where scanpy has put some.
+        A column of `obs` or a gene; a list of them gives one panel each.
     basis
         The embedding in `obsm`. One with two columns is drawn as it is, a wider one through a UMAP.
-    layer
-        Where the values of a gene are read; `None` means `X`.
-    size
-        Area of a dot in square points. Default: smaller the more cells there are.
-    cmap
-        Colours for genes and other numbers.
-    title
-        Text above the axes. Default: `color`.
-    ax
-        The axes to draw in; the legend takes its room from them. Only with a single `color`.
+    {ax}
+    **kwargs
+        For :func:`scanpy.pl.embedding`: `layer`, `palette`, `legend_loc`, `groups`, `vmin`, `vmax`, `cmap`, `size`, `title`,
+        `ncols` and more. `show` and `save` are not among them: use `ax.figure.savefig(...)`.
 
     Returns
     -------
     The axes, or a list of them if `color` is a list. Sets the following fields:
 
     `adata.obsm["X_umap_scbin"]`
-        Coordinates (`X_umap_<name>` for another `basis`), NaN for cells without an embedding.
+        Coordinates (`X_umap_scbin_<name>` for another `basis`), NaN for cells without an embedding.
     `adata.uns["scbin"]["umap"]`
         Fingerprints that tell whether the coordinates still belong to the embedding.
+    `adata.uns["<color>_colors"]`
+        Colours of the categories, as scanpy keeps them.
+
+    Raises
+    ------
+    ScbinInputError
+        If the embedding is missing, or a name in `color` is neither a column nor a gene.
 
     Examples
     --------
@@ -104,193 +85,109 @@ def embedding(
     'cell_type'
     """
     check_adata(adata)
-    if adata.n_obs == 0:
-        raise ScbinInputError("I48", "adata has no cells: there is nothing to plot.")
-    colors = _asked(color)
-    if ax is not None and len(colors) != 1:
-        raise ScbinInputError(
-            "P03", f"ax= takes one panel, but color= asks for {len(colors)}. Call once for each axes."
-        )
-    columns = [_read_color(adata, key, layer) for key in colors]  # before the UMAP: a typo costs nothing
+    several = color is not None and not isinstance(color, str)
+    colors = [] if color is None else list(color) if several and np.iterable(color) else [color]
+    _check_arguments(adata, colors, ax, several, kwargs)  # before the UMAP: a typo costs nothing
+    make_real(adata)
     matrix = read_embedding(adata, basis)
-    coordinates = matrix if matrix.shape[1] == 2 else umap_of(adata, basis)
-    axes = _panels(columns) if ax is None else [ax]
-    shown = np.isfinite(coordinates).all(axis=1)
-    name = _style.shorten(NAMES.get(basis, basis.removeprefix("X_").replace("_", " ")))
-    name += " UMAP" if matrix.shape[1] > 2 else ""
-    for panel, column in zip(axes, columns, strict=True):
-        _label_axes(panel, name, shown)
-        _draw(panel, coordinates, shown, column, size=size, cmap=cmap, title=title)
-    return axes[0] if color is None or isinstance(color, str) else axes
+    slot = basis if matrix.shape[1] == 2 else umap_slot(adata, basis, matrix)
+    import scanpy as sc
+
+    with warnings.catch_warnings():
+        for category in (PendingDeprecationWarning, DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)  # between scanpy and its libraries
+        drawn = sc.pl.embedding(adata, slot, color=color, ax=ax, show=False, **kwargs)
+    axes = drawn if isinstance(drawn, list) else [drawn]
+    name = basis.removeprefix("X_").replace("_", " ") + (" UMAP" if slot != basis else "")
+    left_out = int((~np.isfinite(matrix).all(axis=1)).sum())
+    for panel in axes:
+        panel.set_xlabel(name + " 1" + (f"\n{left_out:,} cells have no embedding" if left_out else ""))
+        panel.set_ylabel(f"{name} 2")
+        legend = panel.get_legend()
+        for text in [panel.title, *([] if legend is None else legend.get_texts())]:
+            text.set_parse_math(False)  # labels are no formulas
+    return axes if several else axes[0]
 
 
-def _asked(color: str | Sequence[str] | None) -> list[str] | list[None]:
-    """Return what each panel is to be coloured by."""
-    if color is None:
-        return [None]
-    if isinstance(color, str) or not isinstance(color, Iterable):
-        texts(optional=True, color=color)
-        return [str(color)]
-    colors = list(color)
-    if not colors:
-        raise ScbinInputError(
-            "P13", "color is empty: there is nothing to plot. Name a column of obs or a gene, or leave it out."
-        )
-    for item in colors:
-        texts(color=item)
-    return colors
+def _check_arguments(adata: AnnData, colors: list[Any], ax: Axes | None, several: bool, kwargs: dict[str, Any]) -> None:
+    """Raise for arguments that scanpy would stumble over only after the UMAP."""
+    for name in {"show", "save", "return_fig"} & set(kwargs):
+        raise ScbinInputError("A03", f"{name}= is not taken: the axes are returned. Use ax.figure.savefig(...).")
+    if several and not colors:
+        raise ScbinInputError("A02", "color is an empty list. Name a column of obs or a gene, or leave it out.")
+    if ax is not None and len(colors) > 1:
+        raise ScbinInputError("A03", f"ax= takes one panel, but color= has {len(colors)}. Call once for each axes.")
+    layer, symbols = kwargs.get("layer"), kwargs.get("gene_symbols")
+    if layer is not None and layer not in adata.layers:
+        raise ScbinInputError("A06", f"there is no layer {layer!r}. Available: {', '.join(layer_names(adata))}.")
+    genes = adata.var_names if symbols not in adata.var else adata.var[symbols]
+    known = {*map(str, adata.obs.columns), *map(str, genes), *(adata.raw.var_names if adata.raw is not None else ())}
+    for key in colors:
+        texts(color=key)
+        if key not in known:
+            close = ", ".join(map(repr, difflib.get_close_matches(key, known, n=3, cutoff=0.0))) or "none"
+            raise ScbinInputError("A06", f"color={key!r} is no column of adata.obs and no gene. Closest: {close}.")
 
 
-@dataclass(frozen=True)
-class _Column:
-    """What the dots are coloured by: `values` as categorical or as numbers; `colours` one per category."""
-
-    name: str
-    values: pd.Categorical | np.ndarray | None
-    colours: tuple[str, ...] = ()
-    is_gene: bool = False
-
-
-def _read_color(adata: AnnData, key: str | None, layer: str | None) -> _Column:
-    if key is None:
-        return _Column("", None)
-    if key in adata.obs.columns:
-        column = adata.obs[key]
-        if pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
-            return _Column(key, column.to_numpy(dtype=np.float64, na_value=np.nan))
-        values = (
-            column.array if isinstance(column.dtype, pd.CategoricalDtype) else pd.Categorical(column.astype("object"))
-        )
-        return _Column(key, values, _category_colours(adata, key, values.categories))
-    if key in adata.var_names:
-        return _Column(key, _gene_values(adata, key, layer), is_gene=True)
-    from difflib import get_close_matches
-
-    close = get_close_matches(key, [*map(str, adata.obs.columns), *map(str, adata.var_names)], n=3, cutoff=0.0)
-    raise ScbinInputError(
-        "I35",
-        f"color={key!r} is neither a column of adata.obs nor a gene in adata.var_names. Closest: "
-        f"{', '.join(map(repr, close)) or 'none'}.",
-    )
+def read_embedding(adata: AnnData, basis: str) -> np.ndarray:
+    """Return `obsm[basis]` as a dense float32 matrix (cells, dimensions) that can be drawn."""
+    texts(basis=basis)
+    if basis not in adata.obsm:
+        there = ", ".join(repr(key) for key in adata.obsm) or "none"
+        advice = "scbin.tl.pretrain(adata) or scbin.tl.embed(adata, model) writes it."
+        advice = advice if basis == _keys.EMBEDDING else "Pass one of them as basis=."
+        raise ScbinInputError("A06", f"{basis!r} is not in adata.obsm. Available: {there}. {advice}")
+    matrix = adata.obsm[basis]
+    matrix = np.asarray(matrix.toarray() if hasattr(matrix, "toarray") else matrix, dtype=np.float32)
+    if matrix.ndim != 2 or matrix.shape[1] < 2 or not np.isfinite(matrix).all(axis=1).any():
+        need = "a plot needs two columns and a cell without NaN"
+        raise ScbinInputError("I53", f"adata.obsm[{basis!r}] has shape {matrix.shape}; {need}.")
+    return matrix
 
 
-def _category_colours(adata: AnnData, key: str, categories: pd.Index) -> tuple[str, ...]:
-    kept = adata.uns.get(f"{key}_colors")
-    if isinstance(kept, list | tuple | np.ndarray) and len(kept) >= len(categories):
-        from matplotlib.colors import is_color_like
-
-        colours = tuple(str(colour) for colour in kept[: len(categories)])
-        unknown = next((colour for colour in colours if not is_color_like(colour)), None)
-        if unknown is None:
-            return colours
-        warn(
-            "P14",
-            f"adata.uns['{key}_colors'] holds {shown(unknown)}, which is no colour; {key} is drawn in scbin's own.",
-        )
-    # a label that says that there is none is as grey as a missing one
-    is_label = [str(name).strip().lower() not in {"", "unknown"} for name in categories]
-    own = iter(_style.palette(sum(is_label)))
-    return tuple(next(own) if label else _style.MISSING_COLOUR for label in is_label)
+# ---- the UMAP: computed once, kept as long as it belongs to the embedding --------------------------------------------
 
 
-def _gene_values(adata: AnnData, gene: str, layer: str | None) -> np.ndarray:
-    matrix = matrix_of(adata, layer)
-    values = matrix[:, np.flatnonzero(adata.var_names == gene)]
-    values = values.compute() if hasattr(values, "compute") else values
-    values = values.toarray() if hasattr(values, "toarray") else np.asarray(values)
-    return values.sum(axis=1, dtype=np.float64)  # a gene that is there twice is summed, as in tokenize
+def umap_slot(adata: AnnData, basis: str, matrix: np.ndarray) -> str:
+    """Return the slot with the UMAP of an embedding, which is computed where there is none or an outdated one.
+
+    Fingerprints are kept per cell, not for the matrix, so that a subset of the cells keeps the coordinates it had.
+    """
+    slot = _keys.UMAP + ("" if basis == _keys.EMBEDDING else "_" + basis.removeprefix("X_").removeprefix("scbin_"))
+    record = adata.uns.get(_keys.UNS, {}).get(_keys.UMAP_RECORD, {})
+    if slot in adata.obsm and slot in record:
+        kept = np.asarray(adata.obsm[slot])
+        if kept.shape == (len(matrix), 2) and np.isin(_fingerprints(kept, matrix), np.asarray(record[slot])).all():
+            return slot
+    coordinates = compute_umap(matrix)
+    write(adata, "obsm", slot, coordinates)
+    write_uns(adata, _keys.UMAP_RECORD, {**record, slot: _fingerprints(coordinates, matrix)})
+    return slot
 
 
-def _panels(columns: list[_Column]) -> list[Axes]:
-    """Make a figure with a panel for each column, each with room for its legend."""
-    import matplotlib.pyplot as plt
+def compute_umap(matrix: np.ndarray, *, n_neighbors: int = 15, seed: int = 0) -> np.ndarray:
+    """Lay out the finite rows of an embedding in two dimensions (cells, 2); the other rows are NaN."""
+    finite = np.isfinite(matrix).all(axis=1)
+    coordinates = np.full((len(matrix), 2), np.nan, dtype=np.float32)
+    if finite.sum() < FEWEST_FOR_UMAP:  # a neighbour graph says nothing; the first two principal components
+        centred = matrix[finite] - matrix[finite].mean(axis=0)
+        left, scale, _ = np.linalg.svd(np.pad(centred, ((0, 1), (0, 0))), full_matrices=False)
+        coordinates[finite] = (left * scale)[:-1, :2]
+        return coordinates
+    import scanpy as sc
+    from anndata import AnnData
 
-    n_columns = min(len(columns), 3)
-    n_rows = -(-len(columns) // n_columns)
-    widths = [4.0 + max(_legend_inches(column) for column in columns[i::n_columns]) for i in range(n_columns)]
-    figure, grid = plt.subplots(
-        n_rows, n_columns, figsize=(sum(widths), 4.0 * n_rows), width_ratios=widths, layout="constrained", squeeze=False
-    )
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # type: ignore[call-arg, union-attr]
-    axes = list(grid.flat)
-    for spare in axes[len(columns) :]:
-        spare.remove()
-    return axes[: len(columns)]
-
-
-def _legend_inches(column: _Column) -> float:
-    if not isinstance(column.values, pd.Categorical):
-        return 0.0 if column.values is None else 0.5
-    labels = [_style.shorten(label) for label in column.values.categories]
-    longest = max((len(label) for label in labels), default=0)
-    return (0.3 + 0.066 * longest) * int(np.ceil(np.clip(len(labels), 1, _style.MOST_LABELS) / _style.LEGEND_ROWS))
+    cells = AnnData(matrix[finite])  # an object of our own: neighbours and UMAP of the user's stay as they are
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks of scanpy on its own insides, for instance when cells are equal
+        sc.pp.neighbors(cells, n_neighbors=min(n_neighbors, cells.n_obs - 1), use_rep="X", random_state=seed)
+        sc.tl.umap(cells, random_state=seed)
+    coordinates[finite] = cells.obsm["X_umap"]
+    return coordinates
 
 
-def _draw(
-    ax: Axes,
-    coordinates: np.ndarray,
-    shown: np.ndarray,
-    column: _Column,
-    *,
-    size: float | None,
-    cmap: str,
-    title: str | None,
-) -> None:
-    size = float(np.clip(30_000 / shown.sum(), 1.0, 22.0)) if size is None else size
-    style: dict[str, Any] = {"s": size, "linewidths": 0, "rasterized": True, "plotnonfinite": False}
-    if column.values is None:
-        ax.scatter(coordinates[shown, 0], coordinates[shown, 1], color=_style.MAIN_COLOUR, **style)
-    elif isinstance(column.values, pd.Categorical):
-        _draw_categories(ax, coordinates, shown, column.values, column.colours, style)
-    else:
-        _draw_numbers(ax, coordinates, shown, column, cmap, style)
-    ax.set_title(_style.shorten(column.name if title is None else title, 48), fontsize=11, parse_math=False)
-
-
-def _draw_categories(
-    ax: Axes,
-    coordinates: np.ndarray,
-    shown: np.ndarray,
-    values: pd.Categorical,
-    palette: Sequence[str],
-    style: dict[str, Any],
-) -> None:
-    codes = np.asarray(values.codes)
-    colours = np.array([*palette, _style.MISSING_COLOUR])  # code -1 takes the last one
-    cells = np.flatnonzero(shown & (codes < 0))
-    ax.scatter(coordinates[cells, 0], coordinates[cells, 1], c=colours[codes[cells]], **style)
-    # drawn in a random (but always the same) order, so that no class hides the others
-    cells = np.random.default_rng(0).permutation(np.flatnonzero(shown & (codes >= 0)))
-    ax.scatter(coordinates[cells, 0], coordinates[cells, 1], c=colours[codes[cells]], **style)
-    here = np.unique(codes[shown])
-    present = [*here[here >= 0], *here[here < 0]]
-    labels = ["missing" if code < 0 else str(values.categories[code]) for code in present]
-    _style.legend_beside(ax, [_style.dot(colours[code]) for code in present], labels)
-
-
-def _draw_numbers(
-    ax: Axes, coordinates: np.ndarray, shown: np.ndarray, column: _Column, cmap: str, style: dict[str, Any]
-) -> None:
-    values = np.asarray(column.values)
-    missing = np.flatnonzero(shown & ~np.isfinite(values))
-    ax.scatter(coordinates[missing, 0], coordinates[missing, 1], color=_style.MISSING_COLOUR, **style)
-    cells = np.flatnonzero(shown & np.isfinite(values))
-    cells = cells[np.argsort(values[cells], kind="stable")]  # the highest values on top
-    dots = ax.scatter(coordinates[cells, 0], coordinates[cells, 1], c=values[cells], cmap=cmap, **style)
-    if len(cells) == 0:
-        return
-    expressed, extend = values[cells][values[cells] > 0], "neither"
-    if column.is_gene and len(expressed):
-        # the few highest cells would leave all others dark, most of all in raw counts
-        top = float(np.quantile(expressed, 0.98, method="lower"))
-        dots.set_clim(min(float(values[cells].min()), 0.0), top)
-        extend = "max" if expressed.max() > top else "neither"
-    _style.colour_bar(ax, dots, extend=extend)
-
-
-def _label_axes(ax: Axes, name: str, shown: np.ndarray) -> None:
-    _style.quiet_axes(ax)
-    left_out = int((~shown).sum())
-    note = f"\n{left_out:,} of {len(shown):,} cells have no embedding" if left_out else ""
-    ax.set_xlabel(f"{name} 1{note}", fontsize=8, color=_style.QUIET_COLOUR, loc="left")
-    ax.set_ylabel(f"{name} 2", fontsize=8, color=_style.QUIET_COLOUR, loc="bottom")
+def _fingerprints(coordinates: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Return a 32-bit fingerprint of the coordinates and the embedding of each cell (cells,); cells without one share theirs."""
+    rows = np.column_stack([coordinates, matrix]).astype(np.float32)
+    rows[~np.isfinite(matrix).all(axis=1), 2:] = np.nan
+    return (pd.util.hash_pandas_object(pd.DataFrame(rows), index=False).to_numpy() >> 32).astype(np.uint32)

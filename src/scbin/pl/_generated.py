@@ -1,24 +1,24 @@
-"""`pl.generated`: real and made cells on one map."""
+"""`pl.generated`: real and generated cells on one map."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from scbin import _keys
-from scbin._anndata import check_adata, read_obs
+from scbin import _docs, _keys
+from scbin._adata import check_adata, read_obs
 from scbin._errors import ScbinInputError
 from scbin.pl import _style
-from scbin.pl._umap import compute_umap, read_embedding
+from scbin.pl._embedding import compute_umap, read_embedding
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
-    from matplotlib.lines import Line2D
 
 
+@_docs.shared
 def generated(
     adata: AnnData,
     made: AnnData,
@@ -30,10 +30,10 @@ def generated(
     seed: int = 0,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw real cells and made ones on one map, to see whether these lie where they should.
+    """Draw real and generated cells on one map, to see whether the generated ones lie where they should.
 
-    Made cells that fill the islands of their type, and not only their middles, vary as real ones do. The map is a UMAP of both
-    together, computed for the picture and kept nowhere; what does not lie together there differs to the model.
+    Generated cells that cover the cluster of their type, and not only its centre, vary as real ones do. The map is a UMAP of
+    both together, computed for the plot and stored nowhere.
 
     Parameters
     ----------
@@ -42,27 +42,23 @@ def generated(
     made
         Cells from :func:`scbin.tl.generate`, with the embedding of the same model.
     color
-        Column of both `obs`, such as the phenotype that was asked for: colours for its values. Real cells are pale dots, made
-        ones rings. Default: real cells grey, made ones blue.
+        Column of both `obs`, such as the phenotype that was asked for. Real cells are pale dots, generated ones rings.
     basis
         The embedding, in `obsm` of both.
-    size
-        Of a dot, in points squared. Default: by the number of cells.
+    {size}
     title
-        Default: the name of the column.
-    seed
-        Of the UMAP.
-    ax
-        Axes to draw into. Default: new ones.
+        Text above the axes. Default: `color`.
+    {seed}
+    {ax}
 
     Returns
     -------
-    The `Axes`.
+    The axes.
 
     Raises
     ------
     ScbinInputError
-        If an embedding is missing, the two are of different widths, or `made` holds cells that were not made.
+        If an embedding is missing, the two have different widths, or `made` holds cells that were not generated.
 
     Examples
     --------
@@ -72,78 +68,42 @@ def generated(
     >>> made.obs["scbin_generated"] = True
     >>> for adata in (real, made):
     ...     adata.obsm["X_scbin"] = rng.normal(size=(8, 4)).astype("float32")
-    >>> ax = scbin.pl.generated(real, made)
-    >>> ax.get_title()
+    >>> scbin.pl.generated(real, made).get_title()
     'real and generated cells'
     """
-    check_adata(adata)
-    check_adata(made)
-    if _keys.GENERATED not in made.obs or not made.obs[_keys.GENERATED].fillna(False).astype(bool).all():
-        raise ScbinInputError(
-            "S11",
-            f"made.obs[{_keys.GENERATED!r}] is not True for all cells. Pass real cells first, then those that "
-            "scbin.tl.generate returned.",
-        )
-    both = [read_embedding(adata, basis), read_embedding(made, basis)]
-    if both[0].shape[1] != both[1].shape[1]:
-        raise ScbinInputError(
-            "S12",
-            f"{basis!r} has {both[0].shape[1]} columns for the real cells and {both[1].shape[1]} for the made ones: they come "
-            "from different models. Call scbin.tl.embed(adata, model) with the model that made the cells.",
-        )
-    labels = None if color is None else [read_obs(cells, color).astype("object") for cells in (adata, made)]
-    together = np.concatenate(both)
-    coordinates = together if together.shape[1] == 2 else compute_umap(together, seed=seed)
-    ax = _new_axes(labels) if ax is None else ax
-    _style.quiet_axes(ax)
-    ax.set_xlabel("UMAP 1" if together.shape[1] > 2 else "1", fontsize=8, color=_style.QUIET_COLOUR, loc="left")
-    ax.set_ylabel("UMAP 2" if together.shape[1] > 2 else "2", fontsize=8, color=_style.QUIET_COLOUR, loc="bottom")
-    _draw(ax, coordinates, adata.n_obs, labels, size)
-    text = title if title is not None else (color or "real and generated cells")
-    ax.set_title(_style.shorten(text, 48), fontsize=11, parse_math=False)
+    both = [check_adata(adata), check_adata(made)]
+    if not made.obs.get(_keys.GENERATED, pd.Series([False])).eq(True).all():
+        fix = "Pass real cells first, then those that scbin.tl.generate returned."
+        raise ScbinInputError("A02", f"made.obs[{_keys.GENERATED!r}] is not True for all cells. {fix}")
+    parts = [read_embedding(cells, basis) for cells in both]
+    if parts[0].shape[1] != parts[1].shape[1]:
+        found = f"{basis!r} has {parts[0].shape[1]} columns for real cells and {parts[1].shape[1]} for generated ones"
+        fix = "Call scbin.tl.embed(adata, model) with the model that made the cells."
+        raise ScbinInputError("I53", f"{found}: they come from different models. {fix}")
+    matrix = np.concatenate(parts)
+    xy = matrix if matrix.shape[1] == 2 else compute_umap(matrix, seed=seed)
+    is_real = np.arange(len(xy)) < adata.n_obs
+    colours = np.where(is_real, _style.MISSING, _style.MAIN).astype(object)
+    grey, ink = (_style.MISSING, _style.MAIN) if color is None else (_style.QUIET, "#333333")
+    dots: dict[str, Any] = {"real": {"color": grey}, "generated": {"markerfacecolor": "none", "markeredgecolor": ink}}
+    if color is not None:
+        labels = pd.concat([read_obs(cells, color).astype("object") for cells in both])
+        codes, known = pd.factorize(labels.where(labels.isna(), labels.astype(str)), sort=True)
+        palette = _style.palette(len(known))
+        colours = np.array([*palette, _style.MISSING], dtype=object)[codes]  # -1: missing
+        dots |= {name: {"color": colour} for name, colour in zip(known, palette, strict=True)}
+
+    ax = _style.new_axes(6.0, 4.2) if ax is None else ax
+    size = float(np.clip(30_000 / len(xy), 2.0, 22.0)) if size is None else size
+    # in a random (but always the same) order, so that no class hides the others
+    order = np.random.default_rng(0).permutation(np.flatnonzero(np.isfinite(xy).all(axis=1)))
+    real, rings = order[is_real[order]], order[~is_real[order]]
+    (x, y), alpha = xy.T, 1 if color is None else 0.35
+    ax.scatter(x[real], y[real], s=size, c=list(colours[real]), alpha=alpha, linewidths=0)
+    ax.scatter(x[rings], y[rings], s=1.6 * size, facecolors="none", edgecolors=list(colours[rings]), linewidths=0.7)
+    lines = [line for style in dots.values() for line in ax.plot([], [], marker="o", linestyle="", **style)]
+    _style.legend_beside(ax, lines, list(dots))
+    name = "UMAP" if matrix.shape[1] > 2 else basis.removeprefix("X_")
+    ax.set(xlabel=f"{name} 1", ylabel=f"{name} 2", xticks=[], yticks=[])
+    ax.set_title(title if title is not None else (color or "real and generated cells"), parse_math=False)
     return ax
-
-
-def _new_axes(labels: list[pd.Series] | None) -> Axes:
-    import matplotlib.pyplot as plt
-
-    longest = 14 if labels is None else max(14, *(len(str(value)) for part in labels for value in part.unique()))
-    width = 4.3 + 0.066 * min(longest, _style.LONGEST_LABEL)
-    return plt.subplots(figsize=(width, 4.0), layout="constrained")[1]
-
-
-def _draw(ax: Axes, coordinates: np.ndarray, n_real: int, labels: list[pd.Series] | None, size: float | None) -> None:
-    is_made = np.arange(len(coordinates)) >= n_real
-    size = float(np.clip(30_000 / len(coordinates), 2.0, 22.0)) if size is None else size
-    entries = [_style.dot("#b0b0b0"), _ring(_style.TEXT_COLOUR if labels is not None else _style.MAIN_COLOUR)]
-    names = ["real", "generated"]
-    if labels is None:
-        colours = np.where(is_made, _style.MAIN_COLOUR, "#c4c4c4")
-    else:
-        values = pd.concat(labels, ignore_index=True)
-        known = sorted({str(value) for value in values.dropna()} - {"", "unknown"})
-        by_name = dict(zip(known, _style.palette(len(known)), strict=True))
-        colours = np.array([by_name.get(str(value), _style.MISSING_COLOUR) for value in values], dtype=object)
-        entries += [_style.dot(by_name[name]) for name in known]
-        names += known
-        if any(str(value) not in by_name for value in values):
-            entries, names = [*entries, _style.dot(_style.MISSING_COLOUR)], [*names, "missing"]
-    finite = np.isfinite(coordinates).all(axis=1)
-    rng = np.random.default_rng(0)  # in a random (but always the same) order, so that no class hides the others
-    for mine in (finite & ~is_made, finite & is_made):
-        cells = rng.permutation(np.flatnonzero(mine))
-        x, y = coordinates[cells].T
-        if is_made[cells].any():
-            ax.scatter(
-                x, y, s=1.6 * size, facecolors="none", edgecolors=list(colours[cells]), linewidths=0.7, rasterized=True
-            )
-        else:
-            pale = 1.0 if labels is None else 0.35
-            ax.scatter(x, y, s=size, c=list(colours[cells]), alpha=pale, linewidths=0, rasterized=True)
-    _style.legend_beside(ax, entries, names)
-
-
-def _ring(colour: str) -> Line2D:
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], marker="o", linestyle="", markersize=6, markerfacecolor="none", markeredgecolor=colour)
