@@ -28,7 +28,7 @@ default_role = "literal"
 nitpicky = True
 
 # types of other packages; linked where their inventories can be fetched, plain text elsewhere
-external = "anndata|dask|matplotlib|numpy|pandas|pd|scanpy|scipy|torch|transformers"
+external = "anndata|dask|matplotlib|numpy|pandas|pd|scanpy|scipy|sklearn|torch|transformers"
 if os.environ.get("READTHEDOCS"):
     extensions.append("sphinx.ext.intersphinx")
     intersphinx_mapping = {
@@ -43,6 +43,7 @@ if os.environ.get("READTHEDOCS"):
 nitpick_ignore_regex = [
     ("py:.*", rf"({external}|collections|pathlib|typing|os)\..*"),
     ("py:exc", r"Scbin\w+"),
+    ("py:class", r"scbin\.tl\._\w+\.\w+"),  # described where they are taken or returned
     ("py:.*", "(None|Any|Ellipsis|bool|dict|float|int|list|str|tuple|Path|Literal)"),
 ]
 
@@ -61,7 +62,7 @@ napoleon_custom_sections = ["Returns"]
 NumpyDocstring._parse_attribute_docstring = lambda self: self._consume_to_end()
 
 nb_execution_mode = "off"  # notebooks are kept with their outputs
-myst_enable_extensions = ["colon_fence", "deflist"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 suppress_warnings = ["mystnb.unknown_mime_type"]
 

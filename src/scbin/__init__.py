@@ -1,4 +1,4 @@
-"""BERT on single cells, inside AnnData."""
+"""Token models of single cells, BERT among them, inside AnnData."""
 
 from __future__ import annotations
 
