@@ -1,7 +1,7 @@
 """Arguments of the face: their types and choices, checked before anything is computed.
 
 `checked` reads them off a signature. The other checkers take arguments by their own names,
-`whole_numbers(epochs=epochs)`, so that the error can name them.
+`numbers(rate=rate)`, so that the error can name them.
 """
 
 from __future__ import annotations
@@ -114,31 +114,16 @@ def plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def whole_numbers(*, optional: bool = False, **arguments: object) -> None:
-    """Raise for the first argument that is not a whole number; `None` passes where it is `optional`."""
-    _each("int", optional, arguments)
-
-
-def numbers(*, optional: bool = False, **arguments: object) -> None:
+def numbers(**arguments: object) -> None:
     """Raise for the first argument that is not a number."""
-    _each("float", optional, arguments)
-
-
-def flags(**arguments: object) -> None:
-    """Raise for the first argument that is neither True nor False."""
-    _each("bool", False, arguments)
-
-
-def texts(*, optional: bool = False, **arguments: object) -> None:
-    """Raise for the first argument that is not a text."""
-    _each("str", optional, arguments)
-
-
-def paths(*, optional: bool = False, **arguments: object) -> None:
-    """Raise for the first argument that is not a path."""
     for name, value in arguments.items():
-        if not isinstance(value, str | os.PathLike):
-            _refuse(name, value, "a path", optional)
+        _checked(name, value, ["float"])
+
+
+def texts(**arguments: object) -> None:
+    """Raise for the first argument that is not a text."""
+    for name, value in arguments.items():
+        _checked(name, value, ["str"])
 
 
 def instances(kind: type | tuple[type, ...], what: str, *, optional: bool = False, **arguments: object) -> None:
@@ -158,11 +143,6 @@ def shown(value: object) -> str:
     """Return a value as it would be typed, shortened."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _each(kind: str, optional: bool, arguments: Mapping[str, object]) -> None:
-    for name, value in arguments.items():
-        _checked(name, value, [kind, "None"] if optional else [kind])
 
 
 def _refuse(name: str, value: object, what: str, optional: bool) -> None:

@@ -8,9 +8,8 @@ import torch
 from scipy import sparse
 from scipy.stats import spearmanr
 
-from scbin.nn.bert import build_bert
 from scbin.nn.gates import can_screen, principal_directions, screen
-from scbin.nn.network import CellNetwork
+from scbin.nn.network import CellNetwork, build_network
 from scbin.nn.packs import pack_rows
 from scbin.nn.presets import Network
 from scbin.nn.run import Runner, at_rest, embed
@@ -51,7 +50,7 @@ def cells_of(name: str, vector: str = "weighted", layer: int = -1, n_cells: int 
         own = np.arange(N_GENES) * v.n_levels if encoding == "gene_bins" else 0
         rows[i, first:-1] = np.where((level > 0) | (bins.zeros == "keep"), v.first_gene_id + own + level, 0)
         rows[i, -1] = v.specials["[END]"]
-    backbone = build_bert(v, SHAPE, seed=1)
+    backbone = build_network(v, SHAPE, "bert", seed=1).backbone
     if bins is None:  # neighbouring ranks alike, as training makes them: the shift of ranks can be interpolated
         table = backbone.bert.bert.embeddings.position_embeddings.weight
         angle = torch.arange(len(table))[:, None] / 64 * torch.linspace(0.5, 3, HIDDEN)

@@ -14,9 +14,8 @@ from scipy import sparse
 import scbin
 from scbin._errors import ScbinError, ScbinInputError, ScbinInputWarning
 from scbin.model import Model
-from scbin.nn.bert import build_bert
 from scbin.nn.counts import CountHead
-from scbin.nn.network import CellNetwork
+from scbin.nn.network import CellNetwork, build_network
 from scbin.nn.presets import Network
 from scbin.nn.run import Runner, embed
 from scbin.nn.vector import LatentVector, PooledVector
@@ -71,7 +70,7 @@ def made(name: str, levels: np.ndarray, vector: str = "weighted", layer: int = -
     kind = LatentVector(v, 16, 8, width=16, latents=2) if vector == "latent" else PooledVector(v, 16, vector, layer)
     counts = CountHead(len(genes), kind.size)
     torch.nn.init.normal_(counts.loadings)
-    return rows_of(v, levels), Model(CellNetwork(build_bert(v, SHAPE, seed=1), kind, counts), v)
+    return rows_of(v, levels), Model(CellNetwork(build_network(v, SHAPE, "bert", seed=1).backbone, kind, counts), v)
 
 
 @pytest.fixture(scope="module")

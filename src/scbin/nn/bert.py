@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from scbin._errors import ScbinInputError
 from scbin.nn.attention import PACKED
-from scbin.nn.backbone import Encoder, run_layers, seeded, token_logits
+from scbin.nn.backbone import Encoder, run_layers, token_logits
 from scbin.nn.limits import CONFIG_KEYS, misfit
 from scbin.nn.presets import SHAPE, Network
 
@@ -81,9 +81,3 @@ class BertBackbone(Encoder):
     def from_config(cls, vocabulary: Vocabulary, config: dict[str, Any]) -> BertBackbone:
         """Build the BERT that `config` describes, without its weights."""
         return cls.build(vocabulary, Network(**config))
-
-
-def build_bert(vocabulary: Vocabulary, preset: Network, *, seed: int = 0) -> BertBackbone:
-    """Build a BERT with random weights; the same seed gives the same weights, and no global generator moves."""
-    with seeded(seed):
-        return BertBackbone.build(vocabulary, preset)
