@@ -88,7 +88,7 @@ def test_a_molecule_is_a_molecule_at_any_depth(x, factor):
     np.testing.assert_array_equal(values[exact], x[exact])
     totals = np.minimum(x, 30).sum(axis=1)
     levels = vocabulary.depth.first_id + 1 + np.digitize(totals, vocabulary.depth.edges)
-    np.testing.assert_array_equal(out[:, vocabulary.depth_position], np.where(totals > 0, levels, 0))
+    np.testing.assert_array_equal(out[:, vocabulary.depth.position], np.where(totals > 0, levels, 0))
 
 
 odd_values = st.one_of(
@@ -155,3 +155,14 @@ def test_nothing_but_typed_errors(x, data, encoding):
     depth = vocabulary.depth
     control += [] if depth is None else range(depth.first_id, depth.stop_id)
     assert (inside | np.isin(matrix.data, control)).all()
+
+
+def test_rounded_logs_of_counts_are_counts_and_those_of_other_values_are_not():
+    rng = np.random.default_rng(0)
+    x = rng.poisson(rng.gamma(0.5, 2, 200), (30, 200)).astype(np.float64)
+    x[:, 0] = np.maximum(x[:, 0], 1)
+    logs = np.log1p(x * (1e4 / x.sum(axis=1, keepdims=True)))
+    assert tokens(table(x.astype(np.float32))).tolist() == tokens(table(logs.round(3).astype(np.float32))).tolist()
+    other = table(np.log1p(x * rng.uniform(0.5, 1.5, x.shape)).round(3).astype(np.float32))
+    tokenize(other, values="log1p")
+    assert read_tokens(other).vocabulary.unit == "log1p"

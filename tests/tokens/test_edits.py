@@ -9,7 +9,7 @@ import pytest
 from scipy import sparse
 
 from scbin._errors import ScbinInputError
-from scbin.tokens.edits import Edit, GeneRows, edit_rows, new_levels, shortened
+from scbin.tokens.edits import Edit, GeneRows, edit_rows, shortened
 from scbin.tokens.rules import Bins
 from scbin.tokens.vocabulary import Vocabulary
 
@@ -27,7 +27,7 @@ LAYOUTS = {
     "bins_per_gene": ("bins", Bins.from_quantiles(np.linspace(0.2, 3, 12)[:, None] * [1.0, 2.0, 4.0]), "scbin"),
     "bins_per_cell": ("bins", Bins.cell_quantiles(5), "scbin"),
     "binary": ("binary", Bins.binary(), "scbin"),
-    "gene_bins": ("gene_bins", Bins.even_counts(4, 1.0, zeros="drop"), "scbin"),
+    "gene_bins": ("gene_bins", Bins(tuple(map(float, range(1, 5))), reads="counts"), "scbin"),
     "gene_bins_keep": ("gene_bins", Bins.log2(9), "scbin"),
     "rank": ("rank", None, "scbin"),
     "rank_v1": ("rank", None, "geneformer_v1"),
@@ -220,8 +220,3 @@ def test_no_pairs_and_empty_rows():
 def test_edits_that_there_are_not(fields, code):
     with pytest.raises(ScbinInputError, match=code):
         Edit(**fields)
-
-
-def test_ranks_have_no_bins():
-    with pytest.raises(ScbinInputError, match="P01"):
-        new_levels(vocabulary_of("rank"), Edit(), np.array([0]), np.array([1]))

@@ -28,7 +28,7 @@ def counts() -> ad.AnnData:
 
 def cells_of(adata: ad.AnnData, block_values: int | None = None, reading=Reading("counts")) -> Cells:
     names, columns = tuple(adata.var_names), np.arange(adata.n_vars, dtype=np.int32)
-    return Cells(names, columns, reading, lambda: iter_blocks(adata, block_values=block_values), lambda cells: columns)
+    return Cells(names, columns, reading, lambda: iter_blocks(adata, block_values=block_values))
 
 
 def test_pearson_residuals_are_scanpys_in_any_blocks(counts):

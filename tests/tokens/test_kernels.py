@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from scbin._adata import Block
 from scbin.tokens.encoding import Encoder
 from scbin.tokens.rules import Bins
-from scbin.tokens.values import Reading, RowReader
+from scbin.tokens.values import Block, Reading, RowReader
 from scbin.tokens.vocabulary import Vocabulary
 
 COUNTS = Reading("counts")

@@ -33,12 +33,11 @@ def test_log2_against_exact_integers(x: int):
     assert level(Bins.log2(60, bin_size=0.3333333), x) == seed
 
 
-def test_log2_published_values_and_even_counts():
+def test_log2_published_values():
     assert [level(Bins.log2(40), x) for x in (1, 7, 8, 9, 10, 11, 16, 32, 64)] == [1, 7, 8, 9, 9, 10, 11, 14, 17]
     seed = Bins.log2(40, bin_size=0.3333333)
     assert [level(seed, x) for x in (9, 10, 11, 16, 32, 64)] == [9, 9, 10, 12, 15, 18]
     assert Bins.log2(40).centres[:11] == pytest.approx([*range(9), math.sqrt(90), math.sqrt(11 * 12)])
-    assert [level(Bins.even_counts(9, 2.0), x) for x in (0, 1, 2, 3, 4, 17, 18, 99)] == [0, 0, 1, 1, 2, 8, 9, 9]
 
 
 def test_lookup_never_overshoots():

@@ -26,7 +26,7 @@ def build(encoding, bins=None, **kwargs) -> Vocabulary:
 def test_layout(encoding, bins, depth: bool):
     v = build(encoding, bins, phenotypes=LABELS, depth=depth)
     assert [(p.name, p.position) for p in v.phenotypes] == [("sex", 1), ("kind", 2)]  # CELLxGENE's first
-    assert v.depth_position == (3 if depth else None)
+    assert (v.depth.position if depth else None) == (3 if depth else None)
     assert v.first_gene_position == 4 + depth
     assert v.gene_positions.tolist()[:3] == [4 + depth, 5 + depth, 6 + depth]
     assert v.first_gene_id == 5 + 3 + 2 + (33 if depth else 0)
@@ -115,6 +115,29 @@ def test_vocabularies_that_cannot_be():
         for call in wrong:
             with pytest.raises(ScbinInputError, match=code):
                 call()
+
+
+@pytest.mark.parametrize(("encoding", "bins"), [*CASES, ("rank", None)])
+def test_hostile_json_is_refused_by_name_or_read(encoding, bins):
+    v = build(encoding, bins, phenotypes=LABELS, depth=True, gene_shares=[0.5, 0.25, 0.25], name_map={"X": "A1"})
+    fields = json.loads(v.to_json())
+    inner = [(fields, name) for name in fields] + [(fields["phenotypes"][0], name) for name in fields["phenotypes"][0]]
+    inner += [(part, name) for part in (fields["depth"], fields["bins"] or {}) for name in part]
+    refused = 0
+    for part, name in inner:
+        kept = part[name]
+        for junk in (None, -1, 0.5, 2**31, 10**30, "x", [], {}, [[1]], {"a": 1}, [None], ["\ud800"]):
+            part[name] = junk
+            try:
+                assert Vocabulary.from_json(json.dumps(fields)).genes is not None
+            except ScbinInputError as error:
+                assert error.code == "V04"
+                refused += 1
+        part[name] = kept
+    assert refused > 6 * len(inner)
+    for text in ("", "[" * 100_000, "3"):
+        with pytest.raises(ScbinInputError, match="V04"):
+            Vocabulary.from_json(text)
 
 
 def test_more_than_65_535_ids_need_32_bits():

@@ -29,9 +29,8 @@ class BinEncoding(Encoding):
         bins = make_bins(default if rule is None else rule, asked.n_bins, asked.zeros)
         genes = cells.choose_genes()
         if bins == "log2":  # as many bins as the largest count needs
-            largest = float(cells.moments.largest[genes].max(initial=1.0))
-            n_bins = int(np.searchsorted(Bins.log2(200).edges, largest, side="right"))
-            bins = Bins.log2(max(1, n_bins), zeros=asked.zeros)
+            largest = cells.moments.largest[genes].max(initial=1.0)
+            bins = Bins.log2(int(np.searchsorted(Bins.log2(200).edges, largest, side="right")), zeros=asked.zeros)
         elif isinstance(bins, str):
             edges = quantile_edges(cells, genes, asked.n_bins, per_gene=bins == "quantile_per_gene")
             bins = Bins.from_quantiles(edges, zeros=asked.zeros)

@@ -119,10 +119,8 @@ def edit_rows(rows: GeneRows, edit: Edit, cells: np.ndarray, genes: np.ndarray) 
 
 
 def shortened(rows: GeneRows, cells: np.ndarray, n_cut: np.ndarray) -> sparse.csr_matrix:
-    """Return rows without their last `n_cut` genes: what an edited row that lost so many is compared with."""
+    """Return rows of ranks without their last `n_cut` genes: what an edited row that lost so many is compared with."""
     vocabulary = rows.vocabulary
-    if vocabulary.position_is_gene:  # nothing is ever pushed out
-        return rows.tokens[cells]
     ids, positions, pair, _ = rows.take(cells)
     last = vocabulary.first_gene_position + rows.n_genes[cells] - n_cut  # first position that goes
     is_gene = vocabulary.is_gene_token(ids)
@@ -149,8 +147,6 @@ def new_levels(
 ) -> np.ndarray:
     """Return the levels of genes after an edit; 0 is not expressed, `highest` the highest level of the cell."""
     top = vocabulary.n_levels - 1
-    if top < 0:
-        raise ScbinInputError("P01", "ranked genes have no levels.")
     if edit.mode == "delete":
         return np.zeros_like(old)
     if edit.mode == "overexpress":

@@ -23,7 +23,7 @@ class Encoded:
     """Tokens of a block of rows, and what the encoder saw of each row."""
 
     tokens: sparse.csr_matrix
-    totals: np.ndarray  # sum of the stored values (rows,)
+    totals: np.ndarray  # sum of the counts, or of logs where counts are not known (rows,)
     matched: np.ndarray  # of these, what lies in the vocabulary
     cut: np.ndarray  # of these, what did not fit into max_length
     rounded: int  # rows whose counts could not be had back exactly from their logs
@@ -40,24 +40,24 @@ class Encoder:
         self.vocabulary = vocabulary
         self._reader = RowReader(columns, reading)
         self._in_order = bool((np.diff(columns[columns >= 0]) > 0).all())
-        self._depth_known = reading.kind == "counts" or reading.exact
 
     def encode(self, block: Any, phenotype_ids: np.ndarray) -> Encoded:
         """Encode the rows of a block; `phenotype_ids` is (rows, phenotypes)."""
-        vocabulary, reads = self.vocabulary, self.vocabulary.codec.reads(self.vocabulary)
-        reads = "counts" if reads == "any" and self._reader.reading.exact else reads
+        vocabulary, reading, reads = self.vocabulary, self._reader.reading, self.vocabulary.codec.reads(self.vocabulary)
+        reads = "counts" if reads == "any" and reading.exact else reads
         rows = self._reader.read(block, reads, TARGET if vocabulary.bins is None else vocabulary.bins.target_sum)
-        counts = rows
-        if rows.logs and vocabulary.depth is not None and self._depth_known:
-            counts = self._reader.read(block, "counts")
-        prefix = self._prefix(phenotype_ids, counts.matched if self._depth_known else None)
+        counts = self._reader.read(block, "counts") if rows.logs and reading.counted else rows
+        prefix = self._prefix(phenotype_ids, counts.matched if reading.counted else None)
         genes = vocabulary.codec.encode(vocabulary, rows)
         tokens = self._framed(genes, prefix, rows.matched > 0)
         cut = np.zeros(rows.n) if genes.cut is None else genes.cut
         if np.diff(tokens.indptr).max(initial=0) > vocabulary.max_length:
             tokens, cut = _shorten(tokens, rows, vocabulary)
-        rounded = 0 if counts.exact is None else int((~counts.exact & (counts.totals > 0)).sum())
-        return Encoded(tokens, rows.totals, rows.matched, cut, rounded)
+        exact = rows.exact if vocabulary.depth is None else counts.exact  # of counts that make tokens
+        rounded = 0 if exact is None else int((~exact & (counts.totals > 0)).sum())
+        if counts is not rows:
+            cut = cut * counts.matched / np.maximum(rows.matched, 1e-300)
+        return Encoded(tokens, counts.totals, counts.matched, cut, rounded)
 
     def _prefix(self, phenotype_ids: np.ndarray, depth: np.ndarray | None) -> np.ndarray:
         """Return the tokens before the genes (rows, first gene position)."""

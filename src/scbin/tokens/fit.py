@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from scbin.tokens.values import Reading, Rows
 
+Flavor = Literal["pearson_residuals", "dispersion"]
 MEAN_BINS = 20
 THETA = 100.0  # overdispersion of the counts, as in scanpy
 MANTISSA_BITS = 6  # an interval is 1.6 % wide, an interpolated quantile within 0.8 %
@@ -41,7 +42,7 @@ class Moments:
     def shares(self) -> np.ndarray:
         """Share of all stored counts (or logs) that each gene holds (genes,), to six digits."""
         shares = self.raw_sums / max(self.raw_sums.sum(), 1e-300)
-        return np.array([float(f"{share:.6g}") for share in shares])
+        return np.array(("%.6g " * len(shares) % tuple(shares.tolist())).split(), dtype=np.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +53,9 @@ class Cells:
     columns: np.ndarray  # gene of each column; -1: none, -2: no gene count
     reading: Reading
     blocks: Callable[[], Iterator[Any]]  # goes through the rows from the start
-    choose: Callable[[Cells], np.ndarray]  # how genes are chosen
+    marked: np.ndarray | None = None  # the genes to use, if they are not to be chosen
+    n_genes: int = 2000
+    flavor: Flavor | None = None  # by default after the values
 
     def rows(self, unit: Literal["counts", "log1p", "any"] | None = None) -> Iterator[Rows]:
         """Go through the rows in a unit; by default counts where they are known, else as they are."""
@@ -77,10 +80,11 @@ class Cells:
 
     def choose_genes(self) -> np.ndarray:
         """Return the indices of the genes to use, rising."""
-        return self.choose(self)
+        flavor = self.flavor or ("pearson_residuals" if self.reading.counted else "dispersion")
+        return variable_genes(self, self.n_genes, flavor) if self.marked is None else self.marked
 
 
-def variable_genes(cells: Cells, n_genes: int, flavor: Literal["pearson_residuals", "dispersion"]) -> np.ndarray:
+def variable_genes(cells: Cells, n_genes: int, flavor: Flavor) -> np.ndarray:
     """Return the indices of the `n_genes` most variable genes, in the order of the columns.
 
     "pearson_residuals": variance of analytic Pearson residuals of the counts, as `sc.experimental.pp.highly_variable_genes`;
@@ -139,9 +143,8 @@ def quantile_edges(cells: Cells, genes: np.ndarray, n_bins: int, *, per_gene: bo
     place[genes] = np.arange(len(genes))
     for rows in cells.rows("log1p"):
         own, values = _expressed(rows, logs=True)
-        own, values = place[own], values[place[own] >= 0]
-        own = own[own >= 0]
-        sketch.add(own if per_gene else np.zeros_like(own), values)
+        kept = place[own] >= 0
+        sketch.add(place[own][kept] * per_gene, values[kept])
     quantiles = sketch.quantiles(np.linspace(0, 1, n_bins, endpoint=False))
     edges = np.where(np.isnan(quantiles), np.linspace(0.1, 8, n_bins)[None, :], quantiles)
     edges[:, 0] = np.nanmin(quantiles, initial=1.0) / 2
@@ -190,8 +193,8 @@ class QuantileSketch:
 
     def quantiles(self, shares: np.ndarray) -> np.ndarray:
         """Return (groups, shares): NaN for a group without values."""
-        out = np.full((self.n_groups, len(shares)), np.nan)
         if self._counts is not None:
+            out = np.full((self.n_groups, len(shares)), np.nan)
             octave, part = np.divmod(np.arange(INTERVALS + 1), 1 << MANTISSA_BITS)
             bounds = np.exp2((octave + LOWEST).astype(np.float64)) * (1 + part / (1 << MANTISSA_BITS))
             for group in np.flatnonzero(self._counts.any(axis=1)):
@@ -202,13 +205,11 @@ class QuantileSketch:
                 out[group] = bounds[k] + (bounds[k + 1] - bounds[k]) * inside
             return out
         groups, values = (np.concatenate(parts) for parts in zip(*self._parts, strict=True))
-        order = np.lexsort((values, groups))
-        starts = np.searchsorted(groups[order], np.arange(self.n_groups + 1))
-        values = values[order].astype(np.float64)
-        seen = np.diff(starts) > 0
-        last, first = np.diff(starts)[seen, None] - 1, starts[:-1][seen, None]
-        place = last * np.asarray(shares, dtype=np.float64)[None, :]
-        low = np.floor(place).astype(np.int64)
-        lower, upper = values[first + low], values[first + np.minimum(low + 1, last)]
-        out[seen] = lower + (upper - lower) * (place - low)
-        return out
+        # floats above 0 are in the order of their bits, so that one sort of integers sorts each group
+        values = np.sort(groups.astype(np.int64) << 32 | values.view(np.int32)).astype(np.int32).view(np.float32)
+        sizes = np.bincount(groups, minlength=self.n_groups)[:, None]
+        goal = shares * np.maximum(sizes - 1, 0)  # between which values each quantile lies
+        at, last = np.cumsum(sizes)[:, None] - sizes + goal.astype(np.int64), max(len(values) - 1, 0)
+        low, high = (np.append(values, np.nan)[np.minimum(k, last)].astype(np.float64) for k in (at, at + 1))
+        inside = goal % 1
+        return np.where(sizes > 0, np.where(inside > 0, low + (high - low) * inside, low), np.nan)

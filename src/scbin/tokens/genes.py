@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -14,11 +13,14 @@ from scbin._errors import ScbinInputError, count
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from scbin.tokens.vocabulary import Vocabulary
+
 ENSEMBL = re.compile(r"(ENS[A-Z]*G[R\d]\d{5,})(\.\d+)?(_PAR_Y)?")
 MADE_UNIQUE = re.compile(r"(.+)-\d+")
+# Ensembl ids, and symbols as they are written there
 SPECIES = {
-    "mouse": r"ENSMUSG\d+",
-    "human": r"ENSG[R\d]\d+",
+    "mouse": r"ENSMUSG\d+|[A-Z][a-z]+\d*[a-z\d]*$",
+    "human": r"ENSG[R\d]\d+|[A-Z]{2,}[A-Z\d]*$",
     "rat": r"ENSRNOG\d+",
     "zebrafish": r"ENSDARG\d+",
     "fly": r"FBgn\d+",
@@ -42,16 +44,16 @@ class GeneMatch:
         return GeneMatch(columns, genes, self.warnings, self.notes)
 
 
-def clean_names(names: Sequence[object], *, where: str, is_column: bool) -> list[str | None]:
+def clean_names(names: Sequence[object], column: str | None = None) -> list[str | None]:
     """Return names as text without Ensembl versions; None for an empty name in an id column, an error in var_names."""
-    out: list[str | None] = []
-    for k, name in enumerate(names):
-        filled = isinstance(name, str) and bool(name.strip())
-        if not filled and not (is_column and (isinstance(name, str) or name is None or name != name)):
+    texts = [str(name) if isinstance(name, str) and name and not name.isspace() else None for name in names]
+    for k in [k for k, text in enumerate(texts) if text is None]:
+        name: Any = names[k]
+        if column is None or not (isinstance(name, str) or name is None or name != name):
+            where = "adata.var_names" if column is None else f"adata.var[{column!r}]"
             found = f"a gene name in {where} is not text or empty (at place {k}: {name!r}); var_names must be strings"
             raise ScbinInputError("I25", f"{found}. Use adata.var_names = adata.var['...'].astype(str).")
-        out.append(strip_version(str(name)) if filled else None)
-    return out
+    return [strip_version(text) if text and text.startswith("ENS") else text for text in texts]
 
 
 def strip_version(name: str) -> str:
@@ -62,10 +64,9 @@ def strip_version(name: str) -> str:
 
 def match_genes(
     names: Sequence[str | None],
-    vocabulary: Sequence[str] | None = None,
+    vocabulary: Vocabulary | None = None,
     *,
     used: np.ndarray | None = None,
-    name_map: Mapping[str, str] | None = None,
     case: Literal["exact", "upper"] = "exact",
     duplicates: Literal["sum", "error"] = "sum",
     beside: Mapping[str, Sequence[object]] | None = None,
@@ -77,108 +78,93 @@ def match_genes(
     other names of the same columns and `cells` the names of the cells: only to give advice when the names do not fit.
     """
     used = np.ones(len(names), dtype=bool) if used is None else used
-    names = [name.upper() if name is not None and case == "upper" else name for name in names]
-    match = GeneMatch(np.full(len(names), -1, dtype=np.int32), tuple(vocabulary or ()))
-    known, mapped = set(match.genes), list(names)
-    if name_map and vocabulary is not None:  # its keys are in upper case
-        mapped = [n if n is None or n in known else name_map.get(n, name_map.get(n.upper(), n)) for n in names]
-        n_mapped = sum(a != b for a, b in zip(names, mapped, strict=True))
-        if n_mapped:
-            found = count(n_mapped, "gene name")
-            match.notes.append(f"{found} went through the vocabulary's map of symbols and aliases")
-    mapped = _undo_made_unique(mapped, known, match)
+    genes, aliases = ((), {}) if vocabulary is None else (vocabulary.genes, vocabulary.aliases)
+    known, warnings, notes = set(genes), [], []
+    if case == "upper":
+        by_upper = {gene.upper(): gene for gene in genes}
+        names = [n if n is None or n in known else by_upper.get(n.upper(), n.upper()) for n in names]
+    # the keys of aliases are in upper case
+    mapped = list(names)
+    if aliases:
+        mapped = [n if n is None or n in known else aliases.get(n, aliases.get(n.upper(), n)) for n in names]
+    if n_mapped := sum(a != b for a, b in zip(names, mapped, strict=True)) if aliases else 0:
+        notes.append(f"{count(n_mapped, 'gene name')} went through the vocabulary's map of symbols and aliases")
+    unique = _made_unique(mapped, known)
+    if unique:
+        found = f"{count(len(unique), 'gene name')} as var_names_make_unique leaves them ({some(list(unique))})"
+        fix = "Give the original names in a var column, gene_key=, if that is wrong."
+        warnings.append(("I23", f"{found}: taken for the gene without the suffix. {fix}"))
+        mapped = [unique.get(name or "", name) for name in mapped]
     if vocabulary is None:
-        match.genes = tuple(dict.fromkeys(n for n, use in zip(mapped, used, strict=True) if n is not None and use))
-    index = {gene: k for k, gene in enumerate(match.genes)}
-    match.columns = np.array([-1 if name is None else index.get(name, -1) for name in mapped], dtype=np.int32)
-    match.columns[~used] = -2
-    here = [n for n, use in zip(names, used, strict=True) if n is not None and use]
+        genes = tuple(dict.fromkeys(n for n, use in zip(mapped, used.tolist(), strict=True) if n is not None and use))
+    index: dict[str | None, int] = {gene: k for k, gene in enumerate(genes)}
+    columns = np.array([index.get(name, -1) for name in mapped], dtype=np.int32)
+    columns[~used] = -2
+    here = [n for n, use in zip(names, used.tolist(), strict=True) if n is not None and use]
     if vocabulary is not None:
-        _explain_mismatch(here, match, case, beside or {}, cells)
+        _explain_mismatch(here, genes, int((columns >= 0).sum()), case, beside or {}, cells)
     elif len(cells) and kind_of(cells) == "Ensembl ids" != kind_of(here):
         raise ScbinInputError("I34", f"the cells have gene names ({some(cells)}): transpose it, adata = adata.T.")
-    twice = [k for k, n in Counter(match.columns[match.columns >= 0].tolist()).items() if n > 1]
-    if twice:
-        listed = some([match.genes[k] for k in sorted(twice)])
+    twice = np.flatnonzero(np.bincount(columns[columns >= 0]) > 1)
+    if len(twice):
+        listed = some([genes[k] for k in twice])
         found = f"{count(len(twice), 'gene stands', 'genes stand')} in several columns ({listed})"
         if duplicates == "error":
             raise ScbinInputError("I22", f'{found}. Make them unique by hand, or pass duplicates="sum" to add them up.')
-        match.warnings.append(("I22", f"{found}; their columns were added up."))
-    return match
+        warnings.append(("I22", f"{found}; their columns were added up."))
+    return GeneMatch(columns, genes, warnings, notes)
 
 
-def _undo_made_unique(names: list[str | None], known: set[str], match: GeneMatch) -> list[str | None]:
-    """Take `GENE-1` for `GENE` where `GENE` is there too and the vocabulary has no `GENE-1`."""
-    present, changed = set(names), dict[str | None, str]()
-    for name in names:
-        found = MADE_UNIQUE.fullmatch(name) if name is not None and "-" in name and name not in known else None
-        if found and found[1] in present:
-            changed[name] = found[1]
-    if changed:
-        found_names = (
-            f"{count(len(changed), 'gene name')} as var_names_make_unique leaves them ({some(list(map(str, changed)))})"
-        )
-        fix = "Give the original names in a var column, gene_key=, if that is wrong."
-        match.warnings.append(("I23", f"{found_names}: taken for the gene without the suffix. {fix}"))
-    return [changed.get(name, name) for name in names]
+def _made_unique(names: Sequence[str | None], known: set[str]) -> dict[str, str]:
+    """Return each `GENE-1` that stands for `GENE`: that is there too, and the vocabulary has no `GENE-1`."""
+    present = set(names)
+    ends = [n for n in present - known if n and "-" in n]
+    found = {n: m[1] for n in ends if (m := MADE_UNIQUE.fullmatch(n)) and m[1] in present}
+    return {name: found[name] for name in names if name in found} if found else {}  # in their order
 
 
 def _explain_mismatch(
-    names: list[str], match: GeneMatch, case: str, beside: Mapping[str, Sequence[object]], cells: Sequence[str]
+    names: list[str], genes: Sequence[str], n_found: int, case: str, beside: Mapping, cells: Sequence[str]
 ) -> None:
     """Raise if the names are those of another species, another case or another kind of name than the vocabulary's."""
-    vocabulary, known = match.genes, set(match.genes)
-    n_found, n_possible = int((match.columns >= 0).sum()), max(1, min(len(names), len(match.genes)))
+    known, n_possible = set(genes), max(1, min(len(names), len(genes)))
     if n_found / n_possible >= 0.5:
         return
     if len(set(cells) & known) > max(1, n_found):
-        found = f"the vocabulary's genes are among obs_names ({some(cells)})"
-        raise ScbinInputError("I34", f"{found}: transpose it, adata = adata.T.")
-    here, there = species_of(names), species_of(vocabulary)
+        raise ScbinInputError("I34", f"the genes are among obs_names ({some(cells)}): transpose it, adata = adata.T.")
+    here, there = species_of(names), species_of(genes)
     if here and there and here != there:
-        found = f"the genes are {here} ({some(names)}), the vocabulary's are {there} ({some(vocabulary)})"
-        fix = "Map them to orthologues first; names of one species are not respelled into those of another."
-        raise ScbinInputError("I27", f"{found}. {fix}")
+        found = f"the genes are {here} ({some(names)}), the vocabulary's are {there} ({some(genes)})"
+        raise ScbinInputError("I27", f"{found}. Map them to orthologues first.")
     upper = sum(name.upper() in known for name in names) / n_possible
     if case == "exact" and upper > 0.9:
         found = f"{n_found / n_possible:.0%} of the gene names are in the vocabulary, {upper:.0%} in upper case"
         raise ScbinInputError("I28", f'{found} ({some(names)}). If they are the same genes, pass case="upper".')
-    hits = {
-        column: len({strip_version(name) for name in column_names if isinstance(name, str)} & known)
-        for column, column_names in beside.items()
-    }
+    hits = {c: len({strip_version(n) for n in others if isinstance(n, str)} & known) for c, others in beside.items()}
     best = max(hits, key=hits.__getitem__, default="")
     better = best and hits[best] > n_found
     advice = f"; var[{best!r}] has {hits[best]:,} of them: pass gene_key={best!r}" if better else ""
-    if kind_of(names) != kind_of(vocabulary):
+    if kind_of(names) != kind_of(genes):
         found = f"the gene names are {kind_of(names)} ({some(names)})"
-        need = f"the vocabulary needs {kind_of(vocabulary)} ({some(vocabulary)})"
-        raise ScbinInputError("I30", f"{found}, {need}{advice}.")
+        raise ScbinInputError("I30", f"{found}, the vocabulary needs {kind_of(genes)} ({some(genes)}){advice}.")
     if n_found == 0:
-        found = f"no gene is in the vocabulary: here {some(names)}, there {some(vocabulary)}"
-        raise ScbinInputError("I31", f"{found}{advice}.")
+        raise ScbinInputError("I31", f"no gene is in the vocabulary: here {some(names)}, there {some(genes)}{advice}.")
+
+
+def _share(names: Sequence[str], pattern: str | re.Pattern[str]) -> float:
+    """Return how many of a thousand names, evenly taken, match a pattern."""
+    sample = list(names)[:: max(1, len(names) // 1000)]
+    return sum(re.match(pattern, name) is not None for name in sample) / max(1, len(sample))
 
 
 def species_of(names: Sequence[str]) -> str | None:
     """Return the species that most names point to, None if they point to none."""
-    sample = list(names)[:: max(1, len(names) // 1000)]
-    for species, pattern in SPECIES.items():
-        if sum(re.match(pattern, name) is not None for name in sample) > len(sample) / 2:
-            return species
-    letters = [name for name in sample if re.fullmatch(r"[A-Za-z][A-Za-z]+\d*[a-z\d]*", name) and len(name) > 2]
-    if len(letters) < max(3, 0.3 * len(sample)) or kind_of(sample) != "symbols":
-        return None
-    title = sum(name[0].isupper() and name[1:] == name[1:].lower() and name != name.upper() for name in letters)
-    upper = sum(name == name.upper() for name in letters)
-    if title > 0.8 * len(letters):
-        return "mouse"
-    return "human" if upper > 0.8 * len(letters) else None
+    return next((species for species, pattern in SPECIES.items() if _share(names, pattern) > 0.5), None)
 
 
 def kind_of(names: Sequence[str]) -> str:
     """Say whether names are Ensembl ids or symbols, by the majority."""
-    sample = list(names)[:: max(1, len(names) // 1000)]
-    return "Ensembl ids" if sum(ENSEMBL.match(name) is not None for name in sample) > len(sample) / 2 else "symbols"
+    return "Ensembl ids" if _share(names, ENSEMBL) > 0.5 else "symbols"
 
 
 def some(names: Sequence[str]) -> str:

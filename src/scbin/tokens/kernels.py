@@ -115,10 +115,11 @@ def row_totals(first, last, indptr, data, indices, columns, totals, matched):  #
 
 
 @njit(nogil=True, cache=True)
-def recover_rows(first, last, indptr, data, indices, columns, counts, exact):  # type: ignore[no-untyped-def]
+def recover_rows(first, last, indptr, data, indices, columns, slack, counts, exact):  # type: ignore[no-untyped-def]
     """Turn natural logs of scaled counts back into counts: the smallest value of a row is one molecule, or up to four.
 
-    `exact` (rows,): whether all values of the row are whole then; else they are rounded, with the smallest as one.
+    `slack` is the relative error by which a ratio of two values may miss a whole number. `exact` (rows,): whether none misses by
+    more; else they are rounded, with the smallest as one.
     """
     for row in range(first, last):
         smallest = np.inf
@@ -132,7 +133,7 @@ def recover_rows(first, last, indptr, data, indices, columns, counts, exact):  #
             for k in range(indptr[row], indptr[row + 1]):
                 ratio = np.expm1(np.float64(data[k])) / unit * (molecules if fits else 1) if data[k] > 0 else 0.0
                 counts[k] = np.rint(ratio)
-                if fits and columns[indices[k]] > -2 and abs(ratio - counts[k]) > 1e-5 * ratio + 1e-4:
+                if fits and columns[indices[k]] > -2 and abs(ratio - counts[k]) > min(slack * ratio + 1e-4, 0.25):
                     fits = False
                     break
             if fits:
@@ -253,27 +254,13 @@ def _sort(keys, n, kept, items, spare, tokens):  # type: ignore[no-untyped-def]
     smallest, largest = np.int64(2**63 - 1), np.int64(0)
     for i in range(n):
         smallest, largest = min(smallest, bits[i]), max(largest, bits[i])
-    shift = 0
+    shift, low = 0, np.uint64(32)
     while n > 0 and (largest - smallest) >> shift >= BUCKETS * BUCKETS:
         shift += 1
-    low_count, high_count = np.zeros(BUCKETS + 1, dtype=np.int64), np.zeros(BUCKETS + 1, dtype=np.int64)
-    mask = np.uint64(BUCKETS - 1)
-    low, high = np.uint64(32), np.uint64(32 + RADIX)
     for i in range(n):
         items[i] = (np.uint64((largest - bits[i]) >> shift) << low) | np.uint64(i)
-        low_count[((items[i] >> low) & mask) + np.uint64(1)] += 1
-        high_count[(items[i] >> high) + np.uint64(1)] += 1
-    for b in range(BUCKETS):
-        low_count[b + 1] += low_count[b]
-        high_count[b + 1] += high_count[b]
-    for i in range(n):
-        b = (items[i] >> low) & mask
-        spare[low_count[b]] = items[i]
-        low_count[b] += 1
-    for i in range(n):
-        b = spare[i] >> high
-        items[high_count[b]] = spare[i]
-        high_count[b] += 1
+    _scatter(items, spare, n, low)
+    _scatter(spare, items, n, np.uint64(32 + RADIX))
     i = 0
     while i < min(n - 1, kept):
         stop = i + 1
@@ -282,6 +269,20 @@ def _sort(keys, n, kept, items, spare, tokens):  # type: ignore[no-untyped-def]
         if stop > i + 1:
             _order_run(items, i, stop, keys, tokens)
         i = stop
+
+
+@njit(nogil=True, cache=True)
+def _scatter(items, out, n, shift):  # type: ignore[no-untyped-def]
+    """Bring items into the order of ten of their bits, those with equal bits as they come."""
+    starts, mask = np.zeros(BUCKETS + 1, dtype=np.int64), np.uint64(BUCKETS - 1)
+    for i in range(n):
+        starts[((items[i] >> shift) & mask) + np.uint64(1)] += 1
+    for b in range(BUCKETS):
+        starts[b + 1] += starts[b]
+    for i in range(n):
+        b = (items[i] >> shift) & mask
+        out[starts[b]] = items[i]
+        starts[b] += 1
 
 
 @njit(nogil=True, cache=True)

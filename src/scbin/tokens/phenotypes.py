@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,7 +29,7 @@ def labels_of(column: pd.Series, name: str) -> np.ndarray:
     """Return the labels of a column as text (cells,), None where the label is missing.
 
     Names, never codes, so unused categories do not matter; 1 and 1.0 are both "1". Missing are NaN and what `is_missing`
-    says. Numbers with fractions or of more than 200 kinds are refused: they are measurements. Text and categories may be numbers,
+    says. Numbers with fractions, of more than 200 kinds, or of many for few cells are refused: they are measurements. Text and categories may be numbers,
     but not with fractions and a kind of its own for every few cells.
     """
     values = column.astype(object).to_numpy(dtype=object)
@@ -48,7 +49,8 @@ def _looks_continuous(column: pd.Series, distinct: np.ndarray, texts: np.ndarray
     """Whether the values are measurements, be they numbers or text."""
     if pd.api.types.is_numeric_dtype(column.dtype) and not pd.api.types.is_bool_dtype(column.dtype):
         numbers = pd.to_numeric(pd.Series(distinct), errors="coerce").dropna().to_numpy(dtype=np.float64)
-        return len(numbers) > MOST_NUMBERS or bool((numbers != np.rint(numbers)).any())
+        rare = FEW_NUMBERS < len(numbers) and n_cells < FEW_CELLS * len(numbers)  # counts, say, not clusters
+        return len(numbers) > MOST_NUMBERS or rare or bool((numbers != np.rint(numbers)).any())
     known = [text for text in texts if text is not None]
     if len(known) <= FEW_NUMBERS or (n_cells >= FEW_CELLS * len(known) and len(known) <= MOST_NUMBERS):
         return False
@@ -76,14 +78,11 @@ def values_of(labels: np.ndarray) -> tuple[str, ...]:
     return (*sorted(numbers, key=lambda text: (float(text), text)), *sorted(texts - numbers))
 
 
-def token_ids(labels: np.ndarray, phenotype: Phenotype) -> tuple[np.ndarray, dict[str, int]]:
+def token_ids(labels: np.ndarray, phenotype: Phenotype) -> tuple[np.ndarray, Counter[str]]:
     """Return the token of each cell, and the labels that the vocabulary does not know with their counts."""
     known = {value: phenotype.first_id + k for k, value in enumerate(phenotype.values)}
-    codes, distinct = pd.factorize(labels, use_na_sentinel=True)
-    missing = phenotype.missing_id
-    ids = np.array([known.get(text, missing) for text in distinct] + [missing], dtype=np.int64)
-    counts = np.bincount(codes[codes >= 0], minlength=len(distinct))
-    return ids[codes], {text: int(n) for text, n in zip(distinct, counts, strict=True) if text not in known}
+    ids = np.array([known.get(text, phenotype.missing_id) for text in labels], dtype=np.int64)
+    return ids, Counter(text for text in labels if text is not None and text not in known)
 
 
 # ---- ages -----------------------------------------------------------------------------------------------------------
@@ -127,11 +126,9 @@ def age_group(years: float | None, width: int) -> str | None:
     return f"{low}-{low + width}" if low else f"<{width}"
 
 
-def age_labels(labels: np.ndarray, width: int) -> tuple[np.ndarray, dict[str, int]]:
+def age_labels(labels: np.ndarray, width: int) -> tuple[np.ndarray, Counter[str]]:
     """Return the age classes of labels, and the labels that name no age with their counts."""
-    codes, distinct = pd.factorize(labels, use_na_sentinel=True)
-    years = [age_in_years(text) for text in distinct]
-    groups = np.array([age_group(age, width) for age in years] + [None], dtype=object)
-    counts = np.bincount(codes[codes >= 0], minlength=len(distinct))
-    unread = {str(t): int(n) for t, n, age in zip(distinct, counts, years, strict=True) if age is None}
-    return groups[codes], unread
+    years = {text: age_in_years(text) for text in set(labels) - {None}}
+    groups = {text: age_group(age, width) for text, age in years.items()}
+    found = np.array([groups.get(text) for text in labels], dtype=object)
+    return found, Counter(text for text in labels if text is not None and years[text] is None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scbin._errors import ScbinInputError, count
+from scbin._errors import ScbinInputError
 from scbin.tokens.fit import gene_medians
 from scbin.tokens.kernels import frozen, rank_rows
 from scbin.tokens.vocabulary import ENCODINGS, END, Encoding, GeneTokens
@@ -31,10 +31,9 @@ class RankEncoding(Encoding):
         if asked.medians is None:
             medians = gene_medians(cells)
         else:
-            wrong = [g for g, m in asked.medians.items() if not (isinstance(m, Real) and 0 < m < np.inf)]
-            if wrong:
-                found = count(len(wrong), "median is no finite number above 0", "medians are no finite numbers above 0")
-                raise ScbinInputError("A02", f"{found} (the first: that of {wrong[0]!r}, {asked.medians[wrong[0]]!r}).")
+            for gene, median in asked.medians.items():
+                if not (isinstance(median, Real) and 0 < median < np.inf):
+                    raise ScbinInputError("A02", f"the median of {gene!r} is {median!r}, no finite number above 0.")
             medians = np.array([asked.medians.get(gene, 0.0) for gene in cells.genes])
         kept = np.flatnonzero(np.nan_to_num(medians) > 0)
         if not len(kept):

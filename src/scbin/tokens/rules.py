@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
 
-from scbin._arguments import check_fields, instances, shown
-from scbin._errors import ScbinInputError, ScbinTypeError
+from scbin._arguments import check_fields, instances, numbers, shown
+from scbin._errors import ScbinInputError
 
 Zeros = Literal["drop", "keep"]
 Layout = Literal["scbin", "geneformer_v1", "geneformer_v2", "bionemo"]
 Rule = Literal[
     "counts", "linear", "quantile", "quantile_per_gene", "quantile_per_cell", "log2", "polygene", "perturbgene"
 ]
-FITTED = ("quantile", "quantile_per_gene", "log2")
 LINEAR_START, LINEAR_STEP = 0.1, 0.4  # log1p values per 10,000: 20 bins reach 7.7
 EXACT_COUNTS, COUNT_STEP, LARGEST_COUNT = 16, 1.15, 10_000
 MOST_BINS = 65_000
@@ -81,6 +79,8 @@ class Tokenization:
     def __post_init__(self) -> None:
         check_fields(self)
         instances(Mapping, "{gene: median}", optional=True, medians=self.medians)
+        if self.n_bins < 1:
+            raise ScbinInputError("A02", f"n_bins is {self.n_bins}; at least one bin is needed.")
 
 
 @dataclass(frozen=True)
@@ -101,26 +101,24 @@ class Bins:
     gene_edges: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         edges = np.asarray(self.edges, dtype=np.float64)
-        if not len(edges) or not np.isfinite(edges).all() or (np.diff(edges) <= 0).any():
-            raise ScbinInputError("A02", f"bin edges must be finite numbers that increase; these are {self.edges}.")
-        if len(edges) > MOST_BINS:
-            raise ScbinInputError("A02", f"{len(edges):,} bins are more than the {MOST_BINS:,} that scbin tells apart.")
-        if self.per != "cell" and edges[0] <= 0:
-            found = f"the first edge is {edges[0]:g}"
-            raise ScbinInputError("A02", f"{found}, but a gene that is not expressed (0) must stay below all edges.")
-        if (self.per == "gene") != (self.gene_edges is not None):
-            raise ScbinInputError("A03", 'edges per gene need per="gene" and gene_edges.')
+        rise = 0 < len(edges) <= MOST_BINS and np.isfinite(edges).all() and (np.diff(edges) > 0).all()
+        if not rise or (self.per != "cell" and edges[0] <= 0):  # 0, not expressed, must stay below all edges
+            need = f"1 to {MOST_BINS:,} finite numbers above 0 that increase"
+            raise ScbinInputError("A02", f"bin edges must be {need}; these are {shown(self.edges)}.")
+        if (self.per == "gene") != (self.gene_edges is not None) or self.matrix.shape[1] != len(edges):
+            raise ScbinInputError("A03", 'edges per gene need per="gene" and gene_edges, as many as edges.')
 
     # ---- rules ------------------------------------------------------------------------------------------------------
 
     @classmethod
     def counts(cls, *, zeros: Zeros = "drop") -> Bins:
         """Return the molecules themselves: bin 1 is one molecule, exact up to 16, then steps of about 15 % to 10,000."""
-        edges = list(range(1, EXACT_COUNTS + 2))
+        edges = [float(k) for k in range(1, EXACT_COUNTS + 2)]
         while edges[-1] < LARGEST_COUNT:
-            edges.append(max(edges[-1] + 1, round(edges[-1] * COUNT_STEP)))
-        return cls(tuple(map(float, edges)), zeros, "counts")
+            edges.append(max(edges[-1] + 1, float(round(edges[-1] * COUNT_STEP))))
+        return cls(tuple(edges), zeros, "counts")
 
     @classmethod
     def linear(cls, n_bins: int = 20, *, zeros: Zeros = "drop") -> Bins:
@@ -149,11 +147,6 @@ class Bins:
         upper = 8.0 * (exact if bin_size is None else 2.0 ** (bin_size * steps))
         edges = [float(k) for k in range(1, min(n_bins, 8) + 1)] + np.nextafter(upper, np.inf).tolist()
         return cls(tuple(edges), zeros, "counts")
-
-    @classmethod
-    def even_counts(cls, n_bins: int, bin_size: float, *, zeros: Zeros = "keep") -> Bins:
-        """Return bins of equal width on counts, Bioformers' other rule: trunc(x / bin_size)."""
-        return cls(tuple(float(bin_size * k) for k in range(1, n_bins + 1)), zeros, "counts")
 
     @classmethod
     def binary(cls, threshold: float = 0.1, *, zeros: Zeros = "drop") -> Bins:
@@ -195,35 +188,35 @@ class Bins:
         The middle of counts is the geometric mean of the first and the last count of the bin; the open last bin repeats the
         width of the one before.
         """
-        return self._middles(np.asarray(self.edges, dtype=np.float64)[None])[0]
+        return (self if self.per != "gene" else replace(self, per="all", gene_edges=None)).gene_centres[0]
 
     @cached_property
     def gene_centres(self) -> np.ndarray:
         """The same with each gene's own edges where there are such: (genes, n_bins + 1), else (1, n_bins + 1)."""
-        return self._middles(self.matrix)
-
-    def _middles(self, edges: np.ndarray) -> np.ndarray:
-        """Return the value of each bin, for each row of edges (rows, n_bins + 1)."""
-        if edges.shape[1] == 1 and self.reads == "log1p":
-            return np.tile(np.array([0.0, 1.0], dtype=np.float32), (len(edges), 1))
+        edges = self.matrix
         if self.per == "cell":  # no unit: the share of the cell's expressed genes below
-            return np.linspace(0, 1, edges.shape[1] + 1, dtype=np.float32)[None]
+            return np.linspace(0, 1, self.n_bins + 1, dtype=np.float32)[None]
         if self.reads == "counts":
-            ratio = edges[:, -1:] / edges[:, -2:-1] if edges.shape[1] > 1 else 2.0
+            ratio = edges[:, -1:] / edges[:, -2:-1] if self.n_bins > 1 else 2.0
             first = np.ceil(edges)
             last = np.ceil(np.column_stack([edges[:, 1:], edges[:, -1:] * ratio])) - 1
             middles = np.sqrt(first * np.maximum(last, first))
+        elif self.n_bins == 1:
+            middles = np.ones_like(edges)
         else:
             widths = np.diff(edges, axis=1)
             middles = edges + np.column_stack([widths, widths[:, -1]]) / 2
         return np.column_stack([np.zeros(len(edges)), middles]).astype(np.float32)
 
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Bins:
-        """Read back `dataclasses.asdict`."""
-        own = fields.get("gene_edges")
-        own = None if own is None else tuple(tuple(edges) for edges in own)
-        return cls(**{**fields, "edges": tuple(fields["edges"]), "gene_edges": own})
+
+FITTED = ("quantile", "quantile_per_gene", "log2")
+RULES: dict[str, Callable[[int, Zeros], Bins]] = {
+    "counts": lambda _, zeros: Bins.counts(zeros=zeros),
+    "linear": lambda n_bins, zeros: Bins.linear(n_bins, zeros=zeros),
+    "quantile_per_cell": lambda n_bins, zeros: Bins.cell_quantiles(n_bins, zeros=zeros),
+    "polygene": lambda *_: Bins.polygene(),
+    "perturbgene": lambda *_: Bins.perturbgene(),
+}
 
 
 def make_bins(rule: Bins | Sequence[float] | str, n_bins: int, zeros: Zeros) -> Bins | str:
@@ -231,29 +224,17 @@ def make_bins(rule: Bins | Sequence[float] | str, n_bins: int, zeros: Zeros) -> 
     if isinstance(rule, Bins):
         return rule
     if not isinstance(rule, str):
-        wrong = [edge for edge in rule if not isinstance(edge, Real) or isinstance(edge, bool)]
-        if wrong:
-            raise ScbinTypeError("A01", f"rule has the edge {shown(wrong[0])}; pass a list of numbers.")
-        return Bins(tuple(float(edge) for edge in rule), zeros)
-    if n_bins < 1:
-        raise ScbinInputError("A02", f"n_bins is {n_bins}; at least one bin is needed.")
-    made = {
-        "counts": lambda: Bins.counts(zeros=zeros),
-        "linear": lambda: Bins.linear(n_bins, zeros=zeros),
-        "quantile_per_cell": lambda: Bins.cell_quantiles(n_bins, zeros=zeros),
-        "polygene": Bins.polygene,
-        "perturbgene": Bins.perturbgene,
-    }
+        numbers(**{f"rule[{k}]": edge for k, edge in enumerate(rule)})
+        return Bins(tuple(map(float, rule)), zeros)
     if rule in FITTED:
         return rule
-    if rule not in made:
-        known = ", ".join(repr(name) for name in (*made, *FITTED))
+    if rule not in RULES:
+        known = ", ".join(map(repr, (*RULES, *FITTED)))
         raise ScbinInputError("A02", f"rule is {rule!r}; choose one of {known}, a list of edges, or a scbin Bins.")
-    return made[rule]()
+    return RULES[rule](n_bins, zeros)
 
 
 def lookup(edges: np.ndarray) -> np.ndarray:
     """Bin at the start of each interval of float64's upper bits, so that few comparisons are left (TABLE_SIZE,)."""
     starts = (np.arange(TABLE_SIZE, dtype=np.int64) << TABLE_SHIFT).view(np.float64)
-    starts = np.where(np.isnan(starts), np.inf, starts)
-    return np.searchsorted(edges, starts, side="right").astype(np.uint16)
+    return np.searchsorted(edges, np.where(np.isnan(starts), np.inf, starts), side="right").astype(np.uint16)

@@ -75,3 +75,25 @@ class MemoryTokens:
     def obs(self, column: str) -> pd.Series:
         """Return what is known of the cells under a name (cells,)."""
         return self.table[column]
+
+
+class KeptRows:
+    """Some rows of tokens, read once and kept; they go by the numbers that they have there."""
+
+    def __init__(self, tokens: Tokens, rows: np.ndarray):
+        self.vocabulary, self.n_cells, self.lengths, self.obs = (
+            tokens.vocabulary,
+            tokens.n_cells,
+            tokens.lengths,
+            tokens.obs,
+        )
+        self.tokens, self.rows, self.matrix = tokens, np.sort(rows), tokens.take(np.sort(rows))
+
+    @property
+    def names(self) -> pd.Index:
+        """Names of the cells."""
+        return self.tokens.names
+
+    def take(self, rows: np.ndarray) -> csr_matrix:
+        """Return some rows, in the order asked for (rows, positions)."""
+        return self.matrix[np.searchsorted(self.rows, rows)]

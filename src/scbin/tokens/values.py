@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from scipy import sparse
@@ -12,33 +12,71 @@ from scipy import sparse
 from scbin._errors import ScbinInputError, count
 from scbin.tokens.kernels import frozen, over_rows, recover_rows, row_totals, scan_rows
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 Values = Literal["auto", "counts", "log1p"]
 By = Literal["values", "uns", "range", "asked"]
-Place = tuple[int, int, float]  # row, column, value
 TARGET = 10_000.0
 LOG_LIMIT = 14.0  # log1p of a million is 13.8
 SAMPLE = 500  # cells that are looked at closely
 MOSTLY_EXACT = 0.95  # share of the sampled cells whose logs are those of whole numbers
+EXACT, ROUNDED = 1e-5, 2.5e-3  # relative error of ratios: of float32, and of logs that were rounded to three decimals
 COUNTED = ("not finite", "negative", "fractions", "stored", "unsorted", "whole rows", "broken rows")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive rows of a matrix as the kernels take them: CSR, int32 columns, int64 `indptr` from 0, float values."""
+
+    start: int
+    data: np.ndarray
+    indices: np.ndarray
+    indptr: np.ndarray
+    n_vars: int
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return len(self.indptr) - 1
+
+    def csr(self) -> sparse.csr_matrix:
+        """Return a canonical CSR matrix: sorted, no duplicates, no stored zeros. The source is not touched."""
+        matrix = sparse.csr_matrix((self.data, self.indices, self.indptr), shape=(self.n_rows, self.n_vars), copy=True)
+        matrix.has_canonical_format = False
+        matrix.sum_duplicates()
+        matrix.eliminate_zeros()
+        return matrix
+
+    def sorted(self) -> Block:
+        """Return the block with sorted, unique columns."""
+        matrix = self.csr()
+        return Block(self.start, matrix.data, matrix.indices, matrix.indptr.astype(np.int64), self.n_vars)
 
 
 @dataclass
 class Scan:
     """Everything one pass over the stored values finds, added up over blocks of rows."""
 
-    n_obs: int
-    seen: np.ndarray  # (columns,) whether a column has any stored value
+    name: str  # of the matrix, for messages
+    cells: Sequence[str]
+    genes: Sequence[str]
+    used: np.ndarray  # (columns,) which are gene counts
     n: Counter[str] = field(default_factory=Counter)  # how many values, or rows, of each kind in COUNTED
     largest: float = 0.0
-    not_finite_at: list[Place] = field(default_factory=list)  # the first ones
-    negative_at: list[Place] = field(default_factory=list)
+    places: dict[str, list[str]] = field(default_factory=lambda: {"not finite": [], "negative": []})  # the first ones
     sums: list[np.ndarray] = field(default_factory=list)
     rows: list[np.ndarray] = field(default_factory=list)  # positive values of the sampled cells
 
-    def add(self, start: int, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, used: np.ndarray) -> bool:
+    def __post_init__(self) -> None:
+        self.seen = np.zeros(len(self.genes), dtype=bool)  # whether a column has any value that is not 0
+        n_cells = len(self.cells)
+        self._sampled = np.unique(np.linspace(0, n_cells - 1, min(SAMPLE, n_cells)).astype(np.int64))
+
+    def add(self, block: Block) -> bool:
         """Take in a block of rows; False, and nothing taken in, if columns are unsorted or repeated within a row."""
-        sums = np.zeros(len(indptr) - 1)
-        found = over_rows(scan_rows, *map(frozen, (indptr, data, indices, used)), self.seen, sums)
+        data, indices, indptr, sums = block.data, block.indices, block.indptr, np.zeros(block.n_rows)
+        found = over_rows(scan_rows, *map(frozen, (indptr, data, indices, self.used)), self.seen, sums)
         if any(part[4] for part in found):
             return False
         for part in found:
@@ -46,15 +84,15 @@ class Scan:
             self.largest = max(self.largest, float(part[-1]))
         if any(part[0] or part[1] for part in found):
             finite = np.isfinite(data)
-            for bad, noted in ((~finite, self.not_finite_at), (finite & (data < 0), self.negative_at)):
-                where = np.flatnonzero(bad & used[indices])[: 3 - len(noted)]
-                rows = np.searchsorted(indptr, where, side="right") - 1
-                noted += [(start + int(r), int(indices[k]), float(data[k])) for r, k in zip(rows, where, strict=True)]
+            for bad, places in zip((~finite, finite & (data < 0)), self.places.values(), strict=True):
+                for k in np.flatnonzero(bad & self.used[indices])[: 3 - len(places)]:
+                    row = block.start + int(np.searchsorted(indptr, k, side="right")) - 1
+                    cell, gene = str(self.cells[row]), str(self.genes[indices[k]])
+                    places.append(f"cell {cell!r}, gene {gene!r}: {data[k]:.4g}")
         self.sums.append(sums)
-        sampled = np.unique(np.linspace(0, self.n_obs - 1, min(SAMPLE, self.n_obs)).astype(np.int64))
-        for row in sampled[(sampled >= start) & (sampled < start + len(sums))] - start:
-            part = slice(indptr[row], indptr[row + 1])
-            values = data[part][used[indices[part]]]
+        for row in self._sampled[(self._sampled >= block.start) & (self._sampled < block.start + len(sums))]:
+            part = slice(indptr[row - block.start], indptr[row - block.start + 1])
+            values = data[part][self.used[indices[part]]]
             values = values[(values > 0) & np.isfinite(values)]
             if len(values) >= 5:
                 self.rows.append(values.astype(np.float64))
@@ -71,7 +109,13 @@ class Reading:
     by: By = "values"
     fractional: bool = False  # counts that are not whole
     exact: bool = False  # logs from which the counts can be had back
+    slack: float = EXACT  # by which a ratio of two values may miss a whole number, relative to it
     warnings: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def counted(self) -> bool:
+        """Whether counts are known, be they whole or not."""
+        return self.exact or self.kind == "counts"
 
     @property
     def has_counts(self) -> bool:
@@ -90,115 +134,108 @@ class Reading:
 
 
 def read_values(
-    scan: Scan,
-    *,
-    values: Values = "auto",
-    noted: bool = False,
-    noted_base: float | None = None,
-    name: str = "X",
-    places: str = "",
+    scan: Scan, values: Values = "auto", *, noted: bool = False, noted_base: float | None = None
 ) -> Reading:
     """Decide what the scanned values are, in a fixed order of rules; `noted` says that `uns["log1p"]` exists.
 
     Raises the typed error for values that no encoding can read: not finite, negative, normalised but not logged, too large.
     """
-    _refuse(scan, name, places)
-    share = scan.n["fractions"] / max(1, scan.n["stored"])
-    found = f"{name} has non-integer counts ({share:.2g} of the stored values), as after ambient correction; taken as counts,"
-    fractional = ("I07", f'{found} not rounded. Pass values="log1p" if they are logs.')
-    warnings = []
-    if scan.largest > 1e6:
-        found = f"{name} has values up to {scan.largest:.4g}"
+    name, largest, is_log = scan.name, scan.largest, scan.largest <= LOG_LIMIT
+    _refuse(scan)
+    slack = ROUNDED if all((abs(row - row.round(3)) <= 1e-6).all() for row in scan.rows) else EXACT
+    share, warnings = scan.n["fractions"] / max(1, scan.n["stored"]), []
+    if largest > 1e6:
+        found = f"{name} has values up to {largest:.4g}"
         warnings.append(("I08", f"{found}; above 2^24 float32 cannot hold every whole number."))
+
+    def counts(by: By) -> Reading:
+        found = f"{name} has non-integer counts ({share:.2g} of the stored values), as after ambient correction"
+        fractional = ("I07", f'{found}; taken as counts, not rounded. Pass values="log1p" if they are logs.')
+        return Reading("counts", by=by, fractional=share > 0, warnings=(*warnings, *([fractional] if share else [])))
+
+    def logs(base: float | None, by: By) -> Reading:
+        base = base or noted_base or float(np.e)
+        if largest * np.log(base) > np.log(1e9):
+            found = f"{name} has values up to {largest:.4g}, which no log1p value can reach"
+            raise ScbinInputError("I08", f'{found}. Pass values="counts" if they are counts.')
+        rows = [np.expm1(row * np.log(base)) for row in scan.rows]
+        exact = _whole_share(rows, up_to=4, slack=slack) >= MOSTLY_EXACT
+        total = _constant(np.array([row.sum() for row in rows]))
+        return Reading("log1p", base, total, by, exact=exact, slack=slack, warnings=tuple(warnings))
+
     if values == "counts" or (values == "auto" and not share):
-        by: By = "asked" if values == "counts" else "values"
-        warnings += [fractional] if share else []
-        return Reading("counts", by=by, fractional=share > 0, warnings=tuple(warnings))
-    _refuse_two_units(scan, values, name)
+        return counts("asked" if values == "counts" else "values")
+    _refuse_two_units(scan, values)
     if values == "log1p":
-        _refuse_logs(scan, 2.0, name)  # before anything is raised to a power
-        return _logs(scan, _log_base(scan.rows) or noted_base or float(np.e), "asked", name, warnings)
+        return logs(_log_base(scan.rows, slack) if largest * np.log(2) <= np.log(1e9) else None, "asked")
     constant = _constant(np.concatenate(scan.sums))
     if constant is not None or _whole_share(scan.rows) > 0.5:
         sums = "" if constant is None else f" (cells sum to {constant:,.6g})"
-        found = f"{name} looks like counts times a factor per cell{sums}, not logged"
         fix = "Log it, sc.pp.log1p(adata), or pass the layer that holds counts: layer=."
-        raise ScbinInputError("I02", f"{found}. {fix}")
-    base = _log_base(scan.rows) if scan.largest <= LOG_LIMIT else None
+        raise ScbinInputError("I02", f"{name} looks like counts times a factor per cell{sums}, not logged. {fix}")
+    base = _log_base(scan.rows, slack) if is_log else None
     if base is not None:
-        return _logs(scan, base, "values", name, warnings)
+        return logs(base, "values")
     if _whole_share([row**2 for row in scan.rows]) > 0.5:
         fix = "Pass the layer that holds counts, layer=, or undo the root: adata.X = adata.X.power(2), then round."
         raise ScbinInputError("I02", f"{name} looks like square roots of counts. {fix}")
     if noted:
-        return _logs(scan, noted_base or float(np.e), "uns", name, warnings)
-    if scan.largest <= LOG_LIMIT:
-        found = (
-            f"{name} was taken for log1p values by its range only (largest {scan.largest:.4g}); low corrected counts"
-        )
-        warnings.append(("I01", f'{found} look the same. Pass values="log1p" or values="counts" to settle it.'))
-        return _logs(scan, float(np.e), "range", name, warnings)
-    return Reading("counts", fractional=True, warnings=(*warnings, fractional))
+        return logs(None, "uns")
+    if not is_log:
+        return counts("values")
+    found = f"{name} was taken for log1p values by its range only (largest {largest:.4g})"
+    fix = 'Pass values="log1p" or values="counts" to settle it.'
+    warnings.append(("I01", f"{found}; low corrected counts look the same. {fix}"))
+    return logs(float(np.e), "range")
 
 
-def _logs(scan: Scan, base: float, by: By, name: str, warnings: list[tuple[str, str]]) -> Reading:
-    """Read logs of this base, if every cell holds logs."""
-    _refuse_logs(scan, base, name)
-    rows = [np.expm1(row * np.log(base)) for row in scan.rows]
-    total = _constant(np.array([row.sum() for row in rows]))
-    exact = _whole_share(rows, up_to=4) >= MOSTLY_EXACT
-    return Reading("log1p", base, total, by, exact=exact, warnings=tuple(warnings))
-
-
-def _refuse(scan: Scan, name: str, places: str) -> None:
+def _refuse(scan: Scan) -> None:
     """Raise for values that are neither counts nor logs of any kind."""
-    if scan.n["not finite"]:
-        found = count(scan.n["not finite"], "value that is", "values that are")
+    n, name, places = scan.n, scan.name, ", ".join(scan.places["not finite"] or scan.places["negative"])
+    if n["not finite"]:
+        found = count(n["not finite"], "value that is", "values that are")
         raise ScbinInputError("I05", f"{name} has {found} not finite ({places}). Replace or remove them.")
-    if scan.n["negative"] and scan.n["fractions"]:
-        found = f"{count(scan.n['negative'], 'negative value')} ({places}), as after sc.pp.scale"
+    if n["negative"] and n["fractions"]:
+        found = f"{count(n['negative'], 'negative value')} ({places}), as after sc.pp.scale"
         raise ScbinInputError("I03", f"{name} has {found}; scbin needs counts or log1p values.")
-    if scan.n["negative"]:
-        found = f"{count(scan.n['negative'], 'value')} below 0 ({places}), all whole"
+    if n["negative"]:
         fix = "usually a background removal gone wrong. Use the original counts."
-        raise ScbinInputError("I04", f"{name} has {found}: {fix}")
+        raise ScbinInputError("I04", f"{name} has {count(n['negative'], 'value')} below 0 ({places}), all whole: {fix}")
     if scan.largest > 1e9:
         found = f"{name} has values up to {scan.largest:.4g}, which no cell can have"
         raise ScbinInputError("I08", f"{found}. Use the original counts.")
 
 
-def _refuse_two_units(scan: Scan, values: Values, name: str) -> None:
+def _refuse_two_units(scan: Scan, values: Values) -> None:
     """Raise where some cells are whole numbers and the others logs."""
     if not (scan.n["whole rows"] and scan.n["broken rows"]):
         return
-    base = _log_base([row for row in scan.rows if row.max() <= LOG_LIMIT and (row != np.rint(row)).any()])
+    base = _log_base([row for row in scan.rows if row.max() <= LOG_LIMIT and (row != np.rint(row)).any()], EXACT)
     if base == 2.0 or (base is None and values != "log1p"):  # logs base 2 of unscaled counts may be whole
         return
     whole, logs = (count(scan.n[kind], "cell has", "cells have") for kind in ("whole rows", "broken rows"))
     found = f"{whole} whole numbers, as counts are, and {logs} log1p values"
-    raise ScbinInputError("I01", f"{name} holds two units: {found}. Bring all cells to one unit.")
+    raise ScbinInputError("I01", f"{scan.name} holds two units: {found}. Bring all cells to one unit.")
 
 
-def _refuse_logs(scan: Scan, base: float, name: str) -> None:
-    """Refuse logs of more than a billion counts: they are no logs."""
-    if scan.largest * np.log(base) > np.log(1e9):
-        found = f"{name} has values up to {scan.largest:.4g}, which no log1p value can reach"
-        raise ScbinInputError("I08", f'{found}. Pass values="counts" if they are counts.')
-
-
-def _whole_share(rows: list[np.ndarray], up_to: int = 1) -> float:
+def _whole_share(rows: list[np.ndarray], up_to: int = 1, slack: float = EXACT) -> float:
     """Share of cells that are whole multiples of their smallest value, or of a half, a third ... of it `up_to`."""
     ratios = [row / row.min() for row in rows]
     ratios = [ratio for ratio in ratios if (ratio > 1.5).any()]
     multiples = [[k * ratio for k in range(1, up_to + 1)] for ratio in ratios]
-    fits = [any((np.abs(r - np.rint(r)) <= 1e-5 * r + 1e-4).all() for r in each) for each in multiples]
+    fits = [
+        any((np.abs(r - np.rint(r)) <= np.minimum(slack * r + 1e-4, 0.25)).all() for r in each) for each in multiples
+    ]
     return sum(fits) / max(1, len(fits))
 
 
-def _log_base(rows: list[np.ndarray]) -> float | None:
+def _log_base(rows: list[np.ndarray], slack: float) -> float | None:
     """Return the base of logs of whole numbers, None if most cells hold no such."""
     bases = (float(np.e), 2.0, 10.0)
-    return next((base for base in bases if _whole_share([np.expm1(row * np.log(base)) for row in rows]) > 0.5), None)
+    return next(
+        (base for base in bases if _whole_share([np.expm1(row * np.log(base)) for row in rows], slack=slack) > 0.5),
+        None,
+    )
 
 
 def _constant(sums: np.ndarray) -> float | None:
@@ -272,7 +309,8 @@ class RowReader:
             data = np.log1p(data) if logs else data
         if logs and unit == "counts":
             counts, exact = np.empty(len(data)), np.zeros(len(indptr) - 1, dtype=bool)
-            over_rows(recover_rows, *map(frozen, (indptr, data, indices, self.columns)), counts, exact)
+            arrays = map(frozen, (indptr, data, indices, self.columns))
+            over_rows(recover_rows, *arrays, self.reading.slack, counts, exact)
             data, logs = counts, False
         elif logs and unit == "log1p" and total is not None and abs(total - target) >= 1e-2:
             data = np.log1p(np.expm1(data.astype(np.float64)) * (target / total))

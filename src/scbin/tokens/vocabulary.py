@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from scipy import sparse
 
+from scbin._arguments import check_fields
 from scbin._errors import ScbinInputError, count
 from scbin.tokens.rules import Bins
 
@@ -32,6 +34,7 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], int, int]] = {
 CELLXGENE = ("sex", "tissue", "cell_type", "age", "disease")
 DEPTH_EDGES = tuple(float(round(2 ** (5 + k / 2))) for k in range(31))  # 32 to a million counts, two per doubling
 FORMAT = 1
+MOST_POSITIONS, MOST_TOKENS = 2**18, 2**24
 
 
 # ---- encodings ------------------------------------------------------------------------------------------------------
@@ -125,6 +128,9 @@ class Phenotype:
     missing_id: int
     age_groups: int | None = None  # years in a class, where the values are classes of ages that labels are cut into
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @property
     def stop_id(self) -> int:
         """One past the id of the last value."""
@@ -143,6 +149,9 @@ class Depth:
     position: int
     first_id: int
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @property
     def stop_id(self) -> int:
         """One past the id of the last level."""
@@ -150,14 +159,16 @@ class Depth:
 
     def ids(self, counts: np.ndarray | None) -> np.ndarray | int:
         """Return the token of cells with so many counts (cells,)."""
-        level = 0 if counts is None else 1 + np.searchsorted(self.edges, counts, side="right")
-        return self.first_id + level
+        return self.first_id + (0 if counts is None else 1 + np.searchsorted(self.edges, counts, side="right"))
 
-    @cached_property
+    @property
     def values(self) -> np.ndarray:
         """Counts that each level stands for, the geometric middle (levels,)."""
         edges = np.array([self.edges[0] / 2, *self.edges, 2 * self.edges[-1]])
         return np.sqrt(edges[:-1] * edges[1:])
+
+
+KINDS: dict[str, Any] = {"bins": Bins, "depth": Depth}  # fields that are objects in JSON
 
 
 @dataclass(frozen=True)
@@ -232,52 +243,57 @@ class Vocabulary:
         fixed = encoding_of(encoding).position_is_gene
         if layout != "scbin" and (phenotypes or depth or fixed):
             raise ScbinInputError("A03", f'layout {layout!r} is for encoding="rank" without phenotypes and depth.')
-        labels = phenotypes or {}
-        names = [name for name in CELLXGENE if name in labels] + [name for name in labels if name not in CELLXGENE]
-        next_id, built = len(specials), []
-        for position, name in enumerate(names, start=1):
-            values = tuple(str(value) for value in labels[name])
-            built.append(Phenotype(name, values, position, next_id + 1, next_id, (age_groups or {}).get(name)))
+        labels, widths, next_id = phenotypes or {}, age_groups or {}, len(specials)
+        built: list[Phenotype] = []
+        for name in (*(n for n in CELLXGENE if n in labels), *(n for n in labels if n not in CELLXGENE)):
+            values = tuple(map(str, labels[name]))
+            built.append(Phenotype(name, values, len(built) + 1, next_id + 1, next_id, widths.get(name)))
             next_id += 1 + len(values)
         level = Depth(DEPTH_EDGES, len(built) + 1, next_id) if depth else None
-        first_gene_position = len(built) + bare_position + (level is not None)
-        if max_length is None:
-            max_length = first_gene_position + len(genes) + 1 if fixed else longest
+        first_gene_position = len(built) + bare_position + bool(depth)
+        usual_length = first_gene_position + len(genes) + 1 if fixed else longest
         return cls(
             encoding=encoding,
-            genes=tuple(str(gene) for gene in genes),
+            genes=tuple(map(str, genes)),
             specials={special: k for k, special in enumerate(specials)},
             phenotypes=tuple(built),
             first_gene_id=next_id if level is None else level.stop_id,
             first_gene_position=first_gene_position,
-            max_length=int(max_length),
+            max_length=usual_length if max_length is None else int(max_length),
             bins=bins,
-            medians=None if medians is None else tuple(float(median) for median in medians),
-            gene_shares=None if gene_shares is None else tuple(float(share) for share in gene_shares),
+            medians=None if medians is None else tuple(map(float, medians)),
+            gene_shares=None if gene_shares is None else tuple(map(float, gene_shares)),
             name_map=None if name_map is None else tuple(sorted(name_map.items())),
             depth=level,
         )
 
     def __post_init__(self) -> None:
+        check_fields(self)
         object.__setattr__(self, "specials", dict(self.specials))
-        faults = []
-        if len(set(self.genes)) != len(self.genes):
-            faults.append("a vocabulary names every gene once, but some genes stand in it twice")
+        n_genes, first, places = len(self.genes), self.first_gene_position, [p.position for p in self.phenotypes]
+        names = [*self.genes, *self.specials, *chain(*self.aliases.items(), *(p.values for p in self.phenotypes))]
+        spans = sorted([*self._control_spans, (self.first_gene_id, self.first_gene_id + self.n_gene_ids)])
+        of_genes = [len(values) for values in (self.medians, self.gene_shares) if values is not None]
+        of_genes += [len(self.bins.matrix)] if self.bins is not None and self.bins.per == "gene" else []
+        shortest, faults = first + min(1, n_genes) + (END in self.specials), []
+        if not all(isinstance(name, str) for name in names):
+            faults.append("names of genes, tokens and labels have to be texts")
+        if len(set(self.genes)) != n_genes or any(len(set(p.values)) != len(p.values) for p in self.phenotypes):
+            faults.append("every gene, and every value of a phenotype, may stand in a vocabulary once")
         if self.encoding in ("bins", "binary", "gene_bins", "rank") and (self.bins is None) == self.position_is_gene:
             faults.append(f"encoding {self.encoding!r} and bins={self.bins!r} do not go together")
-        if self.medians is not None and len(self.medians) != len(self.genes):
-            faults.append(f"{count(len(self.medians), 'median')} for {count(len(self.genes), 'gene')}")
-        for phenotype in self.phenotypes:
-            if len(set(phenotype.values)) != len(phenotype.values):
-                faults.append(f"the values of phenotype {phenotype.name!r} are not unique")
-        shortest = self.first_gene_position + min(1, len(self.genes)) + (END in self.specials)
+        if set(of_genes) - {n_genes}:
+            faults.append(f"there are {count(n_genes, 'gene')}, but medians, shares or edges of {max(of_genes):,}")
         if self.max_length < shortest:
             faults.append(f"max_length is {self.max_length}, but one gene and the special tokens need {shortest}")
-        spans = sorted([*self._control_spans, (self.first_gene_id, self.first_gene_id + self.n_gene_ids)])
-        if spans[0][0] < 0 or any(before[1] > after[0] for before, after in zip(spans, spans[1:], strict=False)):
+        if spans[0][0] < 0 or any(before[1] > after[0] for before, after in pairwise(spans)):
             faults.append("token ids overlap: specials, phenotypes and genes need ranges of their own")
-        if self.specials.get(PAD) != 0 or MASK not in self.specials:
-            faults.append("the special tokens need [PAD] = 0 and a [MASK]")
+        if self.specials.get(PAD) != 0 or MASK not in self.specials or not all(0 <= place < first for place in places):
+            faults.append("the special tokens need [PAD] = 0 and a [MASK], the phenotypes positions before the genes")
+        if not faults and max(self.n_positions / MOST_POSITIONS, self.n_tokens / MOST_TOKENS) > 1:
+            faults.append(
+                f"{self.n_positions:,} positions and {self.n_tokens:,} token ids are more than any network reads"
+            )
         if faults:
             raise ScbinInputError("V04", f"{faults[0]}.")
 
@@ -342,11 +358,6 @@ class Vocabulary:
         return self.first_gene_position + np.arange(self.n_gene_positions)
 
     @property
-    def depth_position(self) -> int | None:
-        """The position of `[DEPTH]`, None where cells have no such token."""
-        return None if self.depth is None else self.depth.position
-
-    @property
     def dtype(self) -> np.dtype:
         """Smallest unsigned integer type that holds every token id."""
         return np.dtype(np.uint16 if self.n_tokens <= 2**16 else np.uint32)
@@ -388,27 +399,26 @@ class Vocabulary:
         return (token_ids >= self.first_gene_id) & (token_ids < self.first_gene_id + self.n_gene_ids)
 
     @cached_property
-    def _groups(self) -> tuple[np.ndarray, np.ndarray]:
-        start, stop = np.zeros((2, self.n_positions), dtype=np.int64)
-        for phenotype in self.phenotypes:
-            start[phenotype.position], stop[phenotype.position] = phenotype.first_id, phenotype.stop_id
-        where, size = self.gene_positions, self.n_levels if self.position_is_gene else self.n_gene_ids
-        start[where] = self.ids_of(np.arange(len(where)), 0) if self.position_is_gene else self.first_gene_id
-        stop[where] = start[where] + size
-        return start, stop
-
-    @property
     def group_start(self) -> np.ndarray:
         """First token id that may be asked for at each position (positions,); 0 where only specials or `[DEPTH]` stand."""
-        return self._groups[0]
-
-    @property
-    def group_stop(self) -> np.ndarray:
-        """One past the last token id that may be asked for at each position (positions,)."""
-        return self._groups[1]
+        start = np.zeros(self.n_positions, dtype=np.int64)
+        for phenotype in self.phenotypes:
+            start[phenotype.position] = phenotype.first_id
+        genes = np.arange(self.n_gene_positions)
+        start[self.gene_positions] = self.ids_of(genes, 0) if self.position_is_gene else self.first_gene_id
+        return start
 
     @cached_property
-    def _tables(self) -> TokenTables:
+    def group_stop(self) -> np.ndarray:
+        """One past the last token id that may be asked for at each position (positions,)."""
+        size = np.zeros(self.n_positions, dtype=np.int64)
+        for phenotype in self.phenotypes:
+            size[phenotype.position] = len(phenotype.values)
+        size[self.gene_positions] = self.n_levels if self.position_is_gene else self.n_gene_ids
+        return self.group_start + size
+
+    def tables(self) -> TokenTables:
+        """Return gene and expression of every token id and position, to turn tokens into expression vectors."""
         of_id, values = np.full(self.n_tokens, -1, np.int64), np.zeros(self.n_tokens, np.float32)
         of_position, weights = np.full(self.n_positions, -1, np.int64), np.zeros(self.n_positions, np.float32)
         ids, where = self.first_gene_id + np.arange(self.n_gene_ids), self.gene_positions
@@ -420,14 +430,10 @@ class Vocabulary:
             weights[where] = np.log1p(len(where) / (1.0 + np.arange(len(where))))
         return TokenTables(of_id, of_position, values, weights)
 
-    def tables(self) -> TokenTables:
-        """Return gene and expression of every token id and position, to turn tokens into expression vectors."""
-        return self._tables
-
     @property
     def token_values(self) -> np.ndarray:
         """Expression value that each token id stands for (tokens,): 1 for a ranked gene, 0 for everything not a gene."""
-        return self._tables.value_of_id
+        return self.tables().value_of_id
 
     @cached_property
     def aliases(self) -> dict[str, str]:
@@ -442,19 +448,22 @@ class Vocabulary:
         known = ", ".join(repr(p.name) for p in self.phenotypes) or "none"
         raise ScbinInputError("A06", f"{name!r} is not a phenotype of this vocabulary. It knows: {known}.")
 
+    @cached_property
+    def _control_texts(self) -> dict[int, str]:
+        """What the ids that stand for no gene mean."""
+        text = {i: special for special, i in self.specials.items()}
+        for p in self.phenotypes:
+            text |= {p.first_id + k: f"[{value}]" for k, value in enumerate(p.values)}
+            text |= {p.missing_id: f"[NO_{p.name.upper()}]"} if p.missing_id else {}
+        if self.depth is not None:
+            text |= {self.depth.first_id + k: f"[DEPTH {n:,.0f}]" for k, n in enumerate(self.depth.values, start=1)}
+            text[self.depth.first_id] = "[NO_DEPTH]"
+        return text
+
     def token_text(self, token_id: int, position: int) -> str:
         """Say in words what a token at a position means, for people and plots."""
-        for text, special_id in self.specials.items():
-            if token_id == special_id:
-                return text
-        for phenotype in self.phenotypes:
-            if token_id == phenotype.missing_id:
-                return f"[NO_{phenotype.name.upper()}]"
-            if phenotype.first_id <= token_id < phenotype.stop_id:
-                return f"[{phenotype.values[token_id - phenotype.first_id]}]"
-        if self.depth is not None and self.depth.first_id <= token_id < self.depth.stop_id:
-            level = token_id - self.depth.first_id
-            return f"{DEPTH[:-1]} {self.depth.values[level - 1]:,.0f}]" if level else "[NO_DEPTH]"
+        if token_id in self._control_texts:
+            return self._control_texts[token_id]
         ids = np.array([token_id])
         gene = self.genes[self.genes_at(ids, np.array([position]))[0]]
         return f"{gene}={self.levels_of(ids)[0]}" if self.n_levels else gene
@@ -471,38 +480,42 @@ class Vocabulary:
 
     def to_json(self) -> str:
         """Return the vocabulary as one line of JSON, the same bytes for the same content."""
-        fields = asdict(self)
+        return self._json
+
+    @cached_property
+    def _json(self) -> str:
+        content = {field.name: getattr(self, field.name) for field in fields(self)}
+        content |= {name: asdict(content[name]) for name in KINDS if content[name] is not None}
+        content["phenotypes"] = [asdict(phenotype) for phenotype in self.phenotypes]
         # not written where there is none: older vocabularies have no such fields, and their fingerprints stay
-        for phenotype in fields["phenotypes"]:
-            if phenotype["age_groups"] is None:
-                del phenotype["age_groups"]
-        if fields["depth"] is None:
-            del fields["depth"]
-        return json.dumps({"format": FORMAT, **fields}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        for part, name in ((content, "depth"), *((phenotype, "age_groups") for phenotype in content["phenotypes"])):
+            if part[name] is None:
+                del part[name]
+        return json.dumps({"format": FORMAT, **content}, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Vocabulary:
         """Read back what `to_json` wrote."""
         try:
-            fields: dict[str, Any] = json.loads(text)
+            fields = _tuples(json.loads(text))
             if fields.pop("format") != FORMAT:
-                raise ScbinInputError(
-                    "V04", f"this vocabulary is not of format {FORMAT}; it needs another scbin version."
-                )
-            fields["genes"] = tuple(fields["genes"])
-            fields["phenotypes"] = tuple(Phenotype(**{**p, "values": tuple(p["values"])}) for p in fields["phenotypes"])
-            fields["bins"] = None if fields["bins"] is None else Bins.from_dict(fields["bins"])
-            for name in ("medians", "gene_shares"):
-                fields[name] = None if fields.get(name) is None else tuple(fields[name])
-            if fields.get("name_map") is not None:
-                fields["name_map"] = tuple((str(name), str(gene)) for name, gene in fields["name_map"])
-            if fields.get("depth") is not None:
-                fields["depth"] = Depth(**{**fields["depth"], "edges": tuple(fields["depth"]["edges"])})
-            return cls(**fields)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ScbinInputError("V04", f"this is not a vocabulary written by scbin ({error}).") from error
+                raise ValueError(f"it is not of format {FORMAT}, but of another version")
+            made: dict[str, Any] = {
+                name: kind(**fields[name]) for name, kind in KINDS.items() if fields.get(name) is not None
+            }
+            made["phenotypes"] = tuple(Phenotype(**phenotype) for phenotype in fields["phenotypes"])
+            return cls(**fields | made)
+        except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
+            raise ScbinInputError("V04", f"this is not a vocabulary written by scbin ({str(error)[:200]}).") from error
 
     @cached_property
     def sha256(self) -> str:
         """Fingerprint of the content: two vocabularies with one fingerprint give the same tokens."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def _tuples(value: Any) -> Any:
+    """Return what JSON says with tuples for its lists, as the fields of a vocabulary are."""
+    if isinstance(value, dict):
+        return {name: _tuples(item) for name, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
