@@ -8,7 +8,7 @@ import torch
 from scipy import sparse
 from scipy.stats import spearmanr
 
-from scbin.nn.gates import can_screen, principal_directions, screen
+from scbin.nn.gates import Screen, can_screen
 from scbin.nn.network import CellNetwork, build_network
 from scbin.nn.packs import pack_rows
 from scbin.nn.presets import Network
@@ -24,7 +24,7 @@ RULES = {
     "bins": ("bins", Bins.linear(6)),
     "bins_keep": ("bins", Bins.linear(6, zeros="keep")),
     "binary": ("binary", Bins.binary()),
-    "gene_bins": ("gene_bins", Bins.even_counts(6, 1.0, zeros="drop")),
+    "gene_bins": ("gene_bins", Bins(tuple(map(float, range(1, 7))), reads="counts")),
     "rank": ("rank", None),
 }
 N_GENES, HIDDEN = 60, 16
@@ -73,7 +73,7 @@ def both(rows: GeneRows, runner: Runner, edit: Edit, directions=everywhere, budg
         before = embed(runner.network, MemoryTokens(rows.tokens, rows.vocabulary), device="cpu")
         exact = embed(runner.network, MemoryTokens(edited.tokens, rows.vocabulary), device="cpu")
         screened = np.empty(exact.shape)
-        for at, own, after, changed in screen(runner, rows, edit, cells, genes, directions, token_budget=budget):
+        for at, own, after, changed in Screen(runner, rows, edit, budget).estimate(cells, genes, directions):
             np.testing.assert_allclose(own, before[cells[at]], atol=1e-4)
             assert changed.tolist() == edited.changed[at].tolist()
             screened[at] = after
@@ -140,7 +140,7 @@ def test_few_directions_suffice():
     rows, runner = cells_of("bins", n_cells=8)
     with at_rest(runner.network):
         originals = embed(runner.network, MemoryTokens(rows.tokens, rows.vocabulary), device="cpu")
-        directions = principal_directions(runner, rows, Edit(), *rows.expressed(), originals, seed=0)
+        directions = Screen(runner, rows, Edit()).directions(*rows.expressed(), originals, seed=0)
     axes = directions(np.arange(2), originals[:2])
     assert axes.shape[1] < HIDDEN
     np.testing.assert_allclose(axes[0] @ axes[0].T, np.eye(axes.shape[1]), atol=1e-5)
@@ -171,5 +171,5 @@ def test_a_closed_gate_is_a_deleted_token():
 def test_the_network_keeps_its_gradients():
     rows, runner = cells_of("rank", "mean")
     with at_rest(runner.network):
-        list(screen(runner, rows, Edit(), *rows.expressed(), everywhere))
+        list(Screen(runner, rows, Edit()).estimate(*rows.expressed(), everywhere))
     assert all(p.requires_grad and p.grad is None for p in runner.network.parameters())

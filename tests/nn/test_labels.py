@@ -23,7 +23,6 @@ KINDS = {
     "linear": {},
     "vector": {"expression": False},
     "tanh": {"expression": False, "hidden": "tanh"},
-    "attention": {"pooled_size": 16},
 }
 
 
@@ -90,8 +89,8 @@ def test_a_linear_head_is_vector_and_expression_added_up(tokens):
     scaled = np.minimum(x * head.gene_scale.numpy(), 10)
     with torch.no_grad():
         expected = head.output((z - head.vector_mean) * head.vector_scale).numpy() + scaled @ head.genes.numpy()
-        np.testing.assert_allclose(head(z, torch.zeros(pack.n_tokens, 16), pack), expected, rtol=1e-4, atol=1e-4)
-        half = head(z, torch.zeros(pack.n_tokens, 16), pack, kept=0.5).numpy()
+        np.testing.assert_allclose(head(z, pack), expected, rtol=1e-4, atol=1e-4)
+        half = head(z, pack, kept=0.5).numpy()
     np.testing.assert_allclose(half - expected, scaled @ head.genes.detach().numpy(), rtol=1e-3, atol=1e-3)
 
 
@@ -102,7 +101,7 @@ def test_published_classifiers_fit_in(tokens):
         z = torch.randn(4, 16)
         pack = pack_rows(tokens.take(np.arange(4)), np.arange(4))
         expected = head.output(function(head.dense(z)))
-        torch.testing.assert_close(head(z, torch.zeros(pack.n_tokens, 16), pack), expected)
+        torch.testing.assert_close(head(z, pack), expected)
 
 
 def test_predictions_are_probabilities_and_numbers_in_their_unit(tokens):
@@ -140,7 +139,7 @@ def test_heads_that_cannot_be_are_refused(tokens):
         lambda: LabelHead(v, 16, [TARGETS[0], TARGETS[0]]),
         lambda: LabelHead(v, 0, TARGETS),
         lambda: LabelHead(v, 16, TARGETS, hidden="gelu"),
-        lambda: LabelHead(v, 16, TARGETS, pooled_size=-1),
+        lambda: GeneHead(v, 16, TARGETS[:1], n_features=-1),
         lambda: GeneHead(v, 16, TARGETS),
         lambda: Target("x", "number", ("a",)),
         lambda: Target("x", "class"),

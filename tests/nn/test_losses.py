@@ -43,13 +43,11 @@ def test_cross_entropy(scored, smoothing):
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
 def test_gaussian_ordinal(scored, sigma):
-    logits, labels, weights = scored
+    logits, labels, _ = scored
     bell = np.exp(-((np.arange(7) - labels[:, None]) ** 2) / (2 * sigma**2))
     bell /= bell.sum(1, keepdims=True)
     expected = -(bell * log_softmax(logits)).sum(1)
     assert gaussian_ordinal(*torched(logits, labels), sigma).numpy() == pytest.approx(expected, rel=1e-6, abs=1e-6)
-    got = gaussian_ordinal(*torched(logits, labels), sigma, torch.from_numpy(weights))
-    assert got.numpy() == pytest.approx(expected * weights[labels], rel=1e-6, abs=1e-6)
 
 
 def test_binary_cross_entropy(scored):
@@ -57,8 +55,6 @@ def test_binary_cross_entropy(scored):
     z = logits[:, 1] - logits[:, 0]
     expected = np.where(labels == 1, np.log1p(np.exp(-z)), np.log1p(np.exp(z)))
     assert binary_cross_entropy(*torched(logits, labels)).numpy() == pytest.approx(expected, rel=1e-6, abs=1e-6)
-    got = binary_cross_entropy(*torched(logits, labels), torch.tensor([0.5, 2.0]))
-    assert got.numpy() == pytest.approx(expected * np.where(labels == 1, 2, 0.5), rel=1e-6, abs=1e-6)
 
 
 def test_half_precision_logits_are_scored_in_float32(scored):
@@ -79,8 +75,6 @@ def test_genes_have_their_own_score_and_phenotypes_the_cross_entropy(scored):
     [
         *(("A02", {name: value}) for name, value in (("kind", "ordnal"), ("over", "vocab"), ("positions", None))),
         *(("A02", {"label_smoothing": value}) for value in (2.0, 1.0, float("nan"))),
-        *(("A02", {"class_weights": {"sex": value}}) for value in ([1, -1], np.zeros(2))),
-        *(("A01", {"class_weights": value}) for value in ([1, 2], {"sex": "ab"}, {"sex": [1, "2"]})),
         *(("A01", {"weights": value}) for value in (None, {"genes": "1"})),
         ("A02", {"weights": {"genes": np.nan}}),
         ("A02", {"sigma": 0}),
@@ -99,24 +93,19 @@ def test_a_loss_that_cannot_be_meant_is_refused(code, changes):
     ("encoding", "loss", "match"),
     [
         ("bins", Loss(weights={"age": 1.0}), "'age'"),
-        ("bins", Loss(class_weights={"sex": [1.0] * 3}), "sex has 2 values"),
-        ("bins", Loss(class_weights={"genes": [1.0] * 3}), "genes has 4 values"),
         ("rank", Loss("ordinal"), "ordinal"),
         ("bins", Loss("binary"), "binary"),
-        ("bare", Loss("ordinal", label_smoothing=0.3), "label_smoothing"),
         ("binary", Loss("binary", over="vocabulary"), "over"),
     ],
 )
 def test_a_loss_that_does_not_fit_the_vocabulary_is_refused(encoding, loss, match):
     bins = None if encoding == "rank" else Bins((0.1,) if encoding == "binary" else (0.1, 1.0, 2.0))
-    phenotypes = {} if encoding == "bare" else {"sex": ["f", "m"]}
-    v = Vocabulary.build(encoding.replace("bare", "bins"), ["A", "B"], phenotypes=phenotypes, bins=bins)
+    v = Vocabulary.build(encoding, ["A", "B"], phenotypes={"sex": ["f", "m"]}, bins=bins)
     with pytest.raises(ScbinInputError, match=match):
         loss.check(v, ("genes", "sex"))
 
 
 def test_a_loss_of_numbers_of_numpy_is_kept_as_plain_ones():
-    given = {"class_weights": {"genes": np.ones(2)}, "weights": {"genes": np.int64(2)}}
-    loss = Loss(np.str_("ordinal"), sigma=np.float32(0.5), **given)
-    assert loss == Loss("ordinal", sigma=0.5, class_weights={"genes": (1.0, 1.0)}, weights={"genes": 2.0})
-    assert json.loads(json.dumps(asdict(loss)))["class_weights"] == {"genes": [1.0, 1.0]}
+    loss = Loss(np.str_("ordinal"), sigma=np.float32(0.5), weights={"genes": np.int64(2)})
+    assert loss == Loss("ordinal", sigma=0.5, weights={"genes": 2.0})
+    assert json.loads(json.dumps(asdict(loss)))["weights"] == {"genes": 2.0}

@@ -56,10 +56,16 @@ class Toy:
 
     def run(self, network=None, *, tokens=None, task=None, save_dir=None, resume=True, callbacks=(), **changes):
         network = self.network(dropout=0.1) if network is None else network
-        how = {"save_dir": save_dir, "resume": resume, "callbacks": callbacks, "device": "cpu", "progress": False}
+        how = {"save_dir": save_dir, "resume": resume, "device": "cpu", "progress": False}
         how |= {key: changes.pop(key) for key in ("device", "seed", "cells", "held_out_cells") if key in changes}
         how["held_out"] = how.pop("held_out_cells", None)
-        history = train(network, task or self.task(), tokens or self.tokens, self.training(**changes), **how)
+        history = train(
+            network,
+            task or self.task(),
+            tokens or self.tokens,
+            self.training(callbacks=tuple(callbacks), **changes),
+            **how,
+        )
         return network, history
 
 

@@ -104,17 +104,17 @@ def test_one_run_per_directory(small, tmp_path):
     with Checkpoints(tmp_path), pytest.raises(ScbinTrainingError, match=f"T03.*{tmp_path}"):
         small.run(save_dir=tmp_path)
     kept = tmp_path / ".tmp-new-model-1"  # part of a model, which `Model.load` may need
-    for path in (tmp_path / ".tmp-step-00000009-1", tmp_path / ".tmp-old-3-1", kept):
+    for path in (tmp_path / ".tmp-step-00000009-1", kept):
         path.mkdir()
     small.run(save_dir=tmp_path, epochs=1)
     assert list(tmp_path.glob(".tmp-*")) == [kept]
 
 
-@pytest.mark.parametrize("call", ["fsync", "rename"])
-def test_a_full_disk_stops_the_run_and_keeps_the_last_good_state(small, finished, tmp_path, monkeypatch, call):
+@pytest.mark.parametrize(("call", "last"), [("fsync", 8), ("rename", 5)])
+def test_a_full_disk_stops_the_run_and_keeps_the_last_good_state(small, finished, tmp_path, monkeypatch, call, last):
     """The n-th call fails, for many n: the error has a code, and the run goes on to the same bits."""
     real = getattr(os, call)
-    for n in (0, 2, 5, 8):
+    for n in (0, 2, last):
         directory, left = tmp_path / str(n), [n]
 
         def full(*arguments, left=left):
@@ -143,7 +143,7 @@ def test_the_same_run_writes_the_same_files_three_integers_and_tensors_and_no_pi
 
 def test_weights_that_are_not_finite_are_never_written(tmp_path):
     with pytest.raises(ScbinModelError, match="NaN"):
-        Checkpoints(tmp_path).save({"step": 1}, {"weights.a": torch.tensor([1.0, float("nan")])}, {})
+        Checkpoints(tmp_path).save({"step": 1}, {"weights.a": torch.tensor([1.0, float("nan")])}, [])
     assert not list(tmp_path.iterdir())
 
 

@@ -68,7 +68,7 @@ def test_losses_against_torch(labelled):
     outputs = np.zeros((100, 4), dtype=np.float32)
     for pack, _ in batch.packs:
         hidden = network.backbone.encode(pack)
-        outputs[pack.cells] = network.labels(network.vector(hidden, pack), hidden, pack).detach()
+        outputs[pack.cells] = network.labels(network.vector(hidden, pack), pack).detach()
     known = cells[np.isfinite(values[0][cells])]
     expected = F.cross_entropy(
         torch.from_numpy(outputs[known, :3]), torch.from_numpy(values[0][known]).long(),

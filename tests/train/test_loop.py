@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -13,10 +14,12 @@ import pytest
 import torch
 
 from scbin._errors import ScbinInputError, ScbinModelError, ScbinTrainingError, ScbinTrainingWarning
+from scbin.nn.network import build_network
+from scbin.nn.presets import PRESETS
 from scbin.train import loop
 from scbin.train.distributed import World
 from scbin.train.loop import EXIT_RESUMABLE, Trainer, build_optimizer, learning_rate_factor, split_cells
-from scbin.train.settings import Training
+from scbin.train.settings import RECIPES, Training
 
 NUMBERS = ["loss", "loss_token", "validation", "gradient_norm"]
 
@@ -77,12 +80,12 @@ def test_the_token_budget_changes_nothing_that_is_learned(small, kind):
 def test_gradients_are_those_of_the_whole_step(small):
     """Through the loop in packs of any size, against one backward pass over all cells."""
     network, task = small.network(), small.task()
-    trainer = Trainer(network, task, small.tokens, small.training().complete(), World(), torch.device("cpu"), 0)
-    cells = trainer.cells_of(0)
+    trainer = Trainer(network, task, small.tokens, small.training(), World(), torch.device("cpu"), 0)
+    epoch, cells = next(trainer.steps_left())
     found = []
-    for budget in (10**6, 60):
-        batch = trainer.prepare(cells, 0, budget)
-        trainer.gradients(batch, batch.counts, cells)
+    for trainer.budget in (10**6, 60):
+        batch = trainer.prepare(cells, epoch)
+        trainer.gradients(batch, batch.counts, cells, epoch)
         found.append(torch.cat([p.grad.reshape(-1) for p in trainer.parameters]))
     assert len(batch.packs) > 5 and (found[0] - found[1]).abs().max() < 1e-6 * found[0].abs().max() + 1e-7
 
@@ -106,10 +109,12 @@ def test_every_cell_once_per_epoch_and_held_out_ones_never(small, monkeypatch):
     assert not np.array_equal(orders[0], orders[1])
 
 
-def test_cells_and_held_out_cells_can_be_named(small):
+def test_cells_and_held_out_cells_can_be_named(small, monkeypatch):
     cells, held_out = split_cells(small.tokens, Training(), 0, np.arange(50), np.array([1, 3, 60]))
     assert held_out.tolist() == [1, 60] and set(cells) == set(range(50)) - {1, 3}
-    many, few = (split_cells(small.tokens, Training(held_out=0.5, most_held_out=n), 0)[1] for n in (100, 10))
+    many = split_cells(small.tokens, Training(held_out=0.5), 0)[1]
+    monkeypatch.setattr(loop, "_MOST_HELD_OUT", 10)
+    few = split_cells(small.tokens, Training(held_out=0.5), 0)[1]
     assert len(many) > 35 and len(few) < 25 and set(few) <= set(many)
     with pytest.raises(ScbinInputError, match="I47"):
         split_cells(small.tokens, Training(), 0, np.array([3]))
@@ -163,7 +168,7 @@ def test_a_finished_run_is_not_run_again_and_another_one_is_refused(small, undis
     other = type(small)(seed=1)
     with pytest.raises(ScbinModelError, match=r"T03.*data was"):
         small.run(save_dir=tmp_path, tokens=other.tokens)
-    small.run(save_dir=tmp_path, token_budget=100, compile=False, checkpoint_every=3)  # what changes nothing may change
+    small.run(save_dir=tmp_path, token_budget=100, checkpoint_every=3)  # what changes nothing may change
     assert len(list(tmp_path.glob("step-*"))) == 2
 
 
@@ -248,7 +253,7 @@ def test_steps_that_are_not_finite_are_skipped_then_stop_the_run(small, monkeypa
     assert set(history.loc[history["skipped"] == 1, "step"]) == {2, 4}
     assert torch.isfinite(weights(network)).all() and history["gradient_norm"].isna().sum() == 3  # and at the start
     poisoned(monkeypatch, {1, 4, 5, 6})
-    with pytest.raises(ScbinTrainingError, match=r"T01.*Their cells: \d+, \d+") as stopped:
+    with pytest.raises(ScbinTrainingError, match=r"T01.*cells of the last one: \d+, \d+") as stopped:
         small.run(device=device)
     assert stopped.value.code == "T01"
 
@@ -282,7 +287,8 @@ def test_out_of_memory_halves_the_budget_and_learns_the_same(small, tmp_path, mo
         network, history = small.run(small.network(), task=task, token_budget=800, save_dir=tmp_path)
     assert history["loss"].to_numpy() == pytest.approx(expected["loss"].to_numpy(), rel=1e-5, nan_ok=True)
     assert (weights(network) - weights(plain)).abs().max() < 1e-5
-    assert '"token_budget": 200' in next(tmp_path.glob("step-*")).joinpath("state.json").read_text()
+    state = json.loads(next(tmp_path.glob("step-*")).joinpath("state.json").read_text())
+    assert 50 < state["token_budget"] <= 200
     error = RuntimeError("DefaultCPUAllocator: can't allocate memory")
     task = short_of_memory(small.task(), monkeypatch, 1000, error)
     with warnings.catch_warnings(), pytest.raises(ScbinTrainingError, match=r"T02.*one cell of \d+ tokens"):
@@ -325,35 +331,22 @@ def test_schedules_equal_those_of_transformers(name, warmup):
 
 
 def test_groups_of_decay_and_rate(small):
-    network = small.network()
-    named = [(f"network.{name}", p) for name, p in network.named_parameters()]
-    rates = {"backbone": 0.5, "backbone.mix": 2.0, "back": 9.0}  # the longest part counts, and only whole ones
-    optimizer = build_optimizer(named, Training(weight_decay=0.1, learning_rate=1.0, rates=rates))
-    found = {id(p): (g["factor"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
-    assert found[id(network.backbone.mix.weight)] == (2.0, 0.1)
-    assert found[id(network.backbone.mix.bias)] == (2.0, 0.0)
-    assert found[id(network.backbone.norm.weight)] == (0.5, 0.0)
-    assert found[id(network.backbone.ids.weight)] == (0.5, 0.1)
+    network = build_network(small.vocabulary, "tiny")
+    named = {f"network.{name}": p for name, p in network.named_parameters()}
+    groups = build_optimizer(named, 1.0, 0.1).param_groups
+    found = {id(p): (group["factor"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert found[id(network.backbone.tokens.weight)] == (1.0, 0.1)
+    assert found[id(network.backbone.norm.weight)] == (1.0, 0.0)
+    assert found[id(network.counts.loadings)] == (5.0, 0.1) and found[id(network.counts.scale)] == (5.0, 0.0)
+    assert len(found) == len(named)
 
 
-def test_a_rate_of_zero_freezes_a_part_for_the_time_of_the_run(small):
-    network = small.network()
-    before = {name: p.detach().clone() for name, p in network.named_parameters()}
-    small.run(network, rates={"backbone.ids": 0, "backbone": 0.1})
-    moved = {name for name, p in network.named_parameters() if not torch.equal(p, before[name])}
-    assert "backbone.ids.weight" not in moved and "backbone.mix.weight" in moved
-    assert all(p.requires_grad for p in network.parameters())
-    with pytest.raises(ScbinInputError, match=r"A06.*'bert'.*backbone"):
-        small.run(network, rates={"bert": 0.1})
-
-
-def test_gradient_checkpointing_half_precision_and_biases_of_keys(small):
-    start, plain, checked = small.bert(), small.bert(), small.bert()
+def test_half_precision_and_biases_of_keys(small):
+    start, plain = small.bert(), small.bert()
     small.run(plain, epochs=1)
-    small.run(checked, epochs=1, gradient_checkpointing=True)
-    assert (weights(plain) - weights(checked)).abs().max() < 1e-6
     bias = "backbone.bert.bert.encoder.layer.0.attention.self.key.bias"  # its gradient is nothing but rounding
     assert torch.equal(plain.state_dict()[bias], start.state_dict()[bias])
+    assert all(p.requires_grad for p in plain.parameters())
     _, history = small.run(small.bert(), epochs=1, precision="bfloat16")
     assert np.isfinite(history["loss"].iloc[1:]).all() and not history["skipped"].any()
 
@@ -368,13 +361,9 @@ def test_gradient_checkpointing_half_precision_and_biases_of_keys(small):
         ("A02", {"max_steps": -1}),
         ("A02", {"schedule": "steps"}),
         ("A02", {"precision": "float8"}),
-        ("A02", {"rates": {"backbone": -1}}),
-        *(("A01", {name: "3"}) for name in ("epochs", "learning_rate", "rates", "compile", "callbacks", "timeout")),
+        *(("A01", {name: "3"}) for name in ("epochs", "learning_rate", "callbacks", "timeout")),
         ("A01", {"epochs": 1.5}),
         ("A01", {"cells_per_step": True}),
-        ("A01", {"rates": {"backbone": "fast"}}),
-        ("A01", {"tensorboard": True}),
-        ("A01", {"wandb": 3}),
     ],
     ids=str,
 )
@@ -388,6 +377,10 @@ def test_settings_are_filled_in_where_nothing_was_chosen():
     training = Training(epochs=np.int64(3), clip=float("inf")).filled(epochs=5, learning_rate=1e-4, clip=1.0)
     assert (training.epochs, training.learning_rate, training.clip) == (3, 1e-4, float("inf"))
     assert type(training.epochs) is int and training.complete().schedule == "cosine"
+    with_recipe = Training(cells_per_step=256).for_preset("tiny", 20_000)
+    assert (with_recipe.epochs, with_recipe.cells_per_step, with_recipe.learning_rate) == (19, 256, 1e-3)
+    assert Training(epochs=50).for_preset("custom", 10) == Training(epochs=50).complete()
+    assert set(RECIPES) == set(PRESETS) and all(Training(**recipe) for recipe in RECIPES.values())
     assert "callbacks" not in training.learned() and "token_budget" not in training.learned()
 
 
@@ -398,13 +391,13 @@ def test_settings_are_filled_in_where_nothing_was_chosen():
 @pytest.mark.parametrize("kind", ["network", "bert"])
 def test_cuda_waits_for_nothing_inside_a_step(small, kind):
     device, network, task = torch.device("cuda", 0), getattr(small, kind)(), small.task()
-    trainer = Trainer(network, task, small.tokens, small.training().complete(), World(), device, 0)
-    cells = trainer.cells_of(0)
-    batch = trainer.prepare(cells, 0, 400)
-    trainer.gradients(batch, batch.counts, cells)
+    trainer = Trainer(network, task, small.tokens, small.training(), World(), device, 0)
+    epoch, cells = next(trainer.steps_left())
+    batch = trainer.prepare(cells, epoch)
+    trainer.gradients(batch, batch.counts, cells, epoch)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        trainer.gradients(batch, batch.counts, cells)
+        trainer.gradients(batch, batch.counts, cells, epoch)
         trainer.optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

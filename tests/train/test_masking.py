@@ -10,7 +10,8 @@ from scipy.sparse import csr_matrix
 from scbin._errors import ScbinInputError
 from scbin.tokens.bins import Bins
 from scbin.tokens.vocabulary import Vocabulary
-from scbin.train.masking import EVALUATION, Masking, epoch_order, held_out_cells, mask_rows, masked_losses
+from scbin.train.masking import Masking, mask_rows, masked_losses
+from scbin.train.randomness import EVALUATION, epoch_order, held_out_cells
 
 GENES = [f"G{i}" for i in range(60)]
 ENCODINGS = ["bins", "binary", "rank", "gene_bins"]
@@ -125,19 +126,17 @@ def test_nonzero_ratio_hides_exact_numbers():
     assert np.unique(positions[at]).size == 60
 
 
-@pytest.mark.parametrize("attend", ["all", "masked", "seed"])
+@pytest.mark.parametrize("attend", [True, False])
 def test_unattended_zeros_stand_behind_the_attended_tokens(attend):
     rows, v = make("bins", zeros="keep", n_cells=50)
     ids, _, owner, hidden, pack = mask(rows, v, Masking(attend_zeros=attend, replacement=(1, 0, 0)))
-    if attend == "all":
+    if attend:
         assert pack.layout.key_lengths is None
         return
     place = np.arange(len(ids)) - pack.layout.cu_seqlens.numpy()[owner]
-    labels, is_hidden = ids.copy(), np.zeros(len(ids), dtype=bool)
-    labels[hidden.where], is_hidden[hidden.where] = hidden.labels, True
-    zero = labels == v.first_gene_id
-    expected = ~zero if attend == "seed" else ~zero | is_hidden
-    assert np.array_equal(place < np.array(pack.layout.key_lengths)[owner], expected)
+    labels = ids.copy()
+    labels[hidden.where] = hidden.labels
+    assert np.array_equal(place < np.array(pack.layout.key_lengths)[owner], labels != v.first_gene_id)
 
 
 def test_specials_are_masked_only_on_request():
@@ -151,26 +150,12 @@ def test_specials_are_masked_only_on_request():
     assert set(labels) == {2, 3, 4}
 
 
-def test_dropped_phenotypes_leave_or_become_padding():
+def test_dropped_phenotypes_leave_the_row():
     rows, v = make("bins")
-    given = {"phenotype_mask_prob": 1.0, "phenotype_drop": 1.0, "gene_mask_prob": 0.0}
-    ids, positions, _, hidden, _ = mask(rows, v, Masking(**given))
+    masking = Masking(phenotype_mask_prob=1.0, phenotype_drop=1.0, gene_mask_prob=0.0)
+    ids, positions, _, hidden, _ = mask(rows, v, masking)
     sex = v.phenotype("sex")
-    assert len(hidden) == 0
-    assert (ids[positions == sex.position] == sex.missing_id).all()
-    ids, *_ = mask(rows, v, Masking(**given, phenotype_drop_as="pad"))
-    assert len(ids) == rows.nnz and (ids == 0).any()
-
-
-def test_chosen_positions_are_hidden_exactly():
-    rows, v = make("bins")
-    where = (1, v.first_gene_position + 5)
-    ids, _, _, hidden, _ = mask(rows, v, Masking(chosen=where))
-    assert (hidden.loss == 0).sum() == 400
-    assert (ids[hidden.where] == v.mask_id).all()
-    truth = rows.toarray()[:, where[1]].astype(int)
-    order = np.argsort(hidden.where[hidden.loss == 0])
-    assert np.array_equal(hidden.labels[hidden.loss == 0][order], np.where(truth, truth, v.first_gene_id))
+    assert len(hidden) == 0 and (ids[positions == sex.position] == sex.missing_id).all()
 
 
 def test_all_positions_can_be_scored():
@@ -183,21 +168,19 @@ def test_truncated_rows_call_no_gene_unexpressed():
     rows, v = make("bins")
     v = Vocabulary.from_json(v.to_json().replace(f'"max_length":{v.max_length}', '"max_length":25'))
     full = np.diff(rows.indptr) >= 25
-    *_, owner, hidden, _ = mask(rows, v, Masking(zero_targets=3))
+    *_, owner, hidden, _ = mask(rows, v, Masking(0.6))
     zero = hidden.where[hidden.labels == v.first_gene_id]
     assert 0 < full.sum() < 400 and len(zero) and not full[owner[zero]].any()
-    *_, owner, hidden, _ = mask(rows, v, Masking(zero_targets=3, zero_swap_pool="absent"))
-    assert full[owner[hidden.where[hidden.labels == v.first_gene_id]]].any()
 
 
 @pytest.mark.parametrize("mask_specials", [False, True])
 def test_the_depth_of_a_cell_is_never_hidden(mask_specials):
     v = Vocabulary.build("bins", GENES, bins=Bins((1.0, 2.0), reads="counts"), depth=True)
     rows = np.zeros((50, v.n_positions), dtype=v.dtype)
-    rows[:, v.depth_position], rows[:, v.gene_positions] = v.depth.first_id + 3, v.first_gene_id + 1
+    rows[:, v.depth.position], rows[:, v.gene_positions] = v.depth.first_id + 3, v.first_gene_id + 1
     masking = Masking(1.0, 1.0, mask_specials=mask_specials)
     ids, positions, _, hidden, _ = mask(csr_matrix(rows), v, masking)
-    assert (ids[positions == v.depth_position] == v.depth.first_id + 3).all()
+    assert (ids[positions == v.depth.position] == v.depth.first_id + 3).all()
     assert (hidden.loss == 0).sum() == 50 * 60
     assert (ids[hidden.where] == v.mask_id).all()  # counts are never replaced by random ones
 
@@ -215,13 +198,12 @@ def test_order_of_an_epoch_and_held_out_cells():
 @pytest.mark.parametrize(
     ("code", "changes"),
     [
-        *(("A02", {name: "vocab"}) for name in ("random_from", "phenotype_drop_as", "zero_swap_pool", "attend_zeros")),
+        *(("A02", {name: "vocab"}) for name in ("random_from",)),
         *(("A02", {"replacement": value}) for value in ((0.5, 0.5), (2, -1, 0), "all", (float("nan"), 0.5, 0.5))),
-        *(("A02", {"chosen": value}) for value in ((0.5,), 4, None)),
         ("A02", {"gene_mask_prob": float("nan")}),
         ("A02", {"nonzero_ratio": 1.5}),
-        ("A02", {"zero_targets": -1}),
         ("A01", {"mask_specials": "no"}),
+        ("A01", {"attend_zeros": "seed"}),
         ("A01", {"gene_mask_prob": "0.1"}),
         ("A01", {"phenotype_mask_prob": None}),
         ("A01", {"nonzero_ratio": True}),
@@ -242,8 +224,6 @@ def test_rows_that_do_not_fit_the_masking(zeros, changes):
 
 
 def test_numbers_of_numpy_are_as_good_as_others():
-    masking = Masking(
-        np.float32(0.5), mask_specials=np.bool_(True), replacement=np.array([1, 0, 0]), chosen=np.array([4, 7])
-    )
-    assert masking == Masking(0.5, mask_specials=True, replacement=(1, 0, 0), chosen=(4, 7))
-    assert json.loads(json.dumps(asdict(masking)))["chosen"] == [4, 7]
+    masking = Masking(np.float32(0.5), mask_specials=np.bool_(True), replacement=np.array([1, 0, 0]))
+    assert masking == Masking(0.5, mask_specials=True, replacement=(1, 0, 0))
+    assert json.loads(json.dumps(asdict(masking)))["replacement"] == [1.0, 0.0, 0.0]

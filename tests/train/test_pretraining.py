@@ -18,9 +18,10 @@ from scbin.nn.packs import pack_rows
 from scbin.tokens.bins import Bins
 from scbin.tokens.tokens import MemoryTokens
 from scbin.tokens.vocabulary import Vocabulary
-from scbin.train.masking import EVALUATION, Masking, masked_losses
+from scbin.train.masking import Masking, masked_losses
 from scbin.train.pretraining import Pretraining
 from scbin.train.splitting import split_counts, split_rows
+from scbin.train.task import EVALUATION
 
 COUNTS = Bins(tuple(float(k) for k in range(1, 13)), reads="counts")
 
@@ -46,7 +47,7 @@ def make(encoding="bins", n_cells=30, n_genes=12, zeros="drop", depth=False, see
             ids = v.group_start[v.gene_positions] + cell
             row[v.gene_positions] = ids if zeros == "keep" else np.where(cell > 0, ids, 0)
         if depth:
-            row[v.depth_position] = v.depth.ids(cell.sum())
+            row[v.depth.position] = v.depth.ids(cell.sum())
     return MemoryTokens(csr_matrix(rows), v), counts
 
 
@@ -82,7 +83,7 @@ def test_the_network_is_told_the_visible_depth():
     v = tokens.vocabulary
     rows, hidden, _ = split(tokens)
     whole = np.rint(token_expression(tokens.matrix, v).toarray())
-    told = rows.toarray()[:, v.depth_position]
+    told = rows.toarray()[:, v.depth.position]
     assert np.array_equal(told, v.depth.ids((whole - hidden).sum(1))) and len(set(told)) > 2
 
 
@@ -186,29 +187,6 @@ def test_masked_losses_equal_those_of_dense_logits(encoding, loss):
     sums = task.loss(network, network.backbone.encode(pack), pack, targets).detach().numpy()
     assert task.losses == masked_losses(tokens.vocabulary) and (counts > 5).all()
     assert sums == pytest.approx(dense_losses(network, task, pack, targets), rel=1e-5)
-
-
-def test_class_weights_divide_by_their_sum():
-    tokens, _ = make("bins")
-    v = tokens.vocabulary
-    network = build_network(v, "tiny").eval()
-    loss = Loss(class_weights={"sex": [0.5, 2.0]})
-    task = Pretraining(v, Masking(0.0, 1.0), loss, cell_vector=False)
-    pack, targets, counts = asked_at_once(task, tokens)
-    hidden = network.backbone.encode(pack)
-    got = task.loss(network, hidden, pack, targets)[0] / counts[0]
-    first = v.phenotypes[0].first_id
-    logits = network.backbone.logits(hidden[targets.where], first, first + 2).double()
-    expected = torch.nn.functional.cross_entropy(logits, targets.labels, weight=torch.tensor([0.5, 2.0]).double())
-    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert task.losses == ("sex",)
-
-
-def test_the_mean_over_all_positions_together():
-    tokens, _ = make("bins")
-    tasks = [Pretraining(tokens.vocabulary, loss=Loss(average=a, weights={"sex": 0.5})) for a in ("each", "positions")]
-    counts, joint = (asked_at_once(task, tokens)[2] for task in tasks)
-    assert joint.tolist() == [counts[0] + 0.5 * counts[1]] * 2 + [counts[2]]
 
 
 def negative_binomial(x, mean, theta):

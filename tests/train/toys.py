@@ -37,7 +37,7 @@ class MeanBackbone(nn.Module):
     def embed(self, pack):
         return self.ids(pack.input_ids) + self.positions(pack.position_ids)
 
-    def encode(self, pack, layer=-1, *, embedded=None, gates=None, checkpoint=False):
+    def encode(self, pack, layer=-1, *, embedded=None, gates=None):
         x = self.embed(pack) if embedded is None else embedded
         if layer == 0:
             return x

@@ -1,4 +1,4 @@
-"""Transformer encoders behind three calls, and what the kinds of them share."""
+"""Encoders behind three calls, and what our own kinds of them share."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from scbin._errors import ScbinInputError
 from scbin.nn.presets import SIZES, Network
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterator
 
     from torch import Tensor
 
@@ -39,19 +38,12 @@ class Backbone(Protocol):
         ...
 
     def encode(
-        self,
-        pack: Pack,
-        layer: int = -1,
-        *,
-        embedded: Tensor | None = None,
-        gates: Tensor | None = None,
-        checkpoint: bool = False,
+        self, pack: Pack, layer: int = -1, *, embedded: Tensor | None = None, gates: Tensor | None = None
     ) -> Tensor:
         """Return the hidden states of a pack after one layer (T, hidden), computing none behind it.
 
         `layer` is -1 for the last, 0 for the embeddings. `embedded` (T, hidden) takes the place of `embed(pack)`. `gates` (T,)
-        are logarithms added to the attention that each token receives. With `checkpoint`, layers are computed again in the
-        backward pass, which saves memory.
+        are logarithms added to the attention that each token receives.
         """
         ...
 
@@ -75,28 +67,11 @@ BACKBONES: dict[str, Any] = {}
 """Classes of backbones by kind; filled in `scbin.nn.network`. Add yours here."""
 
 
-class Encoder(nn.Module):
-    """What all kinds share: `encode`, made of `embed` and of `forward(states, pack, n_layers, gates, checkpoint)`."""
+class TableBackbone(nn.Module):
+    """The embeddings of our own kinds: the sum of a token's and a position's vector, and logits from the same table of tokens.
 
-    n_layers: int
-    embed: Callable[[Pack], Tensor]
-
-    def encode(
-        self,
-        pack: Pack,
-        layer: int = -1,
-        *,
-        embedded: Tensor | None = None,
-        gates: Tensor | None = None,
-        checkpoint: bool = False,
-    ) -> Tensor:
-        """Return the hidden states of a pack after one layer (T, hidden)."""
-        states = self.embed(pack) if embedded is None else embedded
-        return self(states, pack, layer_number(layer, self.n_layers), gates, checkpoint)
-
-
-class TableBackbone(Encoder):
-    """The embeddings of our own kinds: the sum of a token's and a position's vector, and logits from the same table of tokens."""
+    `forward(states, pack, n_layers, gates)` is what each kind adds.
+    """
 
     def __init__(self, vocabulary: Vocabulary, preset: Network, **options: Any):
         super().__init__()
@@ -135,6 +110,13 @@ class TableBackbone(Encoder):
         """Return what goes into the first layer (T, hidden)."""
         return self.norm(self.tokens(pack.input_ids) + self.positions(pack.position_ids))
 
+    def encode(
+        self, pack: Pack, layer: int = -1, *, embedded: Tensor | None = None, gates: Tensor | None = None
+    ) -> Tensor:
+        """Return the hidden states of a pack after one layer (T, hidden)."""
+        states = self.embed(pack) if embedded is None else embedded
+        return self(states, pack, layer_number(layer, self.n_layers), gates)
+
     def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None, *, ids: Tensor | None = None) -> Tensor:
         """Return the logits of some token ids at some hidden states (M, K)."""
         return token_logits(self.transform(hidden), self.tokens.weight, self.bias, start, stop, ids)
@@ -148,18 +130,6 @@ def token_logits(
         return F.linear(transformed, weight[start:stop], bias[start:stop])
     rows = F.embedding(ids, weight)  # (M, K, hidden)
     return torch.einsum("mh,mkh->mk", transformed, rows.to(transformed.dtype)) + bias[ids]
-
-
-def run_layers(
-    layers: Iterable[nn.Module], states: Tensor, *arguments: Any, checkpoint: bool = False, **options: Any
-) -> Tensor:
-    """Return the states behind some layers; with `checkpoint` these are computed again in the backward pass."""
-    for layer in layers:
-        if checkpoint and torch.is_grad_enabled():
-            states = run_checkpointed(layer, states, *arguments, use_reentrant=False, **options)
-        else:
-            states = layer(states, *arguments, **options)
-    return states
 
 
 @contextmanager

@@ -59,18 +59,19 @@ class BatchCorrection(nn.Module):
 
         `codes` (cells,) are the numbers of their batches, `batches` the names of these.
         """
-        filled = np.flatnonzero(np.isfinite(vectors).all(axis=1))
-        order = np.random.default_rng(seed).permutation(filled)
+        order = np.random.default_rng(seed).permutation(np.flatnonzero(np.isfinite(vectors).all(axis=1)))
         chosen = np.sort(order[:MOST_CELLS])
+        kept = torch.from_numpy(np.isin(chosen, order[:MOST_ANCHORS]))
         own = torch.from_numpy(np.asarray(codes)[chosen].astype(np.int64))
         scores = torch.from_numpy(vectors[chosen].astype(np.float64))
-        centre = scores.mean(0) if len(scores) else scores.new_zeros(vectors.shape[1])
-        kept = torch.from_numpy(np.flatnonzero(np.isin(chosen, order[:MOST_ANCHORS])))
-        made = cls(len(kept), vectors.shape[1], batches)
-        made.centre.copy_(centre)
-        made.anchors.copy_((scores - centre)[kept])
-        made.moves.copy_((across_batches(scores - centre, own) - (scores - centre))[kept])
-        made.codes.copy_(own[kept])
+        made = cls(int(kept.sum()), vectors.shape[1], batches)
+        if len(scores):
+            centre = scores.mean(0)
+            scores = scores - centre
+            made.centre.copy_(centre)
+            made.anchors.copy_(scores[kept])
+            made.moves.copy_((across_batches(scores, own) - scores)[kept])
+            made.codes.copy_(own[kept])
         return made
 
     def forward(self, vectors: Tensor, batch: Tensor | None = None) -> Tensor:
@@ -92,14 +93,12 @@ class BatchCorrection(nn.Module):
 
 def across_batches(scores: Tensor, codes: Tensor) -> Tensor:
     """Return centred vectors (cells, size) moved so that the same kinds of cells of different batches lie together."""
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS if len(codes.unique()) > 1 else 0):
         directions, move = _directions(scores), torch.zeros_like(scores)
         for code in codes.unique():
             mine, others = torch.nonzero(codes == code)[:, 0], torch.nonzero(codes != code)[:, 0]
-            if not len(others):
-                continue
-            there = _nearest(directions[mine], directions[others])
-            mutual = sparse.csr_matrix(there.multiply(_nearest(directions[others], directions[mine]).T))
+            there, back = _nearest(directions[mine], directions[others]), _nearest(directions[others], directions[mine])
+            mutual = sparse.csr_matrix(there.multiply(back.T))
             n_partners = np.diff(mutual.indptr)
             paired = np.flatnonzero(n_partners)
             if len(paired):

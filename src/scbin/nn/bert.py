@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
 from scbin._errors import ScbinInputError
 from scbin.nn.attention import PACKED
-from scbin.nn.backbone import Encoder, run_layers, token_logits
+from scbin.nn.backbone import layer_number, token_logits
 from scbin.nn.limits import CONFIG_KEYS, misfit
 from scbin.nn.presets import SHAPE, Network
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from scbin.tokens.vocabulary import Vocabulary
 
 
-class BertBackbone(Encoder):
+class BertBackbone(nn.Module):
     """A stock `transformers.BertForMaskedLM`, read pack by pack without masks or padding."""
 
     kind = "bert"
@@ -39,14 +40,17 @@ class BertBackbone(Encoder):
         words, places = embeddings.word_embeddings(pack.input_ids), embeddings.position_embeddings(pack.position_ids)
         return embeddings.dropout(embeddings.LayerNorm(words + places + embeddings.token_type_embeddings.weight[0]))
 
-    def forward(self, states: Tensor, pack: Pack, n_layers: int, gates: Tensor | None, checkpoint: bool) -> Tensor:
-        """Return the states (T, hidden) behind some layers.
+    def encode(
+        self, pack: Pack, layer: int = -1, *, embedded: Tensor | None = None, gates: Tensor | None = None
+    ) -> Tensor:
+        """Return the hidden states of a pack after one layer (T, hidden).
 
         The modules of stock BERT are called one after another, so that weights, hooks and adapters on them count as usual.
         """
-        extra: dict[str, Any] = {} if gates is None else {"key_bias": gates}
-        layers = self.bert.bert.encoder.layer[:n_layers]
-        return run_layers(layers, states[None], None, layout=pack.layout, checkpoint=checkpoint, **extra)[0]
+        states = (self.embed(pack) if embedded is None else embedded)[None]
+        for block in self.bert.bert.encoder.layer[: layer_number(layer, self.n_layers)]:
+            states = block(states, None, layout=pack.layout, key_bias=gates)
+        return states[0]
 
     def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None, *, ids: Tensor | None = None) -> Tensor:
         """Return the logits of some token ids at some hidden states (M, K)."""
@@ -69,10 +73,9 @@ class BertBackbone(Encoder):
         n_positions = max(vocabulary.n_positions, preset.max_length or 0)
         sizes: dict[str, Any] = {"vocab_size": vocabulary.n_tokens, "max_position_embeddings": n_positions}
         for name, size in sizes.items():
-            words = misfit(size, CONFIG_KEYS[name])
-            if words:
-                needed = f"the tokens need {name}={size:,} of the network; it takes {words}"
-                raise ScbinInputError("M04", f"{needed}. Tokenize with fewer genes or bins.")
+            if words := misfit(size, CONFIG_KEYS[name]):
+                told = f"the tokens need {name}={size:,} of the network; it takes {words}"
+                raise ScbinInputError("M04", f"{told}. Tokenize with fewer genes or bins.")
         shape = {name: getattr(preset, name) for name in SHAPE}
         config = BertConfig(pad_token_id=0, attn_implementation=PACKED, **sizes, **shape)  # type: ignore[call-arg]
         return cls(BertForMaskedLM(config))

@@ -38,7 +38,6 @@ class Density(nn.Module):
 
     def __init__(self, n_cells: int, size: int, n_phenotypes: int, n_genes: int):
         super().__init__()
-        self.sizes = {"n_cells": n_cells, "size": size, "n_phenotypes": n_phenotypes, "n_genes": n_genes}
         shapes = {"vectors": (n_cells, size), "log_depth": (n_cells,), "weights": (n_cells,)}
         for name, shape in (shapes | {"typical": (n_genes,), "variance": (n_genes,)}).items():
             self.register_buffer(name, torch.zeros(shape))
@@ -46,7 +45,8 @@ class Density(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """Return plain values from which `Density(**config)` builds the same shape."""
-        return dict(self.sizes)
+        (n_cells, size), n_phenotypes = self.vectors.shape, self.values.shape[1]
+        return {"n_cells": n_cells, "size": size, "n_phenotypes": n_phenotypes, "n_genes": len(self.typical)}
 
     @classmethod
     def from_config(cls, vocabulary: Vocabulary, config: Mapping[str, Any]) -> Self:
@@ -57,18 +57,9 @@ class Density(nn.Module):
 
     @classmethod
     def fit(cls, tokens: Tokens, vectors: np.ndarray, *, cells: np.ndarray | None = None, seed: int = 0) -> Self:
-        """Remember some cells: a random part of them, and at least a few of each value of each phenotype.
+        """Remember a random part of some cells (default: all), and at least a few of each value of each phenotype.
 
-        Parameters
-        ----------
-        tokens
-            With the phenotypes and the expression of the cells.
-        vectors
-            What the network says of them (cells, size), not corrected for batches; NaN where there are no tokens.
-        cells
-            Which cells may be remembered. Default: all; give the training cells.
-        seed
-            Of the choice.
+        `vectors` are those of all cells of the tokens (cells, size), not corrected for batches, NaN where there are no tokens.
         """
         cells = np.arange(tokens.n_cells) if cells is None else np.asarray(cells)
         cells = np.random.default_rng(seed).permutation(cells[np.isfinite(vectors[cells]).all(axis=1)])
@@ -83,18 +74,17 @@ class Density(nn.Module):
                 kept[np.flatnonzero(column == value)[:FEWEST_PER_VALUE]] = True
         combination = np.unique(values, axis=0, return_inverse=True)[1].ravel()  # numpy 2.0 returned a column
         n_kept = np.bincount(combination[kept], minlength=combination.max(initial=-1) + 1)
-        weights = (np.bincount(combination) / np.maximum(n_kept, 1))[combination[kept]]
         expression = token_expression(rows[kept], vocabulary)
-        n_expressed = np.maximum(expression.getnnz(axis=0), 1)
+        n, n_expressed = max(int(kept.sum()), 1), np.maximum(expression.getnnz(axis=0), 1)
         sums, squares = (np.asarray(part.sum(axis=0)).ravel() for part in (expression, expression.power(2)))
-        density = cls(len(weights), vectors.shape[1], values.shape[1], len(sums))
+        density = cls(int(kept.sum()), vectors.shape[1], values.shape[1], len(sums))
         fitted = {
             "vectors": vectors[cells[kept]],
             "log_depth": np.log(np.maximum(np.asarray(expression.sum(axis=1)).ravel(), 1e-6)),
-            "weights": weights,
+            "weights": (np.bincount(combination) / np.maximum(n_kept, 1))[combination[kept]],
             "values": values[kept],
             "typical": np.where(sums > 0, sums / n_expressed, 1.0),
-            "variance": squares / max(len(weights), 1) - (sums / max(len(weights), 1)) ** 2,
+            "variance": squares / n - (sums / n) ** 2,
         }
         for name, array in fitted.items():
             getattr(density, name).copy_(torch.from_numpy(array))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from scbin._arguments import instances
 from scbin._errors import ScbinInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 Precision = Literal["auto", "float32", "bfloat16"]
 _log = logging.getLogger(__name__)
@@ -39,11 +43,16 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     return chosen
 
 
-def resolve_precision(precision: Precision, device: torch.device, hidden_size: int) -> torch.dtype:
-    """Return the type of the matrix products; `"auto"` takes bfloat16 where it was measured to help.
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a CUDA device has matrix units for bfloat16, as all have since Ampere."""
+    return torch.cuda.get_device_capability(device)[0] >= 8
 
-    That is on CUDA since Ampere, and on CPUs with matrix units for bfloat16 from a hidden size of 256 on: below, the
-    conversions cost more than the products save.
+
+def resolve_precision(precision: Precision, device: torch.device, trains: int = 0) -> torch.dtype:
+    """Return the type of the matrix products; `"auto"` takes bfloat16 on CUDA since Ampere.
+
+    On CPUs it stays with float32, but for the training of networks: of a hidden size `trains` from 256 on, where there are matrix
+    units for bfloat16. Below, the conversions cost more than the products save.
     """
     if precision == "float32":
         return torch.float32
@@ -52,6 +61,19 @@ def resolve_precision(precision: Precision, device: torch.device, hidden_size: i
     if precision != "auto":
         raise ScbinInputError("A02", f"precision is {precision!r}; choose 'auto', 'float32' or 'bfloat16'.")
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
+        return torch.bfloat16 if has_bfloat16(device) else torch.float32
     has_matrix_units = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return torch.bfloat16 if device.type == "cpu" and hidden_size >= 256 and has_matrix_units() else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and trains >= 256 and has_matrix_units() else torch.float32
+
+
+@contextmanager
+def fast_products(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """For a while let CUDA compute in TF32 what stays in float32 beside bfloat16; who asks for float32 gets all of its digits."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if device.type == "cuda" and dtype != torch.float32:
+        matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from scipy import sparse
+from scipy.interpolate import make_interp_spline
 
 from scbin.nn.attention import to_device
 from scbin.nn.packs import make_pack, plan_packs
@@ -49,64 +50,84 @@ def can_screen(network: CellNetwork, rows: GeneRows, edit: Edit, sets: np.ndarra
     return takes_gates and sets.shape[1] == 1 and (rows.vocabulary.position_is_gene or edit.mode == "delete")
 
 
-def screen(
-    runner: Runner,
-    rows: GeneRows,
-    edit: Edit,
-    cells: np.ndarray,
-    genes: np.ndarray,
-    directions: Directions | None,
-    *,
-    token_budget: int = 32_768,
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """Estimate the vectors of edited cells: one forward and one gradient for each direction, for all edits of a cell.
+@dataclass(frozen=True, eq=False)
+class Screen:
+    """Edits of single genes in cells, whose effects are estimated from one forward and a few gradients of each cell."""
 
-    `cells` and `genes` are the pairs, sorted by cell; along no `directions` only the mean over tokens changes. Yields places of the
-    pairs, vectors of their cells before and after (pairs, size), and which pairs the edit changes.
-    """
-    distinct, first, n_pairs = np.unique(cells, return_index=True, return_counts=True)
-    only_out = edit.mode == "delete" and not rows.vocabulary.keeps_zeros
-    lengths = np.diff(rows.tokens.indptr)[distinct] + (0 if only_out else n_pairs)
-    for chosen in plan_packs(lengths, token_budget):
-        pairs = np.concatenate([np.arange(first[c], first[c] + n_pairs[c]) for c in chosen])
-        which, own = np.repeat(np.arange(len(chosen)), n_pairs[chosen]), distinct[chosen]
-        gated = gate_edits(rows, edit, own, which, genes[pairs])
-        before, after = _through_gates(runner, gated, which, own, directions)
-        if not rows.vocabulary.position_is_gene:
-            after += _rank_shifts(runner, rows, own, which, genes[pairs], before, token_budget)
-        yield pairs, before[which], after, gated.changed
+    runner: Runner
+    rows: GeneRows
+    edit: Edit
+    token_budget: int = 32_768
 
+    def estimate(
+        self, cells: np.ndarray, genes: np.ndarray, directions: Directions | None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """Estimate the vectors of edited cells: one gradient for each direction, for all edits of a cell.
 
-def principal_directions(
-    runner: Runner,
-    rows: GeneRows,
-    edit: Edit,
-    cells: np.ndarray,
-    genes: np.ndarray,
-    originals: np.ndarray,
-    *,
-    seed: int,
-    token_budget: int = 32_768,
-) -> Directions:
-    """Find the directions in which edits move cells beyond the mean over tokens, from a few edits made exactly.
+        `cells` and `genes` are the pairs, sorted by cell; along no `directions` only the mean over tokens changes. Yields places of
+        the pairs, vectors of their cells before and after (pairs, size), and which pairs the edit changes.
+        """
+        rows = self.rows
+        distinct, first, n_pairs = np.unique(cells, return_index=True, return_counts=True)
+        only_out = self.edit.mode == "delete" and not rows.vocabulary.keeps_zeros
+        lengths = np.diff(rows.tokens.indptr)[distinct] + (0 if only_out else n_pairs)
+        for chosen in plan_packs(lengths, self.token_budget):
+            pairs = np.concatenate([np.arange(first[c], first[c] + n_pairs[c]) for c in chosen])
+            which, own = np.repeat(np.arange(len(chosen)), n_pairs[chosen]), distinct[chosen]
+            gated = gate_edits(rows, self.edit, own, which, genes[pairs])
+            before, after = _through_gates(self.runner, gated, which, own, directions)
+            if not rows.vocabulary.position_is_gene:
+                after += self._rank_shifts(own, which, genes[pairs], before)
+            yield pairs, before[which], after, gated.changed
 
-    They are few, and taken to be the same for all cells: the principal axes of the difference between exact vectors and those
-    in which the mean over tokens alone has changed.
-    """
-    drawn = np.sort(np.random.default_rng(seed).choice(len(cells), min(N_SAMPLE, len(cells)), replace=False))
-    edited = edit_rows(rows, edit, cells[drawn], genes[drawn]).tokens
-    exact = _embedded(runner, rows, edited, token_budget)
-    pooled = np.empty(exact.shape)
-    for pairs, _, after, _ in screen(runner, rows, edit, cells[drawn], genes[drawn], None, token_budget=token_budget):
-        pooled[pairs] = after
-    known = np.isfinite(exact).all(axis=1) & np.isfinite(pooled).all(axis=1)
-    moved = float(((exact - originals[cells[drawn]])[known] ** 2).sum())
-    _, lengths, axes = np.linalg.svd((exact - pooled)[known], full_matrices=False)
-    left = np.append(np.cumsum(lengths[::-1] ** 2)[::-1], 0.0)  # squared length beyond the first k axes
-    most = LEFT_OUT if rows.vocabulary.position_is_gene else LEFT_OUT_RANKED
-    cap = MOST_DIRECTIONS if isinstance(runner.network.vector, PooledVector) else 2 * MOST_DIRECTIONS
-    axes = axes[: min(int(np.argmax(left <= most**2 * moved)), cap)]
-    return lambda at, vectors: np.broadcast_to(axes, (len(at), *axes.shape))
+    def directions(self, cells: np.ndarray, genes: np.ndarray, originals: np.ndarray, *, seed: int) -> Directions:
+        """Find the directions in which edits move cells beyond the mean over tokens, from a few edits made exactly.
+
+        They are few, and taken to be the same for all cells: the principal axes of the difference between exact vectors and those
+        in which the mean over tokens alone has changed.
+        """
+        drawn = np.sort(np.random.default_rng(seed).choice(len(cells), min(N_SAMPLE, len(cells)), replace=False))
+        cells, genes = cells[drawn], genes[drawn]
+        exact = self._embed(edit_rows(self.rows, self.edit, cells, genes).tokens)
+        pooled = np.empty(exact.shape)
+        for pairs, _, after, _ in self.estimate(cells, genes, None):
+            pooled[pairs] = after
+        known = np.isfinite(exact).all(axis=1) & np.isfinite(pooled).all(axis=1)
+        moved = float(((exact - originals[cells])[known] ** 2).sum())
+        _, lengths, axes = np.linalg.svd((exact - pooled)[known], full_matrices=False)
+        left = np.append(np.cumsum(lengths[::-1] ** 2)[::-1], 0.0)  # squared length beyond the first k axes
+        most = LEFT_OUT if self.rows.vocabulary.position_is_gene else LEFT_OUT_RANKED
+        cap = MOST_DIRECTIONS if isinstance(self.runner.network.vector, PooledVector) else 2 * MOST_DIRECTIONS
+        axes = axes[: min(int(np.argmax(left <= most**2 * moved)), cap)]
+        return lambda at, vectors: np.broadcast_to(axes, (len(at), *axes.shape))
+
+    def _rank_shifts(self, cells: np.ndarray, which: np.ndarray, genes: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+        """Return how pairs move (pairs, size) when all that stands behind a gene moves up one rank: exact at nodes, else linear."""
+        rows, first = self.rows, self.rows.vocabulary.first_gene_position
+        at, _ = rows.find(cells[which], genes)
+        rank = rows.tokens.indices[at].astype(np.int64) - first
+        nodes = [
+            np.unique(np.linspace(0, n - 1, min(N_NODES, n)).round().astype(np.int64)) for n in rows.n_genes[cells]
+        ]
+        starts = np.concatenate([[0], np.cumsum([len(node) for node in nodes])])
+        owner = np.repeat(np.arange(len(cells)), np.diff(starts))
+        ids, positions, pair, bounds = rows.take(cells[owner])
+        positions = positions - (positions > first + np.concatenate(nodes)[pair])
+        moved = sparse.csr_matrix((ids, positions, bounds), shape=(len(owner), rows.tokens.shape[1]))
+        shifts = self._embed(moved) - vectors[owner]
+        result = np.empty((len(which), shifts.shape[1]))
+        for c, node in enumerate(nodes):
+            mine, part = which == c, shifts[starts[c] : starts[c + 1]]
+            result[mine] = make_interp_spline(node, part, k=min(1, len(node) - 1))(rank[mine])
+        return result
+
+    def _embed(self, tokens: sparse.csr_matrix) -> np.ndarray:
+        """Return the vectors of some token rows (rows, size)."""
+        precision: Any = str(self.runner.dtype).removeprefix("torch.")
+        how: dict[str, Any] = {"device": str(self.runner.device), "precision": precision}
+        return embed(
+            self.runner.network, MemoryTokens(tokens, self.rows.vocabulary), token_budget=self.token_budget, **how
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,40 +206,3 @@ def _through_gates(
         away = out * (states[gated.old] - before[which])  # what leaves and comes, seen from the mean
         after += (into * (states[gated.new] - before[which]) - away) / np.where(left > 1e-9 * totals, left, np.nan)
     return before, after
-
-
-def _rank_shifts(
-    runner: Runner,
-    rows: GeneRows,
-    cells: np.ndarray,
-    which: np.ndarray,
-    genes: np.ndarray,
-    vectors: np.ndarray,
-    token_budget: int,
-) -> np.ndarray:
-    """Return how pairs move (pairs, size) when all that stands behind a gene moves up one rank: exact at nodes, else linear."""
-    first = rows.vocabulary.first_gene_position
-    at, _ = rows.find(cells[which], genes)
-    rank = rows.tokens.indices[at].astype(np.int64) - first
-    nodes = [np.unique(np.linspace(0, n - 1, min(N_NODES, n)).round().astype(np.int64)) for n in rows.n_genes[cells]]
-    starts = np.concatenate([[0], np.cumsum([len(node) for node in nodes])])
-    owner = np.repeat(np.arange(len(cells)), np.diff(starts))
-    ids, positions, pair, bounds = rows.take(cells[owner])
-    positions = positions - (positions > first + np.concatenate(nodes)[pair])
-    moved = sparse.csr_matrix((ids, positions, bounds), shape=(len(owner), rows.tokens.shape[1]))
-    shifts = _embedded(runner, rows, moved, token_budget) - vectors[owner]
-    result = np.empty((len(which), shifts.shape[1]))
-    for c, node in enumerate(nodes):
-        part, mine = shifts[starts[c] : starts[c + 1]], which == c
-        above = np.clip(np.searchsorted(node, rank[mine], side="right"), 1, max(len(node) - 1, 1))
-        low, high = above - 1, np.minimum(above, len(node) - 1)
-        share = ((rank[mine] - node[low]) / np.maximum(node[high] - node[low], 1))[:, None]
-        result[mine] = (1 - share) * part[low] + share * part[high]
-    return result
-
-
-def _embedded(runner: Runner, rows: GeneRows, tokens: sparse.csr_matrix, token_budget: int) -> np.ndarray:
-    """Return the vectors of some token rows (rows, size)."""
-    precision = "float32" if runner.dtype == torch.float32 else "bfloat16"
-    how = {"device": str(runner.device), "precision": precision, "token_budget": token_budget}
-    return embed(runner.network, MemoryTokens(tokens, rows.vocabulary), **how)

@@ -39,14 +39,12 @@ class Target:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))
-        numbers = (self.mean, self.scale)
-        if self.kind not in ("class", "number") or (self.kind == "number") == bool(self.classes):
-            raise ScbinInputError("M04", f"{self.name!r} is a {self.kind!r} with {len(self.classes)} classes.")
-        texts = all(type(text) is str for text in (self.name, *self.classes))
-        if not texts or len(set(self.classes)) != len(self.classes):
-            raise ScbinInputError("M04", f"the target {self.name!r} and its classes need to be different texts.")
-        if not all(type(x) in (int, float) and math.isfinite(x) for x in numbers) or self.scale <= 0:
-            raise ScbinInputError("M04", f"mean and scale of {self.name!r} are {numbers}.")
+        texts = (self.name, *self.classes)
+        fits = self.kind == ("class" if self.classes else "number") and all(type(text) is str for text in texts)
+        finite = all(type(x) in (int, float) and math.isfinite(x) for x in (self.mean, self.scale))
+        if not fits or len(set(self.classes)) != len(self.classes) or not finite or self.scale <= 0:
+            need = "classes are different texts, a number has none, and its mean and scale are finite"
+            raise ScbinInputError("M04", f"{self} is no target: {need}.")
 
     @property
     def n_outputs(self) -> int:
@@ -61,13 +59,16 @@ class _Head(nn.Module):
     vector_mean: Tensor
     vector_scale: Tensor
 
-    def __init__(self, vocabulary: Vocabulary, size: int, targets: Sequence[Target | Mapping[str, Any]]):
+    def __init__(self, vocabulary: Vocabulary, size: int, targets: Sequence[Any], n_features: int = 0):
         super().__init__()
         self.targets = tuple(each if isinstance(each, Target) else Target(**each) for each in targets)
         names = [target.name for target in self.targets]
-        if not names or len(set(names)) != len(names) or self.n_outputs > MOST_OUTPUTS:
-            raise ScbinInputError("M04", f"a head needs targets of different names; found {names[:5]}.")
-        _check_width(size, 1)
+        fits = all(type(width) is int and 0 <= width <= WIDEST for width in (size, n_features)) and size > 0
+        if not fits or not names or len(set(names)) != len(names) or self.n_outputs > MOST_OUTPUTS:
+            found = f"{len(names)} targets, {names[:5]}, on {size} numbers and {n_features} features"
+            raise ScbinInputError(
+                "M04", f"a head needs targets of different names and widths up to {WIDEST:,}: {found}."
+            )
         self.register_buffer("temperature", torch.ones(len(names)))  # (targets,)
         self.register_buffer("vector_mean", torch.zeros(size))
         self.register_buffer("vector_scale", torch.ones(size))
@@ -97,15 +98,15 @@ class _Head(nn.Module):
 
     @classmethod
     def from_config(cls, vocabulary: Vocabulary, config: Mapping[str, Any]) -> Self:
-        """Build a head without its weights."""
-        return cls(vocabulary, **config)
+        """Build a head without its weights; stored ones may say that they pool no hidden states."""
+        return cls(vocabulary, **{name: value for name, value in config.items() if name != "pooled_size"})
 
     def _plain(self) -> list[dict[str, Any]]:
         return [{**asdict(target), "classes": list(target.classes)} for target in self.targets]
 
 
 class LabelHead(_Head):
-    """Classes and numbers of cells: linear in the cell's vector, in expression and, if wished, in pooled hidden states.
+    """Classes and numbers of cells: linear in the cell's vector and in expression.
 
     Parameters
     ----------
@@ -119,8 +120,6 @@ class LabelHead(_Head):
         Whether the log expression of each gene is read directly.
     hidden
         `"tanh"` or `"relu"`: a hidden layer of this kind on the vector, as in Geneformer's and PerturbGene's classifiers.
-    pooled_size
-        Width of the hidden states to be pooled by learned attention; 0: they are not read.
     dropout
         On the vector, while training.
     """
@@ -132,36 +131,30 @@ class LabelHead(_Head):
         self,
         vocabulary: Vocabulary,
         vector_size: int,
-        targets: Sequence[Target | Mapping[str, Any]],
+        targets: Sequence[Any],
         *,
         expression: bool = True,
         hidden: Literal["tanh", "relu"] | None = None,
-        pooled_size: int = 0,
         dropout: float = 0.0,
     ):
         super().__init__(vocabulary, vector_size, targets)
-        _check_width(pooled_size, 0)
         if hidden not in (None, "tanh", "relu"):
             raise ScbinInputError("A02", f"the hidden layer of a head is {hidden!r}; choose 'tanh', 'relu' or None.")
-        self.hidden, self.pooled_size = hidden, pooled_size
-        self.dropout = nn.Dropout(dropout)
+        self.hidden, self.dropout = hidden, nn.Dropout(dropout)
         self.dense = nn.Linear(vector_size, vector_size) if hidden else None
         self.genes: nn.Parameter | None = None
         if expression:
             self.register_buffer("gene_scale", torch.ones(len(vocabulary.genes)))
             self.genes = nn.Parameter(torch.zeros(len(vocabulary.genes), self.n_outputs))
-        if pooled_size:
-            self.attention = nn.Linear(pooled_size, 1)
-            self.pooled = nn.Linear(pooled_size, self.n_outputs, bias=False)
-            nn.init.zeros_(self.pooled.weight)
 
     def config(self) -> dict[str, Any]:
         """Return plain values from which `from_config` builds the same head."""
-        parts = {"expression": self.genes is not None, "hidden": self.hidden, "pooled_size": self.pooled_size}
+        # pooled_size has one value; it stays so that stored models stay what they are
+        parts = {"expression": self.genes is not None, "hidden": self.hidden, "pooled_size": 0}
         return {"vector_size": len(self.vector_mean), "targets": self._plain(), **parts, "dropout": self.dropout.p}
 
-    def forward(self, vector: Tensor, hidden: Tensor, pack: Pack, kept: float = 1.0) -> Tensor:
-        """Return the outputs (B, outputs) from the vectors (B, size) and hidden states (T, hidden) of a pack, in float32.
+    def forward(self, vector: Tensor, pack: Pack, kept: float = 1.0) -> Tensor:
+        """Return the outputs (B, outputs) from the vectors (B, size) of a pack, in float32.
 
         `kept` is the fraction of the genes that was not left out at random.
         """
@@ -174,11 +167,6 @@ class LabelHead(_Head):
                 genes, values = self.tokens(pack)
                 scaled = (values * self.gene_scale[genes]).clamp_max(LARGEST) / kept
                 outputs = outputs + weighted_sums(self.genes, pack, scaled, genes)
-            if self.pooled_size:
-                scores = self.attention(hidden.float())[:, 0]
-                weights = (scores - scores.max().detach()).exp()
-                mean = weighted_sums(hidden, pack, weights) / row_sums(weights, pack).clamp_min(1e-12)[:, None]
-                outputs = outputs + self.pooled(mean)
         return outputs
 
 
@@ -200,16 +188,8 @@ class GeneHead(_Head):
     kind: ClassVar[str] = "genes"
     features: Tensor
 
-    def __init__(
-        self,
-        vocabulary: Vocabulary,
-        hidden_size: int,
-        targets: Sequence[Target | Mapping[str, Any]],
-        *,
-        n_features: int = 0,
-    ):
-        super().__init__(vocabulary, hidden_size, targets)
-        _check_width(n_features, 0)
+    def __init__(self, vocabulary: Vocabulary, hidden_size: int, targets: Sequence[Any], *, n_features: int = 0):
+        super().__init__(vocabulary, hidden_size, targets, n_features)
         if any(target.kind != "class" for target in self.targets):
             raise ScbinInputError("M04", "a head on genes predicts classes, not numbers.")
         self.register_buffer("features", torch.zeros(len(vocabulary.genes), n_features))
@@ -227,11 +207,6 @@ class GeneHead(_Head):
             return outputs + self.features[genes] @ self.genes
 
 
-def _check_width(value: object, least: int) -> None:
-    if type(value) is not int or not least <= value <= WIDEST:
-        raise ScbinInputError("M04", f"a width of a head is {value!r}; it needs to be {least} to {WIDEST:,}.")
-
-
 # ---- over all cells -------------------------------------------------------------------------------------------------
 
 
@@ -246,7 +221,7 @@ def label_outputs(network: Any, tokens: Tokens, **options: Any) -> np.ndarray:
     result = np.full((tokens.n_cells, head.n_outputs), np.nan, dtype=np.float32)
     for pack, hidden in run(network, tokens, layer=network.vector.layer, label="predicting", **options):
         with torch.inference_mode():
-            outputs = head(network.vector(hidden, pack), hidden, pack).float()
+            outputs = head(network.vector(hidden, pack), pack).float()
             outputs[row_sums((genes_of(head.tokens, pack) >= 0).float(), pack) == 0] = float("nan")
         result[pack.cells] = outputs.cpu().numpy()
     return result

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scbin.nn.backbone import TableBackbone, run_layers
+from scbin.nn.backbone import TableBackbone
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,16 +27,11 @@ class LatentRound(nn.Module):
 
     def __init__(self, hidden_size: int, n_heads: int, inner: int):
         super().__init__()
-        self.n_heads, self.scale = n_heads, hidden_size**-0.5
-        self.norm, self.norm_self = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
-        self.query, self.read = (
-            nn.Linear(hidden_size, n_heads * hidden_size),
-            nn.Linear(n_heads * hidden_size, hidden_size),
-        )
-        self.qkv, self.out = nn.Linear(hidden_size, 3 * hidden_size), nn.Linear(hidden_size, hidden_size)
-        self.feed_forward = nn.Sequential(
-            nn.LayerNorm(hidden_size), nn.Linear(hidden_size, inner), nn.GELU(), nn.Linear(inner, hidden_size)
-        )
+        self.n_heads, self.scale, n = n_heads, hidden_size**-0.5, hidden_size
+        self.norm, self.norm_self = nn.LayerNorm(n), nn.LayerNorm(n)
+        self.query, self.read = nn.Linear(n, n_heads * n), nn.Linear(n_heads * n, n)
+        self.qkv, self.out = nn.Linear(n, 3 * n), nn.Linear(n, n)
+        self.feed_forward = nn.Sequential(nn.LayerNorm(n), nn.Linear(n, inner), nn.GELU(), nn.Linear(inner, n))
 
     def forward(self, latents: Tensor, tokens: Tensor, bias: Tensor, weights: Tensor | None) -> Tensor:
         """Return the latents (B, m, hidden) after they have read the tokens (B, L, hidden).
@@ -71,23 +66,26 @@ class LatentReader(nn.Module):
         *,
         kept: Tensor | None = None,
         n_rounds: int | None = None,
-        checkpoint: bool = False,
     ) -> Tensor:
         """Return the latents of each row after some of the rounds (B, m, hidden).
 
         `gates` (T,) are added to the scores of the tokens, `weights` (T,) are factors on what is read from them. Only the
-        tokens `kept` (K,) are read; default: all.
+        tokens `kept` (B, L) of each row are read, -1 is none; default: all.
         """
-        place, size = _padding(pack, kept)
         gates = torch.zeros(pack.n_tokens, device=states.device) if gates is None else gates.float()
-        if kept is not None:
-            states, gates, weights = states[kept], gates[kept], None if weights is None else weights[kept]
-        shape = (pack.n_rows, size)
-        bias = _padded(gates, place, shape, float("-inf"))[:, None]  # (B, 1, L)
-        weights = None if weights is None else _padded(weights, place, shape)[:, None]
-        latents, rounds = self.latents.expand(pack.n_rows, -1, -1), self.rounds[:n_rounds]
-        tokens = _padded(states, place, shape)
-        return self.norm(run_layers(rounds, latents, tokens, bias, weights, checkpoint=checkpoint))
+        if kept is None:
+            place, shape = padding(pack)
+            tokens, bias = padded(states, place, shape), padded(gates, place, shape, float("-inf"))
+            weights = None if weights is None else padded(weights, place, shape)
+        else:
+            at = kept.clamp_min(0)
+            tokens = states.index_select(0, at.flatten()).unflatten(0, at.shape)
+            bias, weights = gates[at].masked_fill(kept < 0, float("-inf")), None if weights is None else weights[at]
+        bias, weights = bias[:, None], None if weights is None else weights[:, None]  # (B, 1, L)
+        latents = self.latents.expand(pack.n_rows, -1, -1)
+        for one in self.rounds[:n_rounds]:
+            latents = one(latents, tokens, bias, weights)
+        return self.norm(latents)
 
 
 def heads_of(states: Tensor, n_heads: int) -> Tensor:
@@ -95,18 +93,14 @@ def heads_of(states: Tensor, n_heads: int) -> Tensor:
     return states.unflatten(-1, (n_heads, -1)).transpose(1, 2)
 
 
-def _padding(pack: Pack, kept: Tensor | None = None) -> tuple[Tensor, int]:
-    """Return where each token, or each of those kept, stands in a padded batch, and the length of its rows."""
-    rows = pack.rows if kept is None else pack.rows[kept]
-    if kept is None:
-        starts, size = pack.layout.cu_seqlens[:-1].long(), pack.layout.longest
-    else:
-        sizes = torch.bincount(rows, minlength=pack.n_rows)
-        starts, size = torch.cumsum(sizes, 0) - sizes, int(sizes.max())
-    return torch.arange(len(rows), device=rows.device) - starts[rows] + rows * size, max(size, 1)
+def padding(pack: Pack) -> tuple[Tensor, tuple[int, int]]:
+    """Return where each token stands in a padded batch (T,), and the shape of that (B, L)."""
+    rows, size = pack.rows, pack.layout.longest
+    starts = pack.layout.cu_seqlens[:-1].long()
+    return torch.arange(len(rows), device=rows.device) - starts[rows] + rows * size, (pack.n_rows, size)
 
 
-def _padded(values: Tensor, place: Tensor, shape: tuple[int, int], filler: float = 0.0) -> Tensor:
+def padded(values: Tensor, place: Tensor, shape: tuple[int, int], filler: float = 0.0) -> Tensor:
     """Lay values (T, ...) out in rows of the same length (B, L, ...)."""
     flat = values.new_full((shape[0] * shape[1], *values.shape[1:]), filler)
     return flat.index_copy(0, place, values).unflatten(0, shape)
@@ -129,15 +123,16 @@ class LatentBackbone(TableBackbone):
         self.key_value = nn.Linear(hidden_size, 2 * self.n_heads * hidden_size)
         self.norm_out = nn.LayerNorm(hidden_size)
 
-    def forward(self, states: Tensor, pack: Pack, n_layers: int, gates: Tensor | None, checkpoint: bool) -> Tensor:
+    def forward(self, states: Tensor, pack: Pack, n_layers: int, gates: Tensor | None) -> Tensor:
         """Return the states (T, hidden) behind some rounds of the latents."""
         if n_layers == 0:
             return states
-        latents = self.reader(states, pack, gates, n_rounds=n_layers, checkpoint=checkpoint)  # (B, m, hidden)
-        keys, values = self.key_value(latents).chunk(2, dim=-1)
-        keys, values = (heads_of(part, self.n_heads).flatten(1, 2) for part in (keys, values))  # (B, heads * m, hidden)
-        place, size = _padding(pack)
-        queries = _padded(states, place, (pack.n_rows, size))
+        latents = self.reader(states, pack, gates, n_rounds=n_layers)  # (B, m, hidden)
+        keys, values = (
+            heads_of(part, self.n_heads).flatten(1, 2) for part in self.key_value(latents).chunk(2, dim=-1)
+        )  # (B, heads * m, hidden)
+        place, shape = padding(pack)
+        queries = padded(states, place, shape)
         scores = torch.bmm(queries, keys.transpose(1, 2).to(queries.dtype)) * self.hidden_size**-0.5
         attention = torch.softmax(scores.unflatten(-1, (self.n_heads, -1)), dim=-1).flatten(2)
         read = torch.bmm(attention.to(values.dtype), values).flatten(0, 1).index_select(0, place)  # (T, hidden)

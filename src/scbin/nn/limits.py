@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from typing import TYPE_CHECKING, Any
 
 from scbin._arguments import shown
@@ -11,8 +9,6 @@ from scbin._errors import ScbinInputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-TINY, LARGEST, BELOW_1 = sys.float_info.min, sys.float_info.max, math.nextafter(1, 0)
 
 # the keys of config.json that are read: choices, or the least and the largest number; whatever else the file says has no effect
 CONFIG_KEYS: dict[str, tuple[Any, ...]] = {
@@ -39,27 +35,18 @@ def misfit(value: Any, allowed: tuple[Any, ...]) -> str | None:
 
     Examples
     --------
-    >>> misfit(0, (1, 96)), misfit(-0.1, (0.0, BELOW_1)), misfit(3, (1, 96))
-    ('a whole number from 1 to 96', 'a number from 0 to below 1', None)
+    >>> misfit(0, (1, 96)), misfit(-0.1, (0.0, 1.0)), misfit(3, (1, 96))
+    ('a whole number from 1 to 96', 'a number from 0 to 1', None)
     """
     low, high = allowed[0], allowed[-1]
     if isinstance(low, str | bool):
-        is_one = type(value) is type(low) and value in allowed
-        return None if is_one else f"one of {', '.join(map(repr, allowed))}"
-    whole = type(low) is int
-    if type(value) in ((int,) if whole else (int, float)) and low <= value <= high:
-        return None
-    first = "above 0" if low == TINY else f"from {low:,}" if whole else f"from {low:g}"
-    last = (
-        ""
-        if high >= sys.maxsize
-        else " to below 1"
-        if high == BELOW_1
-        else f" to {high:,}"
-        if whole
-        else f" to {high:g}"
-    )
-    return f"{'a whole number' if whole else 'a number'} {first}{last}"
+        fits = type(value) is type(low) and value in allowed
+        return None if fits else f"one of {', '.join(map(repr, allowed))}"
+    if type(low) is int:
+        fits = type(value) is int and low <= value <= high
+        return None if fits else f"a whole number from {low:,} to {high:,}"
+    fits = type(value) in (int, float) and low <= value <= high
+    return None if fits else f"a number from {low:g} to {high:g}"
 
 
 def shape_misfit(shape: Mapping[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from scbin.nn.backbone import TableBackbone, run_layers
+from scbin.nn.backbone import TableBackbone
 from scbin.nn.embedding import row_sums, token_weights, weighted_sums
 
 if TYPE_CHECKING:
@@ -50,9 +50,11 @@ class MlpBackbone(TableBackbone):
         weights = np.where(vocabulary.is_gene_token(np.arange(vocabulary.n_tokens)), token_weights(vocabulary), 1)
         self.register_buffer("weights", torch.from_numpy(weights.astype(np.float32)), persistent=False)  # (tokens,)
 
-    def forward(self, states: Tensor, pack: Pack, n_layers: int, gates: Tensor | None, checkpoint: bool) -> Tensor:
+    def forward(self, states: Tensor, pack: Pack, n_layers: int, gates: Tensor | None) -> Tensor:
         """Return the states (T, hidden) behind some layers."""
         weights = self.weights[pack.input_ids]
         weights = weights if gates is None else weights * gates.exp()
         weights = weights / row_sums(weights, pack).clamp_min(1e-12)[pack.rows]
-        return run_layers(self.layers[:n_layers], states, pack, weights, checkpoint=checkpoint)
+        for layer in self.layers[:n_layers]:
+            states = layer(states, pack, weights)
+        return states

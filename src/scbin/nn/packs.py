@@ -56,8 +56,7 @@ def make_pack(
     key_lengths: np.ndarray | None = None,
 ) -> Pack:
     """Put token ids and positions (T,) of rows of these lengths (B,) on a device as a pack."""
-    bounds = np.concatenate([[0], np.cumsum(lengths)])
-    layout = pack_layout(bounds, device, key_lengths)
+    layout = pack_layout(np.asarray(lengths), device, key_lengths)
     ids, positions = np.asarray(ids, dtype=np.int64), np.asarray(positions, dtype=np.int64)
     return Pack(to_device(ids, device), to_device(positions, device), layout, np.asarray(cells, dtype=np.int64))
 

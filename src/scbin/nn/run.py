@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from scbin.nn.device import resolve_device, resolve_precision
+from scbin.nn.device import fast_products, resolve_device, resolve_precision
 from scbin.nn.packs import pack_rows, plan_packs
 
 if TYPE_CHECKING:
@@ -22,13 +22,22 @@ if TYPE_CHECKING:
     from scbin.nn.packs import Pack
     from scbin.tokens.tokens import Tokens
 
+_STRETCH = 16_384  # rows
+
 
 class Runner:
-    """A network on a device, in a precision, that takes packs."""
+    """A network on a device, in a precision, that takes packs; `trains` says what `"auto"` precision is for."""
 
-    def __init__(self, network: CellNetwork, device: str | torch.device = "auto", precision: Precision = "auto"):
+    def __init__(
+        self,
+        network: CellNetwork,
+        device: str | torch.device = "auto",
+        precision: Precision = "auto",
+        *,
+        trains: bool = False,
+    ):
         self.device = resolve_device(device)
-        self.dtype = resolve_precision(precision, self.device, network.backbone.hidden_size)
+        self.dtype = resolve_precision(precision, self.device, network.backbone.hidden_size if trains else 0)
         self.network = network.to(self.device)
 
     def autocast(self) -> torch.autocast:
@@ -57,33 +66,36 @@ def run(
     tokens: Tokens,
     *,
     rows: np.ndarray | None = None,
-    layer: int = -1,
+    layer: int | None = -1,
     device: str = "auto",
     precision: Precision = "auto",
     token_budget: int = 32_768,
     progress: bool = False,
     label: str = "reading cells",
-) -> Iterator[tuple[Pack, Tensor]]:
+) -> Iterator[tuple[Pack, Any]]:
     """Yield packs of token rows with their hidden states (T, hidden), without gradients; rows without tokens are left out.
 
-    `pack.cells` are row numbers of the tokens. The parameters `device`, `precision`, `token_budget` and `progress` are those
+    `pack.cells` are row numbers of the tokens. Without a `layer` the network is not asked: the states are None. The parameters `device`, `precision`, `token_budget` and `progress` are those
     of every verb.
     """
     rows = np.arange(tokens.n_cells) if rows is None else np.asarray(rows)
-    packs = plan_packs(tokens.lengths[rows], token_budget)
+    stretches = np.array_split(rows, np.arange(_STRETCH, len(rows), _STRETCH))  # rows on disk are read in turn
+    packs = [cells[places] for cells in stretches for places in plan_packs(tokens.lengths[cells], token_budget)]
     with at_rest(network):
         runner = Runner(network, device, precision)
-        for places in tqdm(packs, desc=label, unit="pack", disable=not progress or len(packs) < 2):
-            cells = rows[places]
-            pack = pack_rows(tokens.take(cells), cells, runner.device)
-            with torch.inference_mode():
-                yield pack, runner(pack, layer)
+        # autocast keeps the weights that it has cast until its outermost context is left: they are cast once
+        with fast_products(runner.device, runner.dtype), torch.autocast(runner.device.type, enabled=False):
+            for cells in tqdm(packs, desc=label, unit="pack", disable=not progress or len(packs) < 2):
+                pack = pack_rows(tokens.take(cells), cells, runner.device)
+                with torch.no_grad():  # in inference mode nothing would be kept
+                    yield pack, None if layer is None else runner(pack, layer)
 
 
 def embed(network: CellNetwork, tokens: Tokens, **options: Any) -> np.ndarray:
     """Return one vector per cell (cells, size), NaN for cells without tokens; `options` are those of `run`."""
     result: np.ndarray | None = None
-    for pack, hidden in run(network, tokens, layer=network.vector.layer, label="embedding", **options):
+    layer = None if getattr(network.vector, "latents", None) == 0 else network.vector.layer  # None: it reads no states
+    for pack, hidden in run(network, tokens, layer=layer, label="embedding", **options):
         with torch.inference_mode():
             vectors = network.vector(hidden, pack).float().cpu().numpy()
         if result is None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from scbin._errors import ScbinInputError
 from scbin.nn.embedding import Expression, row_sums, token_weights, weighted_sums
-from scbin.nn.latent import LatentReader
+from scbin.nn.latent import LatentReader, padded, padding
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -166,10 +166,11 @@ class LatentVector(nn.Module):
 
 
 def _some(pack: Pack, noise: Tensor, most: int) -> Tensor:
-    """Return about so many tokens of each row at random (K,), the first one always, so that no row has none."""
-    lengths = torch.diff(pack.layout.cu_seqlens).float()
-    draws = hashed(noise[pack.rows] + pack.position_ids) * lengths[pack.rows]
-    return torch.nonzero(draws.index_fill(0, pack.layout.cu_seqlens[:-1].long(), 0.0) < most)[:, 0]
+    """Return so many tokens of each row at random (B, L), the first one always; -1 where a row has no more."""
+    starts, (place, shape) = pack.layout.cu_seqlens[:-1].long(), padding(pack)
+    draws = hashed(noise[pack.rows] + pack.position_ids).index_fill(0, starts, -1.0)
+    drawn, at = padded(draws, place, shape, 2.0).topk(min(most, shape[1]), largest=False)
+    return torch.where(drawn < 2, starts[:, None] + at, -1)
 
 
 def hashed(keys: Tensor) -> Tensor:

@@ -15,8 +15,7 @@ from scbin._arguments import check_fields
 from scbin._errors import ScbinInputError
 from scbin.nn.losses import cross_entropy
 from scbin.nn.packs import pack_rows, plan_packs
-from scbin.train.mask_kernel import hash_uniform
-from scbin.train.masking import random_key
+from scbin.train.randomness import hash_uniform, random_key
 from scbin.train.task import EVALUATION, Batch
 
 if TYPE_CHECKING:
@@ -51,8 +50,6 @@ class Finetuning:
     hidden
         A hidden layer on the cell's vector, `"tanh"` as in Geneformer's classifier or `"relu"` as in PerturbGene's. It starts at
         random, not from the linear probe.
-    attention
-        Whether the head also reads the hidden states of the genes, pooled by learned attention.
 
     Examples
     --------
@@ -66,7 +63,6 @@ class Finetuning:
     dropout: float = 0.0
     expression: bool = True
     hidden: Literal["tanh", "relu"] | None = None
-    attention: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -168,19 +164,19 @@ class CellLabels(nn.Module):
     def loss(self, network: CellNetwork, hidden: Any, pack: Pack, targets: Any) -> Tensor:
         """Return the summed loss of each target (losses,) for a pack."""
         kept = 1.0 - self.gene_dropout if network.training else 1.0
-        outputs = network.labels(network.vector(hidden, pack), hidden, pack, kept)  # type: ignore[misc]
+        outputs = network.labels(network.vector(hidden, pack), pack, kept)  # type: ignore[misc]
         return self.score(outputs, targets, network.training)
 
     def score(self, outputs: Tensor, labels: Tensor, training: bool) -> Tensor:
         """Return the summed loss of each target (losses,), given outputs (B, outputs) and labels (targets, B)."""
         sums, smoothing = [], self.label_smoothing if training else 0.0
         for target, part, own, weights in zip(self.targets, self.parts, labels, self.class_weights, strict=True):
-            known = torch.isfinite(own)
+            known, truth = torch.isfinite(own), torch.nan_to_num(own)
             if target.kind == "number":
-                sums.append((outputs[known, part][:, 0] - own[known]).square().sum())
+                scores = (outputs[:, part][:, 0] - truth).square()
             else:
-                by_class = weights.to(outputs.device)
-                sums.append(cross_entropy(outputs[known, part], own[known].long(), smoothing, by_class).sum())
+                scores = cross_entropy(outputs[:, part], truth.long(), smoothing, weights.to(outputs.device))
+            sums.append(torch.where(known, scores, 0.0).sum())  # nothing is picked out, which a GPU would wait for
         return torch.stack(sums)
 
     def _weights(self, number: int, labels: Tensor) -> Tensor:

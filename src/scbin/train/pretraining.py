@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from scbin._errors import ScbinInputError
 from scbin.nn.losses import Loss
 from scbin.nn.packs import plan_packs
-from scbin.train.mask_kernel import cell_keys
-from scbin.train.masking import Masking, extra_zeros, mask_rows, masked_losses, random_key
+from scbin.train.masking import Masking, extra_zeros, mask_rows, masked_losses
+from scbin.train.randomness import cell_keys, random_key
 from scbin.train.splitting import split_rows
 from scbin.train.task import Batch
 
@@ -53,14 +53,6 @@ class Targets:
     unseen: Unseen | None
 
 
-def _unseen(molecules: csr_matrix, batch: Tensor | None, asked: Tensor | None, noise: Tensor) -> Unseen:
-    """Return the hidden molecules of the rows of a pack as tensors."""
-    counts, depth = molecules.tocoo(), np.asarray(molecules.sum(axis=1, dtype=np.float64)).ravel()
-    rows, genes = (torch.from_numpy(at.astype(np.int64)) for at in (counts.row, counts.col))
-    log_depth = torch.from_numpy(np.log(np.maximum(depth, 1)).astype(np.float32))
-    return Unseen(rows, genes, torch.from_numpy(counts.data), log_depth, batch, asked, noise)
-
-
 class Pretraining(nn.Module):
     """The task of pretraining: predict hidden genes and phenotypes, and from the cell vector the molecules that were not shown.
 
@@ -77,7 +69,7 @@ class Pretraining(nn.Module):
     loss
         How masked tokens are scored, and the weight of each loss. Whoever gives it gets masked genes, too.
     cell_vector
-        Train the cell vector; the network needs a count head.
+        Train the cell vector, unless the weight of its loss is 0; the network needs a count head.
     visible
         Smallest and largest fraction q of the molecules that are shown; drawn for each cell.
     batches
@@ -108,22 +100,21 @@ class Pretraining(nn.Module):
         layer: int | None = -1,
     ):
         super().__init__()
+        cell_vector = cell_vector and (loss is None or loss.weights.get(CELL_VECTOR, 1.0) > 0)
         splits_counts = cell_vector and vocabulary.unit == "counts"
         usual = Masking(gene_mask_prob=0.0) if splits_counts and loss is None else Masking()
         self.vocabulary, self.masking, self.score = vocabulary, masking or usual, loss or Loss()
         self.visible, self.batches, self.zero_positions = visible, batches, zero_positions
         self.masked = masked_losses(vocabulary)
         asks = dict.fromkeys(self.masked, True) | {CELL_VECTOR: cell_vector, "specials": self.masking.mask_specials}
-        asks["genes"] = bool(self.masking.gene_mask_prob or self.masking.chosen or self.score.positions == "all")
+        asks["genes"] = bool(self.masking.gene_mask_prob or self.score.positions == "all")
         self.losses = tuple(name for name, asked in asks.items() if asked)
-        self.score.check(vocabulary, self.losses)
+        self.score.check(vocabulary, (*self.losses, CELL_VECTOR))
         self.weights = tuple(float(self.score.weights.get(name, 1.0)) for name in self.losses)
         if not any(self.weights):
             raise ScbinInputError("A03", "the weights of all losses are 0: there is nothing to learn.")
         self.watched = CELL_VECTOR if cell_vector else None
         self.layer = layer if self.losses == (CELL_VECTOR,) else -1
-        for name, values in self.score.class_weights.items():
-            self.register_buffer(f"class_weights_{self.masked.index(name)}", torch.tensor(values), persistent=False)
 
     def describe(self) -> dict[str, Any]:
         """Return what tells this task from others, as plain values."""
@@ -135,29 +126,37 @@ class Pretraining(nn.Module):
     def prepare(self, tokens: Tokens, cells: np.ndarray, *, seed: int, epoch: int, token_budget: int) -> Batch:
         """Split the counts of some cells, mask tokens of the visible half, and note what is asked."""
         cells = np.asarray(cells, dtype=np.int64)
-        rows, noise = tokens.take(cells), cell_keys(random_key(seed, epoch), cells)
-        splits = CELL_VECTOR in self.losses
-        if splits:
+        rows, molecules, asked = tokens.take(cells), None, None
+        if CELL_VECTOR in self.losses:
             rows, molecules, asked = split_rows(rows, cells, self.vocabulary, self.visible, seed=seed, epoch=epoch)
+        noise = cell_keys(random_key(seed, epoch), cells)
         growth = 1 + self.masking.gene_mask_prob * extra_zeros(self.vocabulary, self.masking)
+        how: Any = {"seed": seed, "epoch": epoch, "zero_positions": self.zero_positions}
+        how["score_all"] = self.score.positions == "all"
         packs, counts = [], np.zeros(len(self.losses))
         for part in plan_packs(np.ceil(np.diff(rows.indptr) * growth), token_budget):
-            pack, hidden = mask_rows(
-                rows[part], cells[part], self.vocabulary, self.masking, seed=seed, epoch=epoch,
-                score_all=self.score.positions == "all", zero_positions=self.zero_positions,
-            )  # fmt: skip
+            pack, hidden = mask_rows(rows[part], cells[part], self.vocabulary, self.masking, **how)
             unseen = None
-            if splits:
-                batch = None if self.batches is None else torch.from_numpy(self.batches[cells[part]].astype(np.int64))
-                of_part = None if asked is None else torch.from_numpy(asked[part])
-                unseen = _unseen(molecules[part], batch, of_part, torch.from_numpy(noise[part]))
-            targets = self._targets(hidden, unseen)
-            packs.append((pack, targets))
-            counts += self._counts(hidden, targets)
-        if self.score.average == "positions":
-            is_masked = np.array([name in self.masked for name in self.losses])
-            counts[is_masked] = (counts * self.weights)[is_masked].sum()
+            if molecules is not None:
+                unseen = self._unseen(molecules[part], cells[part], None if asked is None else asked[part], noise[part])
+                counts[-1] += float(unseen.counts.sum(dtype=torch.float64))
+            numbers = [self.masked.index(name) for name in self.losses if name != CELL_VECTOR]
+            counts[: len(numbers)] += np.bincount(hidden.loss, minlength=len(self.masked))[numbers]
+            packs.append((pack, self._targets(hidden, unseen)))
         return Batch(packs, counts)
+
+    def _unseen(self, molecules: csr_matrix, cells: np.ndarray, asked: np.ndarray | None, noise: np.ndarray) -> Unseen:
+        """Return the hidden molecules of the rows of a pack as tensors."""
+        counts, depth = molecules.tocoo(), np.asarray(molecules.sum(axis=1, dtype=np.float64)).ravel()
+        return Unseen(
+            rows=torch.from_numpy(counts.row.astype(np.int64)),
+            genes=torch.from_numpy(counts.col.astype(np.int64)),
+            counts=torch.from_numpy(counts.data),
+            log_depth=torch.from_numpy(np.log(np.maximum(depth, 1)).astype(np.float32)),
+            batch=None if self.batches is None else torch.from_numpy(self.batches[cells].astype(np.int64)),
+            asked=None if asked is None else torch.from_numpy(asked),
+            noise=torch.from_numpy(noise),
+        )
 
     def _targets(self, hidden: Hidden, unseen: Unseen | None) -> Targets:
         """Put what is asked about a pack into tensors, hidden tokens in runs that share a group."""
@@ -172,20 +171,6 @@ class Pretraining(nn.Module):
         where, labels = torch.from_numpy(hidden.where), torch.from_numpy(hidden.labels - start)
         return Targets(where, labels, torch.from_numpy(start), tuple(segments), unseen)
 
-    def _counts(self, hidden: Hidden, targets: Targets) -> np.ndarray:
-        """Return by how much each summed loss is divided: hidden tokens, their class weights, or hidden molecules."""
-        counts = np.zeros(len(self.losses))
-        for number, name in enumerate(self.losses):
-            if name == CELL_VECTOR and targets.unseen is not None:
-                counts[number] = float(targets.unseen.counts.sum(dtype=torch.float64))
-                continue
-            mine = hidden.loss == self.masked.index(name)
-            weights = self.score.class_weights.get(name)
-            counts[number] = mine.sum()
-            if weights is not None:
-                counts[number] = np.asarray(weights)[hidden.labels[mine] - hidden.start[mine]].sum()
-        return counts
-
     # ---- on the device ----------------------------------------------------------------------------------------------
 
     def loss(self, network: CellNetwork, hidden: Tensor | None, pack: Pack, targets: Targets) -> Tensor:
@@ -193,15 +178,13 @@ class Pretraining(nn.Module):
         sums = dict.fromkeys(self.losses, torch.zeros((), device=pack.input_ids.device))
         for number, first, last, start, size in targets.segments:
             assert hidden is not None  # where tokens are masked, a layer is read
-            states, labels = hidden[targets.where[first:last]], targets.labels[first:last]
+            states, name = hidden[targets.where[first:last]], self.masked[number]
             if start >= 0:
                 logits = network.backbone.logits(states, start, start + size)
             else:  # each gene has bins of its own
                 starts = targets.starts[first:last, None]
                 logits = network.backbone.logits(states, ids=starts + torch.arange(size, device=starts.device))
-            weights = getattr(self, f"class_weights_{number}", None)
-            name = self.masked[number]
-            sums[name] = self.score.score(logits, labels, genes=name == "genes", class_weights=weights).sum().float()
+            sums[name] = self.score.score(logits, targets.labels[first:last], genes=name == "genes").sum()
         if targets.unseen is not None:
             sums[CELL_VECTOR] = self._unseen_loss(network, hidden, pack, targets.unseen)
         return torch.stack([sums[name] for name in self.losses])

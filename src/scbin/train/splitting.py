@@ -10,8 +10,7 @@ from scipy.sparse import csr_matrix
 
 from scbin._errors import ScbinInputError
 from scbin.nn.embedding import gene_values
-from scbin.train.mask_kernel import SPLIT, SPLIT_SHARE, cell_key, mix, uniform
-from scbin.train.masking import random_key
+from scbin.train.randomness import SPLIT, SPLIT_SHARE, cell_key, mix, random_key, uniform
 
 if TYPE_CHECKING:
     from scbin.tokens.vocabulary import Vocabulary
@@ -21,13 +20,7 @@ EXACT = 128
 
 
 def split_rows(
-    rows: csr_matrix,
-    cells: np.ndarray,
-    vocabulary: Vocabulary,
-    visible: tuple[float, float],
-    *,
-    seed: int,
-    epoch: int,
+    rows: csr_matrix, cells: np.ndarray, vocabulary: Vocabulary, visible: tuple[float, float], *, seed: int, epoch: int
 ) -> tuple[csr_matrix, csr_matrix, np.ndarray | None]:
     """Split the counts of some cells (rows,): what is shown, what is hidden, and which genes are asked about.
 

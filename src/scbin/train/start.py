@@ -34,6 +34,7 @@ class Components:
     means: np.ndarray  # (batches, genes) mean expression in each batch
 
 
+@torch.no_grad()
 def start(
     network: CellNetwork,
     task: Pretraining,
@@ -52,8 +53,7 @@ def start(
     unexpressed.
     """
     generator = np.random.default_rng(seed)
-    cells = np.asarray(cells)
-    cells = cells[tokens.lengths[cells] > 0]
+    cells = np.asarray(cells)[tokens.lengths[cells] > 0]
     if len(cells) > MOST_CELLS:
         cells = np.sort(generator.choice(cells, MOST_CELLS, replace=False))
     rows, vocabulary = tokens.take(cells), tokens.vocabulary
@@ -84,8 +84,8 @@ def components(
     n_cells, n_genes = matrix.shape
     codes = np.zeros(n_cells, dtype=np.int64) if batches is None else np.asarray(batches)
     batch = csr_matrix((np.ones(n_cells), (codes, np.arange(n_cells))), shape=(codes.max(initial=0) + 1, n_cells))
-    sizes = np.maximum(np.asarray(batch.sum(axis=1)).ravel(), 1)
-    means = np.asarray((batch @ matrix).todense()) / sizes[:, None]  # (batches, genes)
+    sizes = np.maximum(np.diff(batch.indptr), 1)
+    means = (batch @ matrix).toarray() / sizes[:, None]  # (batches, genes)
     centred = LinearOperator(
         matrix.shape,
         dtype=np.float64,
@@ -100,11 +100,9 @@ def components(
     order = np.argsort(-values)
     values, vectors = values[order], vectors[order]
     signs = np.sign(vectors[np.arange(k), np.abs(vectors).argmax(axis=1)])  # as in scikit-learn
-    spreads = np.maximum(values / np.sqrt(max(n_cells - 1, 1)), 1e-6)
-    return Components((vectors * signs[:, None]).T, spreads, means)
+    return Components((vectors * signs[:, None]).T, np.maximum(values / np.sqrt(n_cells - 1), 1e-6), means)
 
 
-@torch.no_grad()
 def start_gene_table(
     backbone: Backbone, vocabulary: Vocabulary, found: Components, generator: np.random.Generator
 ) -> None:
@@ -117,13 +115,12 @@ def start_gene_table(
     rotation, _ = np.linalg.qr(generator.standard_normal((backbone.hidden_size, backbone.hidden_size)))
     table = found.directions[:, :k] @ rotation[:k]
     table *= GENE_TABLE / max(float(table.std()), 1e-12)
-    told, ids_and_positions = vocabulary.tables(), backbone.tables()
-    for weight, genes in zip(ids_and_positions, (told.gene_of_id, told.gene_of_position), strict=True):
+    told = vocabulary.tables()
+    for weight, genes in zip(backbone.tables(), (told.gene_of_id, told.gene_of_position), strict=True):
         at = np.flatnonzero(genes >= 0)
         weight[torch.from_numpy(at)] += torch.from_numpy(table[genes[at]]).to(weight)
 
 
-@torch.no_grad()
 def start_counts(head: CountHead, found: Components, counts: csr_matrix, codes: np.ndarray) -> None:
     """Start the count head: loadings at the components, biases at the log mean of each gene in each batch.
 
@@ -131,8 +128,8 @@ def start_counts(head: CountHead, found: Components, counts: csr_matrix, codes: 
     """
     k = min(found.directions.shape[1], head.loadings.shape[1])
     head.loadings[:, :k] = torch.from_numpy(found.directions[:, :k]).to(head.loadings)
-    depth = np.asarray(counts.sum(axis=1)).ravel()
-    total, typical = np.asarray(counts.sum(axis=0)).ravel(), float(np.median(depth)) if len(depth) else 1.0
+    depth, total = (np.asarray(counts.sum(axis=axis)).ravel() for axis in (1, 0))
+    typical = float(np.median(depth)) if len(depth) else 1.0
     prior = 5 * max(typical, 1e-3) * (total + 1e-3) / (total + 1e-3).sum()
     for batch in range(len(head.batches)):
         mine = codes == batch

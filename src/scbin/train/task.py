@@ -38,8 +38,8 @@ class Task(Protocol):
     """What the trainer asks of a task; it is an `nn.Module` too, whose parameters are trained beside the network's.
 
     A task may have more: `layer`, whose hidden states it reads (default: -1, the last; `None`: none); `watched`, the name of
-    the loss by which the best weights are chosen (default: their weighted sum); `order(cells, seed, epoch)`, the cells of an
-    epoch in order (default: each once, shuffled); `describe()`, plain values that a resumed run must have too.
+    the loss by which the best weights are chosen (default: their weighted sum); `describe()`, plain values that a resumed run
+    must have too.
     """
 
     losses: tuple[str, ...]  # names
