@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,22 +14,17 @@ import pandas as pd
 
 from scbin import _keys
 from scbin._arguments import checked
-from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinTypeError
+from scbin._errors import ScbinInputError, ScbinTypeError
 from scbin.io.directory import describe_parts, local_directory, own_tensors, parts_of, read_model, write_model
 from scbin.io.published import read_geneformer, read_perturbgene, read_polygene
-from scbin.nn.backbone import layer_number
-from scbin.nn.bert import BertBackbone
-from scbin.nn.labels import GeneHead
-from scbin.nn.network import CellNetwork
-from scbin.nn.vector import PooledVector, Pooling
-from scbin.tokens.vocabulary import CLS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from anndata import AnnData
 
-    from scbin.io.published import Published
+    from scbin.nn.network import CellNetwork
+    from scbin.nn.vector import Pooling
     from scbin.tokens.vocabulary import Vocabulary
 
 
@@ -165,12 +159,7 @@ class Model:
             Its classes in the order of training, where the model only knows them as LABEL_0, LABEL_1 ...
         """
         folder = None if dictionaries is None else Path(dictionaries)
-        published = read_geneformer(Path(path), folder, target, class_names)
-        if published.vocabulary.name_map is None:
-            text = "the dictionaries name no gene by symbol, or are not there: genes are found by Ensembl id only."
-            warnings.warn(ScbinInputWarning("V05", text), stacklevel=3)
-        usual: Pooling = "cls" if CLS in published.vocabulary.specials else "mean"
-        return cls._published(published, pooling, layer, (usual, -2))
+        return cls(*read_geneformer(Path(path), folder, (pooling, layer), target, class_names))
 
     @classmethod
     @checked
@@ -202,7 +191,7 @@ class Model:
         pooling
             How they are averaged.
         """
-        return cls._published(read_polygene(Path(path), genes, phenotypes, edges), pooling, layer)
+        return cls(*read_polygene(Path(path), genes, phenotypes, edges, (pooling, layer)))
 
     @classmethod
     @checked
@@ -242,55 +231,31 @@ class Model:
         class_names
             Its classes in the order of training.
         """
-        published = read_perturbgene(Path(path), genes, phenotypes, edges, target, class_names)
-        return cls._published(published, pooling, layer)
-
-    @classmethod
-    def _published(
-        cls, published: Published, pooling: Pooling | None, layer: int | None, usual: tuple[Pooling, int] = ("mean", -1)
-    ) -> Model:
-        """Make a model of what an importer read; a classifier has the vector that its head reads, and no other."""
-        backbone: Any = BertBackbone(published.bert)
-        head = published.labels
-        if head is not None:
-            if (pooling, layer) != (None, None):
-                raise ScbinInputError("A03", "a classifier's head says which layer and pooling it reads; pass neither.")
-            usual = ("mean" if isinstance(head, GeneHead) else "first", -1)
-            if any(name.startswith("LABEL_") for name in head.targets[0].classes):
-                text = "the model does not store what LABEL_0 ... are. Pass class_names= in the order of training."
-                warnings.warn(ScbinInputWarning("M06", text), stacklevel=4)
-        layer = usual[1] if layer is None else layer
-        layer_number(layer, backbone.n_layers)
-        vector = PooledVector(published.vocabulary, backbone.hidden_size, pooling or usual[0], layer)
-        network = CellNetwork(backbone, vector, labels=head).eval()
-        return cls(network, published.vocabulary, {"published_as": published.source})
+        return cls(*read_perturbgene(Path(path), genes, phenotypes, edges, (pooling, layer), target, class_names))
 
     def _facts(self) -> dict[str, str]:
         """Return what a user asks first about a model, by name."""
         vocabulary, network, config = self.vocabulary, self.network, self.config
-        body, vector = network.backbone, config["vector"]
-        shape = f"{config['backbone']['kind']}, {body.n_layers} layers, hidden size {body.hidden_size}"
-        how = vector["config"].get("pooling", vector["kind"])
+        body, vector = network.backbone, network.vector
+        kind, how = config["backbone"]["kind"], getattr(vector, "pooling", config["vector"]["kind"])
         bins = "" if vocabulary.bins is None else f", {vocabulary.bins.n_bins} bins"
+        sizes = f"{body.n_layers} layers, hidden size {body.hidden_size}, {self.n_parameters:,} parameters"
         facts = {
             "encoding": f"{vocabulary.encoding}, {len(vocabulary.genes):,} genes{bins}",
             "phenotypes": ", ".join(f"{p.name} ({len(p.values)} values)" for p in vocabulary.phenotypes) or "none",
-            "network": f"{shape}, {self.n_parameters:,} parameters",
-            "cell vector": f"{network.vector.size} numbers, {how}, layer {network.vector.layer}",
+            "network": f"{kind}, {sizes}",
+            "cell vector": f"{vector.size} numbers, {how}, layer {vector.layer}",
         }
         if network.labels is not None:
             targets: Any = network.labels.targets
-            what = (
-                f"{each.name} ({f'{len(each.classes)} classes' if each.classes else 'a number'})" for each in targets
-            )
-            facts["predicts"] = ", ".join(what)
+            kinds = (f"{len(each.classes)} classes" if each.classes else "a number" for each in targets)
+            facts["predicts"] = ", ".join(f"{each.name} ({what})" for each, what in zip(targets, kinds, strict=True))
         trained = {name: self.training.get(name) for name in ("n_cells", "steps", "epochs")}
         numbers = [f"{name.removeprefix('n_')} {n:,}" for name, n in trained.items() if isinstance(n, int | float)]
         facts["trained"] = ", ".join(numbers) or str(self.training.get("published_as", "not at all"))[:80]
-        for column in (name for name in self.history.columns if str(name).startswith("validation_")):
-            losses = self.history[column].dropna()
+        for column, values in self.history.filter(like="validation_").items():
+            losses, task = values.dropna(), str(column).removeprefix("validation_").replace("_", " ")
             if len(losses):
-                task = column.removeprefix("validation_").replace("_", " ")
                 facts[f"held-out loss, {task}"] = f"{losses.iloc[0]:.3f} at first, {losses.iloc[-1]:.3f} at last"
         return facts
 
@@ -307,12 +272,11 @@ def _plain(value: Any) -> Any:
     raise ScbinTypeError("A01", f"a {type(value).__name__} cannot be kept with a model; use numbers and text.")
 
 
-# the models that were trained last in this session, by the fingerprint left in uns; a notebook rarely has more in use
-_session: dict[str, Model] = {}
+_session: dict[str, Model] = {}  # the models that were trained last in this session, by the fingerprint left in uns
 
 
 def remember(identifier: str, model: Model) -> None:
-    """Keep a model for the verbs that follow in this session."""
+    """Keep a model for the verbs that follow in this session; a notebook rarely has more than four in use."""
     _session.pop(identifier, None)
     _session[identifier] = model
     while len(_session) > 4:

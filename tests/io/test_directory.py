@@ -20,7 +20,6 @@ from transformers import BertForMaskedLM
 
 from scbin import Model, Vocabulary
 from scbin._errors import ScbinModelError
-from scbin.io import files
 from scbin.io.directory import JSONS, PARTS
 from scbin.io.files import MANIFEST, manifest_bytes
 from scbin.nn.attention import PACKED
@@ -241,8 +240,8 @@ def test_a_manifest_names_the_files_of_the_model_and_no_other(model_dir, change,
 
 @pytest.mark.parametrize(
     "inner",
-    ['1, "x": 1', "NaN", "1e999", "9" * 5000, "[" * 200_000 + "]" * 200_000, "[" * 17 + "]" * 17],
-    ids=["duplicate", "nan", "1e999", "digits", "brackets", "depth"],
+    ['1, "x": 1', "NaN", "1e999", "9" * 5000, "[" * 200_000 + "]" * 200_000],
+    ids=["duplicate", "nan", "1e999", "digits", "brackets"],
 )
 def test_json_that_is_none(model_dir, inner):
     for name in (CONFIG, *JSONS):
@@ -382,19 +381,15 @@ def test_a_link_to_a_model_stays_one(model, model_dir, tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link", "model"]
 
 
-@pytest.mark.parametrize("exchange", [True, False])
-@pytest.mark.parametrize(("call", "least"), [("fsync", 5), ("rename", 1), ("mkdir", 1), ("open", 5)])
-def test_a_failing_disk_leaves_the_old_model(model, other, model_dir, monkeypatch, call, least, exchange):
-    if not exchange:  # on a system that cannot exchange two names
-        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+@pytest.mark.parametrize(("call", "least"), [("fsync", 5), ("rename", 2), ("mkdir", 1)])
+def test_a_failing_disk_leaves_the_old_model(model, other, model_dir, monkeypatch, call, least):
     real, n_failures = getattr(os, call), 0
-    for n in (*range(1, 12 if exchange else 5), 10**6):
+    for n in (*range(1, 12), 10**6):
         left = [n]
 
         def failing(*args, left=left, **kwargs):
-            counts = call != "open" or bool(args[1] & (os.O_CREAT | os.O_RDWR))  # clearing up opens directories, too
-            left[0] -= counts
-            if counts and left[0] == 0:
+            left[0] -= 1
+            if left[0] == 0:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return real(*args, **kwargs)
 
@@ -409,24 +404,19 @@ def test_a_failing_disk_leaves_the_old_model(model, other, model_dir, monkeypatc
         found = Model.load(model_dir)  # the old one, or where only the last flush failed the new one
         assert found.training in (model.training, other.training)
         assert [entry.name for entry in model_dir.parent.iterdir()] == ["model"]
-    assert n_failures >= (least if exchange else 1) and found.training == other.training
+    assert n_failures >= least and found.training == other.training
 
 
 def test_a_save_that_was_killed_between_two_renames(model, model_dir):
-    number = 2**22 + 1  # beyond the largest number of a process
-    model.save(model_dir.with_name(f".tmp-new-model-{number}"))
-    model_dir.rename(model_dir.with_name(f".tmp-old-model-{number}"))
-    assert Model.load(model_dir).fingerprint == model.fingerprint and model_dir.exists()
+    for again in (lambda: None, lambda: model.save(model_dir, overwrite=True)):
+        model_dir.rename(model_dir.with_name(".tmp-old-model"))
+        again()
+        assert Model.load(model_dir).fingerprint == model.fingerprint
+        assert [entry.name for entry in model_dir.parent.iterdir()] == ["model"]
 
 
 def test_what_could_not_be_read_again_is_not_written(model, tmp_path, monkeypatch):
-    nested = json.loads("[" * 15 + "]" * 15)
-    with pytest.raises(ScbinModelError, match=r"M05.*training\.json"):
-        Model(model.network, model.vocabulary, training={"nested": [nested]}).save(tmp_path / "model")
-    Model(model.network, model.vocabulary, training={"nested": nested}).save(tmp_path / "model")
-    assert Model.load(tmp_path / "model").training == {"nested": nested}
-    shutil.rmtree(tmp_path / "model")
     monkeypatch.setattr("scbin.io.directory.MAX_JSON", 10_000)
-    with pytest.raises(ScbinModelError, match="M05"):
+    with pytest.raises(ScbinModelError, match=r"M05.*training\.json"):
         Model(model.network, model.vocabulary, training={"note": "x" * 10_000}).save(tmp_path / "model")
     assert not list(tmp_path.iterdir())

@@ -6,8 +6,6 @@ from scbin._errors import ScbinInputError, ScbinModelError
 from scbin.io import directory
 from scbin.io.directory import local_directory
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
 
 @pytest.fixture
 def asked(tmp_path, monkeypatch):
@@ -46,10 +44,3 @@ def test_it_is_asked_only_for_an_id_with_a_revision(asked, tmp_path):
             local_directory(path, "main")
     with pytest.raises(ScbinModelError, match=r"M01.*no route"):
         local_directory("no/route", "main")
-
-
-def test_a_commit_is_fetched_once_and_a_branch_every_time(asked):
-    for revision in (COMMIT, "main"):
-        for _ in range(2):
-            local_directory("owner/name", revision)
-    assert asked == [("owner/name", revision) for revision in (COMMIT, "main", "main")]

@@ -29,17 +29,14 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import BertConfig, BertForMaskedLM
 
 from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinModelError
-from scbin.io.files import MANIFEST, clear_leftovers, recovered, replace_directory, verify_directory, write_directory
+from scbin.io.files import MANIFEST, recovered, verify_directory, write_directory
 from scbin.io.untrusted import (
-    MAX_DEPTH,
     MAX_JSON,
     MAX_WEIGHTS,
     check_plain,
     check_weights_there,
-    depth,
     downloads,
     make_config,
-    parse_json,
     read_json,
     read_tensors,
 )
@@ -66,11 +63,11 @@ VOCABULARY, TRAINING, HISTORY = "vocabulary.json", "training.json", "history.jso
 JSONS = (NETWORK, VOCABULARY, TRAINING, HISTORY)
 REQUIRED = {WEIGHTS, *JSONS, MANIFEST}
 ALLOWED = {*REQUIRED, CONFIG, PARTS_WEIGHTS, CARD}
-FIRST = "scbin.json"  # what described a model in the first edition, and what was fitted behind it, by file
-LEFT_OUT = {"projection.safetensors": "projection", "decoder.safetensors": "decoder", "head.safetensors": "head"}
+# what described a model in the first edition, and what was fitted behind it
+FIRST, LEFT_OUT = "scbin.json", ("projection.safetensors", "decoder.safetensors", "head.safetensors")
 # left by git, by downloads and by file managers; never opened
 HARMLESS = {".git", ".gitattributes", ".gitignore", ".cache", ".DS_Store"}
-MOST_ROWS, MOST_NUMBERS = 20_000, 1_000_000  # of a history
+MOST_ROWS = 20_000  # of a history
 MOST_MODULES = 10_000  # of a part, whatever its configuration says
 
 Content = tuple[CellNetwork, Vocabulary, dict[str, Any], pd.DataFrame]
@@ -89,6 +86,9 @@ PARTS: dict[str, dict[str, type[nn.Module]]] = {
 
 # whatever a constructor may raise for a configuration that somebody made up
 FAULTS = (ScbinInputError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------
 
 
 def parts_of(network: CellNetwork) -> dict[str, Any]:
@@ -110,45 +110,42 @@ def describe_parts(network: CellNetwork) -> dict[str, dict[str, Any]]:
 
 def own_tensors(module: Any) -> dict[str, Tensor]:
     """Return the tensors of a module by name, each once: those that are tied under the first of their names."""
-    names: dict[int, str] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), name)
-    state = module.state_dict()
-    return {name: state[name].detach() for name in names.values()}
+    first: dict[int, str] = {}
+    state = module.state_dict(keep_vars=True)
+    return {name: tensor.detach() for name, tensor in state.items() if first.setdefault(id(tensor), name) == name}
 
 
-def _make_part(place: str, entry: Mapping[str, Any], vocabulary: Vocabulary) -> nn.Module:
+def _make_part(place: str, entry: Mapping[str, Any], vocabulary: Vocabulary) -> Any:
     """Return a part of the kind and configuration described, with weights that are yet to be read."""
     n_modules = itertools.count()
 
-    def count(*_: Any) -> None:
+    def stop(*_: Any) -> None:
         if next(n_modules) > MOST_MODULES:
             raise ValueError(f"{place} would have more than {MOST_MODULES:,} modules")
 
     kind: Any = PARTS[place][entry["kind"]]
-    hook = register_module_module_registration_hook(count)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # torch warns of tensors without elements
-            return kind.from_config(vocabulary, entry["config"])
-    finally:
-        hook.remove()
+    # torch warns of tensors without elements
+    with register_module_module_registration_hook(stop), warnings.catch_warnings(action="ignore"):
+        return kind.from_config(vocabulary, entry["config"])
 
 
 def _read_parts(file: Path, described: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
     """Return the described parts with the tensors of a file, whose names begin with the place of their part."""
-    with torch.device("meta"):
-        blank = {place: own_tensors(_make_part(place, entry, vocabulary)) for place, entry in described.items()}
     # what is stored of a backbone has no prefix: it has a file of its own
     prefix = {place: "" if place == "backbone" else f"{place}." for place in described}
-    expected = {prefix[place] + name: t.to("meta") for place in blank for name, t in blank[place].items()}
+    expected: dict[str, Tensor] = {}
+    with torch.device("meta"):
+        for place, entry in described.items():
+            blank = own_tensors(_make_part(place, entry, vocabulary))
+            expected |= {prefix[place] + name: tensor.to("meta") for name, tensor in blank.items()}
     if bool(expected) != file.exists():
         raise ScbinModelError("M02", f"{NETWORK} and {file.name} do not belong together. Fetch or save it again.")
     tensors = read_tensors(file, expected) if expected else {}
     with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced at once
         parts = {place: _make_part(place, entry, vocabulary) for place, entry in described.items()}
     for place, part in parts.items():
-        state = {name: tensors[prefix[place] + name] for name in blank[place]}
-        part.load_state_dict(part.state_dict() | state, strict=True)
+        state = part.state_dict()
+        part.load_state_dict(state | {name: tensors.get(prefix[place] + name, state[name]) for name in state})
     return parts
 
 
@@ -173,25 +170,16 @@ def expected_tensors(config: BertConfig) -> dict[str, Tensor]:
         return own_tensors(BertForMaskedLM(config))
 
 
-def read_bert(path: Path, vocabulary: Vocabulary) -> Any:
-    """Return the BERT in a directory, which has to be as large as the vocabulary needs."""
-    config = make_config(read_json(path / CONFIG), CONFIG)
-    own, needed = (config.vocab_size, config.max_position_embeddings), (vocabulary.n_tokens, vocabulary.n_positions)
-    if own[0] != needed[0] or own[1] < needed[1]:
-        what = f"the network in {path} has {own} tokens and positions, its vocabulary {needed}"
-        raise ScbinModelError("M04", f"{what}. They do not belong together.")
-    return BertBackbone(assemble(config, read_tensors(path / WEIGHTS, expected_tensors(config))))
+# ---- writing --------------------------------------------------------------------------------------------------------
 
 
 def write_model(path: Path, content: Content, facts: Mapping[str, str], *, overwrite: bool = False) -> None:
     """Write a model so that its directory appears at once and whole; the card shows `facts`."""
-    path, (network, vocabulary, training, history) = path.resolve(), content
-    if recovered(path) == path:
-        clear_leftovers(path)
+    path, (network, vocabulary, training, history) = recovered(path.resolve()), content
     replaces = replaces_model(path, overwrite)
     described, parts, backbone = describe_parts(network), parts_of(network), network.backbone
     del parts["backbone"]
-    files: dict[str, Any] = {CARD: model_card(facts).encode()}
+    files: dict[str, Any] = {CARD: model_card(facts).encode(), VOCABULARY: vocabulary.to_json().encode()}
     if isinstance(backbone, BertBackbone):
         described["backbone"]["config"] = {}
         config = {key: getattr(backbone.bert.config, key) for key in CONFIG_KEYS}
@@ -201,21 +189,18 @@ def write_model(path: Path, content: Content, facts: Mapping[str, str], *, overw
         files[WEIGHTS] = own_tensors(backbone)
     tensors = {f"{place}.{name}": t for place, part in parts.items() for name, t in own_tensors(part).items()}
     files |= {PARTS_WEIGHTS: tensors} if tensors else {}
+    files |= {NETWORK: _json_bytes({"format": FORMAT, "parts": described}), TRAINING: _json_bytes(training)}
     rows = json.loads(thinned(history).to_json(orient="split", index=False, double_precision=15))
-    jsons = {NETWORK: {"format": FORMAT, "parts": described}, TRAINING: dict(training), HISTORY: rows}
-    files |= {name: _json_bytes(content) for name, content in jsons.items()}
-    files[VOCABULARY] = vocabulary.to_json().encode()
+    files[HISTORY] = _json_bytes(rows)
     for name in JSONS:
-        size, n_levels = len(files[name]), depth(jsons.get(name, {}))
-        if size > MAX_JSON or n_levels > MAX_DEPTH:
-            own = f"{name} would have {size:,} bytes in {n_levels} levels, of {MAX_JSON:,} in {MAX_DEPTH} that can be read"
-            raise ScbinModelError("M05", f"{own}. Keep less in model.training.")
+        if len(files[name]) > MAX_JSON:
+            what = f"{name} would have {len(files[name]):,} bytes, of {MAX_JSON:,} that can be read"
+            raise ScbinModelError("M05", f"{what}. Keep less in model.training.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ScbinModelError("M05", f"{path} could not be written ({error.strerror or error}).") from error
-    # the card is for people, who may edit it: the manifest leaves it out
-    (replace_directory if replaces else write_directory)(path, files, unlisted={CARD})
+    write_directory(path, files, unlisted={CARD}, replace=replaces)  # the card is for people, who may edit it
 
 
 def replaces_model(path: Path, overwrite: bool) -> bool:
@@ -224,9 +209,9 @@ def replaces_model(path: Path, overwrite: bool) -> bool:
         return False
     if not overwrite:
         raise ScbinModelError("M05", f"{path} exists already. Choose another place, or pass overwrite=True.")
-    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    names = set(os.listdir(path)) if path.is_dir() else set()
     foreign = names - ALLOWED - {FIRST, *LEFT_OUT}
-    if not names & {NETWORK, FIRST} or foreign:
+    if foreign or not names & {NETWORK, FIRST}:
         found = f" (it holds {min(foreign)!r})" if foreign else ""
         raise ScbinModelError("A04", f"{path} is not a model that scbin wrote{found}. Remove it yourself.")
     return True
@@ -244,24 +229,17 @@ def model_card(facts: Mapping[str, str]) -> str:
 
 
 def thinned(history: pd.DataFrame) -> pd.DataFrame:
-    """Return the history as it is kept with a model: of more than `MOST_ROWS` rows an even choice, first and last among them.
-
-    The rows of validations, which are few and would be missed, make up to half of it. Wide tables are kept to `MOST_NUMBERS`.
-    """
-    most = max(min(MOST_ROWS, MOST_NUMBERS // max(history.shape[1], 1)), 4)
-    if len(history) <= most:
-        return history
-
-    def evenly(rows: np.ndarray, most: int) -> np.ndarray:
-        return rows[np.linspace(0, len(rows) - 1, min(len(rows), most)).round().astype(np.int64)]
-
-    names = [name for name in history.columns if str(name).startswith("validation_")]
-    validated = evenly(np.flatnonzero(history[names].notna().any(axis=1)), most // 2)
-    return history.iloc[np.union1d(evenly(np.arange(len(history)), most - len(validated)), validated)]
+    """Return a history as it is kept with a model: of a long one about `MOST_ROWS` rows, and all rows of validations."""
+    at = np.arange(len(history))
+    even = (at % max(1, -(-len(history) // MOST_ROWS)) == 0) | (at == len(history) - 1)
+    return history[even | history.filter(like="validation_").notna().any(axis=1).to_numpy(dtype=bool)]
 
 
 def _json_bytes(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content, indent=1, sort_keys=True, allow_nan=False).encode()
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
 
 
 def read_model(path: Path) -> Content:
@@ -287,23 +265,17 @@ def _read_format_2(path: Path) -> Content:
     described = about["parts"]
     if not {"backbone", "vector"} <= set(described) <= set(PARTS):
         raise ValueError("a network has a backbone, a vector and perhaps " + ", ".join(list(PARTS)[2:]))
-    for place, entry in described.items():
-        if set(entry) != {"kind", "config"} or entry["kind"] not in PARTS[place]:
-            raise ValueError(f"{place} is of no known kind")
-    vocabulary, history = Vocabulary.from_json((path / VOCABULARY).read_text()), read_history(table)
-    body = described.pop("backbone")
+    vocabulary, body = Vocabulary.from_json((path / VOCABULARY).read_text()), described.pop("backbone")
     if (path / CONFIG).exists() != (body["kind"] == "bert"):
         raise ValueError(f"{CONFIG} belongs to a BERT, and to nothing else")
     if body["kind"] == "bert":
-        backbone = read_bert(path, vocabulary)
+        backbone = _read_bert(path, vocabulary)
     else:
         backbone = _read_parts(path / WEIGHTS, {"backbone": body}, vocabulary)["backbone"]
     parts = _read_parts(path / PARTS_WEIGHTS, described, vocabulary)
-    layer = parts["vector"].layer
-    if type(layer) is not int or described["vector"]["config"].get("hidden_size") not in (None, backbone.hidden_size):
+    if described["vector"]["config"].get("hidden_size") not in (None, backbone.hidden_size):
         raise ValueError("its vector does not fit its backbone")
-    layer_number(layer, backbone.n_layers)
-    return CellNetwork(backbone, **parts).eval(), vocabulary, training, history
+    return _checked(CellNetwork(backbone, **parts)), vocabulary, training, read_history(table)
 
 
 def _read_format_1(path: Path) -> Content:
@@ -313,13 +285,9 @@ def _read_format_1(path: Path) -> Content:
     if about["format"] != 1:
         raise ScbinModelError("M02", f"{FIRST} in {path} is not of format 1; it needs another scbin version.")
     vocabulary, pooled = Vocabulary.from_json(json.dumps(about["vocabulary"])), about["readout"]
-    backbone, layer = read_bert(path, vocabulary), pooled["layer"]
-    if type(layer) is not int:
-        raise ValueError("the layer of its cell vector is no number")
-    layer_number(layer, backbone.n_layers)
-    vector = PooledVector(vocabulary, backbone.hidden_size, pooled["pooling"], layer)
-    training, history = dict(about["training"]), read_history(about["history"])
-    left = [what for name, what in LEFT_OUT.items() if (path / name).exists()]
+    backbone = _read_bert(path, vocabulary)
+    vector = PooledVector(vocabulary, backbone.hidden_size, pooled["pooling"], pooled["layer"])
+    left = [name.split(".")[0] for name in LEFT_OUT if (path / name).exists()]
     left += ["gene weights"] if pooled.get("gene_weights") else []
     if left:
         text = (
@@ -327,35 +295,44 @@ def _read_format_1(path: Path) -> Content:
             f"{', '.join(left)} left out. Its embedding is the pooled hidden states; pretrain again for today's cell vectors."
         )
         warnings.warn(ScbinInputWarning("M06", text), stacklevel=5)
-    return CellNetwork(backbone, vector).eval(), vocabulary, training, history
+    network = _checked(CellNetwork(backbone, vector))
+    return network, vocabulary, dict(about["training"]), read_history(about["history"])
+
+
+def _read_bert(path: Path, vocabulary: Vocabulary) -> Any:
+    """Return the BERT in a directory, which has to be as large as the vocabulary needs."""
+    config = make_config(read_json(path / CONFIG), CONFIG)
+    own, needed = (config.vocab_size, config.max_position_embeddings), (vocabulary.n_tokens, vocabulary.n_positions)
+    if own[0] != needed[0] or own[1] < needed[1]:
+        what = f"the network in {path} has {own} tokens and positions, its vocabulary {needed}"
+        raise ScbinModelError("M04", f"{what}. They do not belong together.")
+    return BertBackbone(assemble(config, read_tensors(path / WEIGHTS, expected_tensors(config))))
+
+
+def _checked(network: CellNetwork) -> CellNetwork:
+    """Return a network whose vector reads a layer that its backbone has."""
+    if type(network.vector.layer) is not int:
+        raise ValueError("the layer of its cell vector is no number")
+    layer_number(network.vector.layer, network.backbone.n_layers)
+    return network.eval()
 
 
 def check_directory(path: Path, required: set[str], allowed: set[str]) -> None:
     """Refuse links, foreign files and missing ones before any is opened, then those that are not what the manifest says."""
     check_weights_there(path, WEIGHTS)
-    names, is_download = {entry.name for entry in os.scandir(path)} - HARMLESS, downloads(path) is not None
-    missing = required - names
-    if missing:
-        raise ScbinModelError(
-            "M01",
-            f"{path} is not a scbin model: {', '.join(sorted(missing))} is not in it. For a model published by others see "
-            "Model.from_geneformer, Model.from_polygene and Model.from_perturbgene.",
+    names, is_download = set(os.listdir(path)) - HARMLESS, downloads(path) is not None
+    if required - names:
+        what = f"{path} is not a scbin model: {', '.join(sorted(required - names))} is not in it"
+        fix = (
+            "For a model published by others see Model.from_geneformer, Model.from_polygene and Model.from_perturbgene"
         )
-    for name in sorted(names):
-        if name in allowed:
-            check_plain(path / name, MAX_WEIGHTS if name.endswith(".safetensors") else MAX_JSON)
-        elif not is_download:  # a download may hold what others fetched of the same repository
-            raise ScbinModelError("M03", f"{path} holds {name!r}, which does not belong into a model. Remove it first.")
-    fault: str | None = f"{MANIFEST} does not list the files of a model"
-    try:  # a manifest may leave a file out, or name one elsewhere that is not to be opened
-        files = parse_json(read_json(path / MANIFEST)["manifest"].encode())["files"]
-        kinds = {(type(entry["size"]), type(entry["sha256"])) for entry in files.values()}
-        if set(files) == names & allowed - {MANIFEST, CARD} and kinds == {(int, str)}:
-            fault = verify_directory(path, links=is_download, ignored={CARD})
-    except ScbinModelError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        pass
+        raise ScbinModelError("M01", f"{what}. {fix}.")
+    foreign = sorted(names - allowed)
+    if foreign and not is_download:  # a download may hold what others fetched of the same repository
+        raise ScbinModelError("M03", f"{path} holds {foreign[0]!r}, which does not belong to a model. Remove it first.")
+    for name in sorted(names & allowed):
+        check_plain(path / name, MAX_WEIGHTS if name.endswith(".safetensors") else MAX_JSON)
+    fault = verify_directory(path, names & allowed - {MANIFEST, CARD}, links=is_download)
     if fault:
         raise ScbinModelError("M02", f"the model in {path} is damaged: {fault}. Fetch or save it again.")
 
@@ -375,10 +352,9 @@ HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([\w.
 def local_directory(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     """Return the directory that a path names; for `"owner/name"` or `"owner/name@revision"` of the hub, that of its download.
 
-    Without a revision only the cache is looked at, so that a misspelt path never becomes a request to a server; a commit that is
-    in the cache is not asked for again.
+    Without a revision only the cache is looked at, so that a misspelt path never becomes a request to a server.
     """
-    directory = recovered(Path(path)) if revision is None else Path(path)
+    directory = recovered(Path(path))
     found = HUB_ID.fullmatch(path) if isinstance(path, str) and not os.path.lexists(directory) else None
     if revision is not None and (found is None or found[2] is not None):
         what = "is no 'owner/name' of the hub, or a path on this machine"
@@ -386,19 +362,10 @@ def local_directory(path: str | os.PathLike[str], revision: str | None = None) -
     if found is None:
         return directory
     hub_id, revision = found[1], revision or found[2]
-    is_commit = revision is not None and re.fullmatch("[0-9a-f]{40}", revision) is not None
-    # whether only to look into the cache: first, where that is enough, and then not
-    for cached in [True] * (revision is None or is_commit) + [False] * (revision is not None):
-        try:
-            return Path(
-                snapshot_download(hub_id, revision=revision, allow_patterns=sorted(ALLOWED), local_files_only=cached)
-            )
-        except (OSError, ValueError) as error:
-            fault = error
-    if revision is None:
-        what = "is neither a directory nor in the cache of the Hugging Face hub. To fetch it, say which state of it: "
-        what += f"Model.load({hub_id!r}, revision='...') with the hash of a commit."
-    else:
-        what = f"at {revision!r} could not be fetched from the Hugging Face hub ({type(fault).__name__}: {str(fault)[:120]}). "
-        what += "Check name, revision and connection."
-    raise ScbinModelError("M01", f"{hub_id} {what}") from fault
+    options: dict[str, Any] = {"allow_patterns": sorted(ALLOWED), "local_files_only": revision is None}
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, **options))
+    except (OSError, ValueError) as error:
+        what = f"is neither a directory nor, at {revision or 'main'!r}, to be had from the Hugging Face hub ({str(error)[:120]})"
+        fix = f"Say which state of it to fetch: Model.load({hub_id!r}, revision='...') with the hash of a commit"
+        raise ScbinModelError("M01", f"{hub_id} {what}. {fix}.") from error

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
+import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from scbin._arguments import shown
-from scbin._errors import ScbinInputError, ScbinModelError
+from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinModelError
 from scbin.io.dictionaries import VERSIONS, find_dictionaries, geneformer_vocabulary
-from scbin.io.directory import CONFIG, WEIGHTS, assemble, expected_tensors
+from scbin.io.directory import CONFIG, WEIGHTS, Content, assemble, expected_tensors
 from scbin.io.untrusted import (
     MAX_JSON,
     MAX_WEIGHTS,
@@ -24,7 +25,11 @@ from scbin.io.untrusted import (
     read_json,
     read_tensors,
 )
+from scbin.nn.backbone import layer_number
+from scbin.nn.bert import BertBackbone
 from scbin.nn.labels import GeneHead, LabelHead
+from scbin.nn.network import CellNetwork
+from scbin.nn.vector import PooledVector
 from scbin.tokens.rules import Bins
 from scbin.tokens.vocabulary import CLS, END, MASK, PAD, START, Phenotype, Vocabulary
 
@@ -33,23 +38,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
-    from transformers import BertConfig, BertForMaskedLM
+    from transformers import BertConfig
+
+Vector = tuple[Any, int | None]  # pooling and layer of the cell vector, None: the usual one
 
 HEAD, EMBEDDINGS = "cls.predictions.", "bert.embeddings."
 WORDS, POSITIONS = f"{EMBEDDINGS}word_embeddings.weight", f"{EMBEDDINGS}position_embeddings.weight"
-TYPES = f"{EMBEDDINGS}token_type_embeddings.weight"
-DECODER, DECODER_BIAS = f"{HEAD}decoder.weight", f"{HEAD}decoder.bias"
-COPIES = {DECODER: WORDS, DECODER_BIAS: f"{HEAD}bias"}  # tied tensors that some store twice, and what they are equal to
-COUNTED = (f"{EMBEDDINGS}position_ids",)  # 0, 1, 2 ..., stored by older versions of transformers
+DECODER, BIAS, DECODER_BIAS = (f"{HEAD}{name}" for name in ("decoder.weight", "bias", "decoder.bias"))
+# what some files hold beside the weights: those that are tied to others, and 0, 1, 2 ...
+IGNORED = (DECODER, DECODER_BIAS, f"{EMBEDDINGS}position_ids")
 
 
-class Published(NamedTuple):
-    """What a published directory holds, as scbin's own parts."""
-
-    bert: BertForMaskedLM
-    vocabulary: Vocabulary
-    labels: LabelHead | GeneHead | None
-    source: str
+# ---- what all of them need --------------------------------------------------------------------------------------------
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -69,149 +69,132 @@ def _bert_config(content: Mapping[str, Any], **changes: Any) -> BertConfig:
 
 
 def _read_weights(
-    path: Path,
-    config: BertConfig,
-    hidden: str | None = None,
-    *,
-    of_genes: bool = False,
-    renamed: Mapping[str, Any] | None = None,
-    absent: Collection[str] = (),
+    path: Path, config: BertConfig, theirs: Callable[[str], str | None] = lambda name: name, hidden: str = ""
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the tensors of a network by BERT's names and, of a classifier, those of its head by the names of ours.
 
-    A classifier of cells has a layer called `hidden` before its output, one `of_genes` has none. `renamed` has patterns of BERT's
-    names and what stands for them in the file. A classifier is published without the output layer of a BERT: what it gets for
-    one changes nothing and knows nothing.
+    `theirs` turns BERT's names into those in the file, `None` where it has no such tensor; `hidden` is their name of the layer
+    before the output of a classifier of cells. A classifier is published without the output layer of a BERT: what it gets for one
+    changes nothing and knows nothing.
     """
-
-    def theirs(name: str) -> str:
-        for pattern, replacement in (renamed or {}).items():
-            name = re.sub(pattern, replacement, name)
-        return name
-
-    found, expected, size = read_header(path / WEIGHTS), expected_tensors(config), config.hidden_size
-    layers: dict[str, tuple[str, int]] = {}
-    if hidden is not None and "classifier.weight" in found:
-        shape = found["classifier.weight"][1]
-        layers["classifier"] = ("output", shape[0] if len(shape) == 2 else 0)
-        if f"{hidden}.weight" in found or not of_genes:
-            layers[hidden] = ("dense", size)
-    names = [name for name in expected if name not in absent and not (layers and name.startswith(HEAD))]
-    shapes = {theirs(name): expected[name] for name in names}
-    copies = {copy: name for copy, name in COPIES.items() if copy in found and copy not in shapes and name in names}
-    shapes |= {copy: expected[name] for copy, name in copies.items()}
-    for layer, (_, width) in layers.items():
-        shapes[f"{layer}.weight"] = torch.empty(width, size, device="meta")
+    found, expected = read_header(path / WEIGHTS), expected_tensors(config)
+    shape = found.get("classifier.weight", ("", ()))[1] if hidden else ()
+    widths = {"classifier": shape[0], hidden: config.hidden_size} if len(shape) == 2 else {}
+    layers = {"classifier": "output", hidden: "dense"}
+    if f"{hidden}.weight" not in found:
+        widths.pop(hidden, None)  # of genes
+    stored = {name: theirs(name) for name in expected if not (widths and name.startswith(HEAD))}
+    shapes = {file_name: expected[name] for name, file_name in stored.items() if file_name is not None}
+    for layer, width in widths.items():
+        shapes[f"{layer}.weight"] = torch.empty(width, config.hidden_size, device="meta")
         shapes[f"{layer}.bias"] = torch.empty(width, device="meta")
-    read = read_tensors(path / WEIGHTS, shapes, COUNTED)
-    for copy, name in copies.items():
-        if not torch.equal(read[copy], read[name]):
-            raise ScbinModelError("M02", f"{copy} in {WEIGHTS} differs from {name}, with which it should be tied.")
-    tensors = {name: read[theirs(name)] if name in names else torch.zeros(expected[name].shape) for name in expected}
-    if layers:
+    read = read_tensors(path / WEIGHTS, shapes, IGNORED)
+    tensors = {name: torch.zeros(blank.shape) for name, blank in expected.items() if stored.get(name) is None}
+    tensors |= {name: read[file_name] for name, file_name in stored.items() if file_name is not None}
+    if widths:
         tensors[f"{HEAD}transform.dense.weight"].fill_diagonal_(1)
         tensors[f"{HEAD}transform.LayerNorm.weight"].fill_(1)
         tensors |= {DECODER: tensors[WORDS]} if DECODER in expected else {}
-    parts = ("weight", "bias")
-    return tensors, {f"{ours}.{k}": read[f"{layer}.{k}"] for layer, (ours, _) in layers.items() for k in parts}
+    return tensors, {f"{layers[layer]}.{k}": read[f"{layer}.{k}"] for layer in widths for k in ("weight", "bias")}
 
 
-def _labels(
+def _head(
     vocabulary: Vocabulary, weights: dict[str, Tensor], target: str, class_names: Any, stored: Any = None, **design: Any
-) -> LabelHead | GeneHead | None:
+) -> Any:
     """Return the head of a classifier; its classes are those given, or those that config.json stores, or LABEL_0 and so on."""
+    n_classes, size = weights["output.weight"].shape if weights else (0, 0)
+    if class_names is not None and (isinstance(class_names, str) or len(class_names) != n_classes or not weights):
+        what = f"class_names={shown(class_names)} was given, but the model tells {n_classes} classes apart"
+        raise ScbinInputError("A02", f"{what}. Name each of them; leave it out where the model is no classifier.")
     if not weights:
-        if class_names is not None:
-            raise ScbinInputError("A02", "class_names were given, but this model is no classifier.")
         return None
-    n_classes, size = weights["output.weight"].shape
-    if class_names is not None and (isinstance(class_names, str) or len(class_names) != n_classes):
-        what = f"class_names={shown(class_names)} does not name each of them."
-        raise ScbinInputError("A02", f"the model tells {n_classes} classes apart; {what}")
-    names = class_names
-    if names is None and isinstance(stored, dict):
-        names = [stored.get(str(k)) for k in range(n_classes)]
-    if names is None or not all(type(each) is str for each in names):
-        names = [f"LABEL_{k}" for k in range(n_classes)]
-    answer = {"name": target, "classes": list(names)}
-    head: LabelHead | GeneHead
-    if "dense.weight" in weights:
-        head = LabelHead(vocabulary, size, [answer], expression=False, **design)
-    else:
-        head = GeneHead(vocabulary, size, [answer])
+    stored = stored if isinstance(stored, dict) else {}
+    names = [stored.get(str(k)) for k in range(n_classes)] if class_names is None else list(class_names)
+    names = [name if isinstance(name, str) else f"LABEL_{k}" for k, name in enumerate(names)]
+    if any(name.startswith("LABEL_") for name in names):
+        text = "the model does not store what LABEL_0 ... are. Pass class_names= in the order of training."
+        warnings.warn(ScbinInputWarning("M06", text), stacklevel=5)
+    of_cells, answers = "dense.weight" in weights, [{"name": target, "classes": names}]
+    head: Any = LabelHead if of_cells else GeneHead
+    head = head(vocabulary, size, answers, **({"expression": False, **design} if of_cells else {}))
     head.load_state_dict(head.state_dict() | weights)
     return head.eval()
 
 
-def read_geneformer(path: Path, dictionaries: Path | None, target: str, class_names: Sequence[str] | None) -> Published:
+def _content(
+    source: str, backbone: Any, vocabulary: Vocabulary, vector: Vector, usual: Vector = ("mean", -1), head: Any = None
+) -> Content:
+    """Return what a model consists of; a classifier has the vector that its head reads, and no other."""
+    if head is not None:
+        if vector != (None, None):
+            raise ScbinInputError("A03", "a classifier's head says which layer and pooling it reads; pass neither.")
+        usual = ("mean" if isinstance(head, GeneHead) else "first", -1)
+    pooling, layer = (own if given is None else given for given, own in zip(vector, usual, strict=True))
+    layer_number(layer, backbone.n_layers)
+    cells = PooledVector(vocabulary, backbone.hidden_size, pooling, layer)
+    return CellNetwork(backbone, cells, labels=head).eval(), vocabulary, {"published_as": source}, pd.DataFrame()
+
+
+# ---- Geneformer -------------------------------------------------------------------------------------------------------
+
+
+def read_geneformer(path: Path, dictionaries: Path | None, vector: Vector, target: str, class_names: Any) -> Content:
     """Return a Geneformer model, V1 or V2, pretrained or a classifier of cells or genes, with the vocabulary of its version."""
     content = _read_config(path)
     config = _bert_config(content)
-    tensors, weights = _read_weights(path, config, "bert.pooler.dense", of_genes=True)
-    tokens, medians, *names = find_dictionaries(path, dictionaries, config.vocab_size)
-    vocabulary = geneformer_vocabulary(tokens or {}, medians or {}, *names)
+    tensors, weights = _read_weights(path, config, hidden="bert.pooler.dense")
+    vocabulary = geneformer_vocabulary(*find_dictionaries(path, dictionaries, config.vocab_size))
     vocabulary = replace(vocabulary, max_length=config.max_position_embeddings)
+    if vocabulary.name_map is None:
+        text = "the dictionaries name no gene by symbol, or are not there: genes are found by Ensembl id only."
+        warnings.warn(ScbinInputWarning("V05", text), stacklevel=4)
     design = {"hidden": "tanh", "dropout": config.hidden_dropout_prob}
-    labels = _labels(vocabulary, weights, target, class_names, content.get("id2label"), **design)
-    version = VERSIONS.get(config.vocab_size, (f"with {config.vocab_size:,} tokens",))[0]
-    return Published(assemble(config, tensors), vocabulary, labels, f"Geneformer {version}")
+    head = _head(vocabulary, weights, target, class_names, content.get("id2label"), **design)
+    source = f"Geneformer {VERSIONS.get(config.vocab_size, f'with {config.vocab_size:,} tokens')}"
+    usual = ("cls" if CLS in vocabulary.specials else "mean", -2)
+    return _content(source, BertBackbone(assemble(config, tensors)), vocabulary, vector, usual, head)
 
+
+# ---- Polygene and PerturbGene: bins of expression, a position for each gene -------------------------------------------
 
 FRAME = 8  # positions that are no gene: [CLS], five phenotypes, [START], [END]
 POSITION_OF = {"sex": 1, "tissue": 2, "cell_type": 3, "age": 4, "disease": 5}
 
 
 def _bins_vocabulary(
-    genes: Sequence[str],
-    n_genes: int,
-    specials: dict[str, int],
-    phenotypes: tuple[Phenotype, ...],
-    first_bin: int,
-    n_edges: int,
-    edges: Sequence[float] | None,
-    published: Mapping[int, Bins],
+    genes: Sequence[str], n_genes: int, edges: Any, n_edges: int, published: Collection[int], **parts: Any
 ) -> Vocabulary:
     """Return the vocabulary, if the network has a position for each gene and an id for each bin."""
     if isinstance(genes, str) or not all(isinstance(gene, str) and gene for gene in genes):
         raise ScbinInputError("A01", "genes needs the list of gene names in the order of the training.")
-    if len(genes) != n_genes:
-        what = f"genes has {len(genes):,} names, but this model has positions for {n_genes:,}"
-        raise ScbinInputError(
-            "A02", f"{what}. Pass the list of its training, in that order; the model does not store it."
-        )
-    if edges is None and n_edges not in published:
-        what = f"the token ids of this model leave room for {n_edges} edges between bins, which no published model has"
-        raise ScbinInputError("A02", f"{what}. Check phenotypes=, or pass edges= as they were in training.")
-    if edges is not None and len(edges) != n_edges:
-        raise ScbinInputError("A02", f"edges has {len(edges)} numbers, but the token ids of this model need {n_edges}.")
+    if len(genes) != n_genes or (n_edges not in published if edges is None else len(edges) != n_edges):
+        what = f"this model has positions for {n_genes:,} genes and token ids for {n_edges} edges between bins"
+        fix = f"Pass the {n_genes:,} genes of its training in that order, not {len(genes):,}; check phenotypes= and edges="
+        raise ScbinInputError("A02", f"{what}, which is not what was given. {fix}.")
+    between = np.linspace(0.1, 9.0, n_edges) if edges is None else np.asarray(edges, dtype=np.float64)
     return Vocabulary(
         encoding="bins",
         genes=tuple(map(str, genes)),
-        specials=specials,
-        phenotypes=phenotypes,
-        first_gene_id=first_bin,
         first_gene_position=FRAME - 1,
         max_length=n_genes + FRAME,
         # Polygene has tokens for genes in bin 0 too, which no other attends to: leaving them out changes nothing else
-        bins=Bins(published[n_edges].edges if edges is None else tuple(np.asarray(edges, dtype=np.float64).tolist())),
+        bins=Bins(tuple(between.tolist())),
         gene_shares=(1 / n_genes,) * n_genes,  # what counts each gene held in training is unknown
+        **parts,
     )
 
 
-def _values(phenotypes: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Return lists of values under scbin's names of the categories; `{value: id}` is taken in the order of the ids."""
-    found: dict[str, tuple[str, ...]] = {}
-    for category, values in phenotypes.items():
-        if isinstance(values, dict) and all(type(number) is int for number in values.values()):
-            values = sorted(values, key=values.__getitem__)
-        name = "age" if category == "development_stage" else category
-        if name not in POSITION_OF:
-            raise ScbinInputError("A02", f"{shown(category)} is none of the phenotypes {', '.join(POSITION_OF)}.")
-        if isinstance(values, str | dict) or not all(isinstance(value, str) for value in values):
-            what = "needs a list of texts in the order of the token ids."
-            raise ScbinInputError("A01", f"phenotypes[{shown(category)}] {what}")
-        found[name] = tuple(map(_plain_value, values))
-    return found
+def _values(phenotypes: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+    """Return the values of each category under scbin's names of them, if they are as many as the model has (0: any number)."""
+    given = {"age" if name == "development_stage" else name: values for name, values in phenotypes.items()}
+    for name in {**sizes, **given}:
+        values, n = given.get(name, ()), sizes.get(name, -1)
+        texts = not isinstance(values, str) and all(isinstance(value, str) for value in values)
+        if not texts or not values or len(values) != (n or len(values)):
+            listed = ", ".join(f"{n or ''} {known}".strip() for known, n in sizes.items())
+            what = f"phenotypes needs the values of {listed} in the order of their tokens"
+            raise ScbinInputError("A02", f"{what}; of {name!r} it has {shown(values)}.")
+    return {name: tuple(map(_plain_value, given[name])) for name in sizes}
 
 
 def _plain_value(text: str) -> str:
@@ -228,51 +211,36 @@ POLYGENE = {
 }
 
 
-def read_polygene(
-    path: Path, genes: Sequence[str], phenotypes: Mapping[str, Sequence[str]] | None, edges: Sequence[float] | None
-) -> Published:
+def read_polygene(path: Path, genes: Sequence[str], phenotypes: Any, edges: Any, vector: Vector) -> Content:
     """Return a Polygene model: our own layout with other token ids."""
     config = _bert_config(_read_config(path))
-    values = _polygene_values(path / NAMES, phenotypes)
+    listed = _polygene_names(path / NAMES) if phenotypes is None else phenotypes
+    values = _values(listed, {name: n for name, (_, n, _) in POLYGENE.items()})
+    known = [Phenotype(n, values[n], POSITION_OF[n], first, missing) for n, (first, _, missing) in POLYGENE.items()]
     vocabulary = _bins_vocabulary(
         genes,
         config.max_position_embeddings - FRAME,
-        {PAD: 0, MASK: 1, CLS: 3, START: 5, END: 6},
-        tuple(Phenotype(n, values[n], POSITION_OF[n], first, missing) for n, (first, _, missing) in POLYGENE.items()),
-        POLYGENE_BIN,
-        config.vocab_size - POLYGENE_BIN - 1,
         edges,
-        {n: Bins.polygene(n + 1) for n in range(1, 256)},
+        config.vocab_size - POLYGENE_BIN - 1,
+        published=range(1, 256),
+        specials={PAD: 0, MASK: 1, CLS: 3, START: 5, END: 6},
+        phenotypes=tuple(known),
+        first_gene_id=POLYGENE_BIN,
     )
-    return Published(assemble(config, _read_weights(path, config)[0]), vocabulary, None, "Polygene")
+    tensors, _ = _read_weights(path, config)
+    return _content("Polygene", BertBackbone(assemble(config, tensors)), vocabulary, vector)
 
 
-def _polygene_values(path: Path, phenotypes: Mapping[str, Sequence[str]] | None) -> dict[str, tuple[str, ...]]:
-    """Return the values of each phenotype in the order of their ids, from the lists given or the text beside the model."""
-    listed: dict[str, tuple[str, ...]] = {}
-    if os.path.lexists(path):
-        check_plain(path, MAX_JSON)
-        try:
-            texts = path.read_text(encoding="utf-8").splitlines()
-        except ValueError as error:
-            raise ScbinModelError("M02", f"{path.name} is not text ({str(error)[:80]}).") from error
-        if len(texts) < POLYGENE_BIN or [text.upper() for text in texts[:4]] != ["[PAD]", "[MASK]", "[SEP]", "[CLS]"]:
-            raise ScbinModelError("M02", f"{path.name} does not list Polygene's tokens, one per line from [PAD] on.")
-        for name, (first, n, _) in POLYGENE.items():
-            listed[name] = tuple(map(_plain_value, texts[first : first + n]))
-    if phenotypes is None:
-        if not listed:
-            what = f"{path.parent} has no {NAMES} with the names of the tokens"
-            raise ScbinInputError("A03", f"{what}: pass phenotypes={{'sex': [...], ...}}.")
-        return listed
-    given = _values(phenotypes)
-    for name, (_, n, _) in POLYGENE.items():
-        own = given.get(name, ())
-        if len(own) != n:
-            raise ScbinInputError("A02", f"Polygene knows {n} values of {name!r}; phenotypes has {len(own)}.")
-        if listed and [v.replace("_", " ") for v in own] != [v.replace("_", " ") for v in listed[name]]:
-            raise ScbinInputError("A03", f"the values of {name!r} are not those of {path.name}, in its order.")
-    return given
+def _polygene_names(path: Path) -> dict[str, list[str]]:
+    """Return the values of each phenotype in the order of their ids, from the text beside the model."""
+    if not os.path.lexists(path):
+        what = f"{path.parent} has no {NAMES} with the names of the tokens"
+        raise ScbinInputError("A03", f"{what}: pass phenotypes={{'sex': [...], ...}}.")
+    check_plain(path, MAX_JSON)
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    if len(texts) < POLYGENE_BIN or [text.upper() for text in texts[:4]] != ["[PAD]", "[MASK]", "[SEP]", "[CLS]"]:
+        raise ScbinModelError("M02", f"{path.name} does not list Polygene's tokens, one per line from [PAD] on.")
+    return {name: texts[first : first + n] for name, (first, n, _) in POLYGENE.items()}
 
 
 ORDER = ("cell_type", "age", "disease", "sex", "tissue")  # of its token ids and of its token types
@@ -284,61 +252,64 @@ KEYS = {
     **{"type_vocab_size": "max_position_embeddings", "vocab_size": "vocab_size"},
     **{"initializer_range": "initializer_range"},
 }
-# our names, in the order in which they are replaced, and theirs
-DISTILBERT: dict[str, str | Callable[[re.Match[str]], str]] = {
-    r"^bert\.embeddings\.position_embeddings": "distilbert.embeddings.token_type_embeddings",
-    r"^bert\.embeddings": "distilbert.embeddings",
-    r"^bert\.encoder\.layer": "distilbert.transformer.layer",
-    r"attention\.self\.(query|key|value)": lambda found: f"attention.{found[1][0]}_lin",
-    r"attention\.output\.dense": "attention.out_lin",
-    r"attention\.output\.LayerNorm": "sa_layer_norm",
-    r"intermediate\.dense": "ffn.lin1",
-    r"(\d)\.output\.dense": r"\1.ffn.lin2",
-    r"(\d)\.output\.LayerNorm": r"\1.output_layer_norm",
-    r"^cls\.predictions\.transform\.dense": "vocab_transform",
-    r"^cls\.predictions\.transform\.LayerNorm": "vocab_layer_norm",
-    r"^cls\.predictions\.decoder": "vocab_projector",
-    r"^cls\.predictions\.bias": "vocab_projector.bias",
+# parts of our names, in the order in which they are replaced, and of theirs
+DISTILBERT = {
+    "bert.embeddings.position_embeddings": "distilbert.embeddings.token_type_embeddings",
+    "bert.embeddings.word": "distilbert.embeddings.word",
+    "bert.embeddings.LayerNorm": "distilbert.embeddings.LayerNorm",
+    "bert.encoder.layer": "distilbert.transformer.layer",
+    "attention.self.query": "attention.q_lin",
+    "attention.self.key": "attention.k_lin",
+    "attention.self.value": "attention.v_lin",
+    "attention.output.dense": "attention.out_lin",
+    "attention.output.LayerNorm": "sa_layer_norm",
+    "intermediate.dense": "ffn.lin1",
+    "output.dense": "ffn.lin2",
+    "output.LayerNorm": "output_layer_norm",
+    "cls.predictions.transform.dense": "vocab_transform",
+    "cls.predictions.transform.LayerNorm": "vocab_layer_norm",
+    "cls.predictions.decoder": "vocab_projector",
+    "cls.predictions.bias": "vocab_projector.bias",
 }
 
 
+def _of_distilbert(name: str) -> str | None:
+    """Return PerturbGene's name of a tensor of BERT; it has no token types beside those that are our positions."""
+    if name in (f"{EMBEDDINGS}token_type_embeddings.weight", DECODER_BIAS):
+        return None
+    for ours, theirs in DISTILBERT.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
 def read_perturbgene(
-    path: Path,
-    genes: Sequence[str],
-    phenotypes: Mapping[str, Sequence[str]],
-    edges: Sequence[float] | None,
-    target: str,
-    class_names: Sequence[str] | None,
-) -> Published:
+    path: Path, genes: Sequence[str], phenotypes: Any, edges: Any, vector: Vector, target: str, class_names: Any
+) -> Content:
     """Return a PerturbGene model, a DistilBERT whose token types are our positions, pretrained or a classifier of cells."""
     content = {KEYS[key]: value for key, value in _read_config(path).items() if key in KEYS}
     theirs = _bert_config(content, type_vocab_size=1, tie_word_embeddings=False, pad_token_id=0, layer_norm_eps=1e-12)
-    values = _values(phenotypes)
-    if set(values) != set(ORDER):
-        what = f"{', '.join(ORDER)}; found {', '.join(values) or 'none'}"
-        raise ScbinInputError("A02", f"phenotypes needs the values of {what}.")
+    values = _values(phenotypes, dict.fromkeys(ORDER, 0))
     *starts, first_bin = np.cumsum([4, *(len(values[name]) for name in ORDER)]).tolist()
     start_of = dict(zip(ORDER, starts, strict=True))
     vocabulary = _bins_vocabulary(
         genes,
         theirs.max_position_embeddings - 6,
-        {PAD: 0, MASK: 1, CLS: 2, END: 3},
-        # a cell without a label has no token: PerturbGene leaves such a category out
-        tuple(Phenotype(n, values[n], at, start_of[n], missing_id=0) for n, at in POSITION_OF.items()),
-        first_bin,
-        theirs.vocab_size - first_bin - 1,
         edges,
-        {n: Bins.perturbgene(n) for n in (1, 10)},
+        theirs.vocab_size - first_bin - 1,
+        published=(1, 10),
+        specials={PAD: 0, MASK: 1, CLS: 2, END: 3},
+        # a cell without a label has no token: PerturbGene leaves such a category out
+        phenotypes=tuple(Phenotype(n, values[n], at, start_of[n], missing_id=0) for n, at in POSITION_OF.items()),
+        first_gene_id=first_bin,
     )
-    absent = (TYPES, DECODER_BIAS)
-    tensors, weights = _read_weights(path, theirs, "pre_classifier", renamed=DISTILBERT, absent=absent)
-    labels = _labels(vocabulary, weights, target, class_names, hidden="relu", dropout=DROPOUT)
-    for name in (WORDS, DECODER, f"{HEAD}bias"):  # rows in the order of our ids
+    tensors, weights = _read_weights(path, theirs, _of_distilbert, hidden="pre_classifier")
+    head = _head(vocabulary, weights, target, class_names, hidden="relu", dropout=DROPOUT)
+    for name in (WORDS, DECODER, BIAS):  # rows in the order of our ids
         tensors[name] = torch.cat([tensors[name][SPECIALS], tensors[name][4:]])
-    tensors[DECODER_BIAS] = tensors[f"{HEAD}bias"].clone()
+    tensors[DECODER_BIAS] = tensors[BIAS].clone()
     old = tensors[POSITIONS]  # (genes + 6, H): none, the phenotypes in their order, the genes
     rows = [0, *(1 + ORDER.index(name) for name in POSITION_OF)]
     start = torch.zeros_like(old[:1])  # [START], which they do not have and no row has
     tensors[POSITIONS] = torch.cat([old[rows], start, old[6:], old[:1]])
     config = _bert_config(theirs.to_dict(), max_position_embeddings=vocabulary.n_positions)
-    return Published(assemble(config, tensors), vocabulary, labels, "PerturbGene")
+    return _content("PerturbGene", BertBackbone(assemble(config, tensors)), vocabulary, vector, head=head)
