@@ -1,12 +1,16 @@
-"""Real cells for trying things out, without a download."""
+"""Cells for trying things out, without a download: real ones and a simulated screen."""
 
 from __future__ import annotations
 
 import warnings
 from typing import TYPE_CHECKING
 
+from scbin.datasets._perturbseq import perturbseq
+
 if TYPE_CHECKING:
     from anndata import AnnData
+
+__all__ = ["pbmc68k_reduced", "perturbseq"]
 
 
 def pbmc68k_reduced() -> AnnData:
@@ -16,7 +20,7 @@ def pbmc68k_reduced() -> AnnData:
 
     Returns
     -------
-    A new AnnData with log1p values in `X` (CSR) and the cell types in `obs["bulk_labels"]`.
+    A new AnnData with log1p values of counts, rounded to three digits, in `X` (CSR), and the cell types in `obs["bulk_labels"]`.
 
     Examples
     --------
@@ -34,5 +38,4 @@ def pbmc68k_reduced() -> AnnData:
         shipped = sc.datasets.pbmc68k_reduced()
     # only the measured cells: neighbours, PCA and colours in the file belong to another analysis
     obs = shipped.obs[["bulk_labels", "louvain", "phase", "n_genes", "n_counts", "percent_mito"]].copy()
-    # the values are rounded to three digits, so only the note in uns tells that they are logs
     return AnnData(csr_matrix(shipped.raw.X), obs=obs, var=shipped.raw.var[[]].copy(), uns={"log1p": {}})

@@ -1,0 +1,150 @@
+"""A simulated Perturb-seq screen of which everything is known."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy.sparse import csr_matrix
+
+from scbin._arguments import checked
+from scbin._errors import ScbinInputError
+
+
+@checked
+def perturbseq(
+    n_perturbations: int = 40,
+    n_cells: int = 4000,
+    n_genes: int = 500,
+    *,
+    n_modules: int = 8,
+    n_pairs: int = 0,
+    effect: float = 1.0,
+    no_effect: float = 0.2,
+    known_modules: bool = True,
+    synergy: float = 1.0,
+    efficiency: float = 0.8,
+    depth: float = 1000.0,
+    n_batches: int = 2,
+    n_donors: int = 4,
+    seed: int = 0,
+) -> AnnData:
+    """Simulate a CRISPRi screen in which the effect of every perturbation is known.
+
+    Genes belong to modules that vary together in unperturbed cells. Knocking down a gene lowers its own module, moves others through a
+    wiring of modules, touches a few genes directly, and causes a response that all perturbations share. A pair adds up its two
+    genes, plus a synergy that depends on the two modules.
+
+    Parameters
+    ----------
+    n_perturbations
+        Targets, the first genes of the table.
+    n_cells
+        Cells in all; a tenth of them, at least 100, are controls.
+    n_genes
+        Genes.
+    n_modules
+        Modules of genes. A tenth of the genes belong to none, but no target.
+    n_pairs
+        Pairs of targets that are perturbed together.
+    effect
+        Size of all effects but that on the target itself; 0 is a screen of pure noise.
+    no_effect
+        Fraction of the targets whose perturbation does nothing else.
+    known_modules
+        Whether a target acts through the module that it varies with. If not, through one drawn at random: effects are real, and
+        no feature of the target foretells them.
+    synergy
+        Size of what a pair does beyond the sum, relative to the effect of a module.
+    efficiency
+        Mean fraction of cells in which a guide works. There are three guides for each gene.
+    depth
+        Median counts of a cell.
+    n_batches
+        Batches, which differ in every gene.
+    n_donors
+        Donors, which differ in every gene.
+    seed
+        The same seed gives the same cells.
+
+    Returns
+    -------
+    A new AnnData of counts with `obs["perturbation"]` (`"GENE0"`, `"GENE0+GENE1"`, `"control"`), `obs["guide"]`, `obs["batch"]` and
+    `obs["donor"]`, `var["module"]` (-1: none), and `uns["perturbseq"]`: `"names"` of the perturbations and their `"log_change"`, the
+    mean change of log expression (perturbations, genes).
+
+    Raises
+    ------
+    ScbinInputError
+        If there are fewer genes than targets, too few cells, or more pairs than targets allow.
+
+    Examples
+    --------
+    >>> import scbin
+    >>> adata = scbin.datasets.perturbseq(n_perturbations=10, n_cells=500, n_genes=100)
+    >>> adata.shape, adata.obs["perturbation"].nunique()
+    ((500, 100), 11)
+    """
+    least: dict[str, tuple[float, int]] = {
+        "n_perturbations": (n_perturbations, 1),
+        "n_modules": (n_modules, 1),
+        "n_batches": (n_batches, 1),
+    }
+    least |= {"n_donors": (n_donors, 1), "n_pairs": (n_pairs, 0), "seed": (seed, 0), "depth": (depth, 1)}
+    least |= {"n_genes": (n_genes, n_perturbations), "n_cells": (n_cells, 100 + n_perturbations + n_pairs)}
+    for name, (value, smallest) in least.items():
+        if value < smallest:
+            raise ScbinInputError("A02", f"{name} is {value}; it needs to be at least {smallest}.")
+    every = list(combinations(range(n_perturbations), 2))
+    if n_pairs > len(every):
+        raise ScbinInputError("A02", f"n_pairs is {n_pairs}, but {n_perturbations} targets make {len(every)} pairs.")
+    rng = np.random.default_rng(seed)
+    module = np.where(rng.random(n_genes) < 0.1, -1, rng.integers(n_modules, size=n_genes))
+    module[:n_perturbations] = rng.integers(n_modules, size=n_perturbations)
+    member = (module[:, None] == np.arange(n_modules)) * rng.gamma(8, 1 / 8, (n_genes, n_modules))  # (genes, modules)
+
+    # what perturbing does to modules (perturbations, modules), and then to genes
+    wiring = -np.eye(n_modules) + np.where(rng.random((n_modules,) * 2) < 0.25, rng.normal(0, 0.5, (n_modules,) * 2), 0)
+    acts = module[:n_perturbations] if known_modules else rng.integers(n_modules, size=n_perturbations)
+    works = rng.random(n_perturbations) >= no_effect
+    strength = works * effect * rng.uniform(0.5, 1.0, n_perturbations)
+    direct = (rng.random((n_perturbations, n_genes)) < 0.02) * rng.normal(0, 0.6, (n_perturbations, n_genes))
+    shared = 0.25 * rng.normal(size=n_genes) * (rng.random(n_genes) < 0.3)
+    change = strength[:, None] * (wiring[acts] @ member.T + direct + shared)
+    pairs = [every[i] for i in rng.choice(len(every), n_pairs, replace=False)]
+    beyond = synergy * rng.normal(0, 0.7, (n_modules, n_modules, n_modules))
+    beyond = (beyond + beyond.transpose(1, 0, 2)) / np.sqrt(2)
+    rows = [change[a] + change[b] + strength[a] * strength[b] * (member @ beyond[acts[a], acts[b]]) for a, b in pairs]
+    change = np.vstack([np.zeros(n_genes), change, *rows])  # control first
+    sets = [(), *((k,) for k in range(n_perturbations)), *pairs]
+    for row, targets in zip(change, sets, strict=True):
+        row[list(targets)] = -2.0
+
+    n_controls = max(100, n_cells // 10)
+    which = np.concatenate([np.zeros(n_controls, int), 1 + np.arange(n_cells - n_controls) % (len(sets) - 1)])
+    which = rng.permutation(which)
+    guide, batch, donor = (rng.integers(n, size=n_cells) for n in (3, n_batches, n_donors))
+    guide_works = np.clip(rng.normal(efficiency, 0.1, (len(sets), 3)), 0, 1)
+    hit = rng.random(n_cells) < guide_works[which, guide]
+    noise = rng.normal(0, 0.5, (n_cells, n_modules)) @ member.T  # the state of a cell, and where it is from
+    noise += 0.2 * rng.normal(size=(n_batches, n_genes))[batch] + 0.2 * rng.normal(size=(n_donors, n_genes))[donor]
+    share = np.exp(rng.normal(0, 1.5, n_genes) + noise + hit[:, None] * change[which])
+    share *= (depth * rng.lognormal(0, 0.3, n_cells) / share.sum(axis=1))[:, None]
+    counts = rng.poisson(share * rng.gamma(5.0, 0.2, share.shape))
+
+    genes = [f"GENE{k}" for k in range(n_genes)]
+    names = np.array(["control", *("+".join(sorted(genes[k] for k in targets)) for targets in sets[1:])], dtype=object)
+    obs = pd.DataFrame(
+        {
+            "perturbation": pd.Categorical(names[which]),
+            "guide": pd.Categorical([f"{names[w]}_g{g + 1}" for w, g in zip(which, guide, strict=True)]),
+            "batch": pd.Categorical([f"batch{b}" for b in batch]),
+            "donor": pd.Categorical([f"donor{d}" for d in donor]),
+        },
+        index=[f"cell{k}" for k in range(n_cells)],
+    )
+    mean = (guide_works.mean(axis=1)[1:, None] * change[1:]).astype(np.float32)
+    uns, var = {"perturbseq": {"names": names[1:], "log_change": mean}}, pd.DataFrame({"module": module}, index=genes)
+    return AnnData(csr_matrix(counts.astype(np.float32)), obs=obs, var=var, uns=uns)

@@ -1,0 +1,223 @@
+"""`tl.fit_perturbations`: what measured perturbations do, which of them reproduce, and how to predict others."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+from scipy.stats import false_discovery_control
+
+from scbin import _docs, _keys
+from scbin._adata import check_adata, copied, gene_names, read_tokens, warn, write
+from scbin._arguments import checked
+from scbin._errors import ScbinInputError, ScbinTypeError, count
+from scbin.model import resolve_model
+from scbin.tl._genes import mean_gene_vectors
+from scbin.tl._responses import Sums, control_features, narrow, reproducibility, sum_cells
+from scbin.tl._screen import Cells, read_cells
+from scbin.tokens.tokens import MemoryTokens
+
+if TYPE_CHECKING:
+    import os
+
+    from anndata import AnnData
+
+    from scbin.model import Model
+
+REPRODUCIBLE = 0.3  # smallest split-half correlation, beside an FDR of 5 %
+FEWEST_SINGLES = 3
+
+
+@_docs.shared
+@checked
+def fit_perturbations(
+    adata: AnnData,
+    model: Model | str | os.PathLike[str] | None = None,
+    *,
+    key: str = "perturbation",
+    control: str = "control",
+    donor_key: str | None = None,
+    batch_key: str | None = None,
+    mode: Literal["crispri", "ko", "activation"] = "crispri",
+    features: str | pd.DataFrame | None = None,
+    min_cells: int = 10,
+    layer: str | None = None,
+    total_key: str | None = None,
+    seed: int = 0,
+    copy: bool = False,
+) -> AnnData | None:
+    """Measure what each perturbation of a screen (Perturb-seq) changed, whether that reproduces, and learn to predict others.
+
+    The change of a perturbation is the mean log expression of its cells minus that of the controls of the same batch and donor. It
+    reproduces if two halves of its cells (of the donors), each with controls of its own, agree by more than noise does.
+    :func:`scbin.tl.predict_perturbations` then predicts perturbations that were not done by kernel ridge regression over the
+    measured ones, and :func:`scbin.tl.evaluate_perturbations` says how good that is; run it before you believe a prediction.
+
+    Parameters
+    ----------
+    {adata}
+    model
+        A :class:`scbin.Model` or the path of its directory, whose gene vectors become features of targets. `None`: without.
+    key
+        Column of `obs` with the perturbation: `"A"`, pairs as `"A+B"` or `"A_B"`, guides as `"A_sg1"`.
+    control
+        What it says for unperturbed cells.
+    donor_key
+        Column of `obs` with the donor. Donors are then the replicates: halves share none.
+    batch_key
+        Column of `obs`, within which cells are compared with controls: a batch, or a cell line.
+    mode
+        `"crispri"` and `"ko"`: the target itself goes down by a fraction, that of the other targets; `"activation"`: it goes up.
+    features
+        Your own features of genes, such as embeddings of their descriptions: a table of numbers with gene names as index, or the
+        name of one in `varm`. Targets that are no genes of `adata` can be predicted from them.
+    min_cells
+        Perturbations with fewer cells are listed, but nothing is learned from them.
+    {layer}
+    total_key
+        Column of `obs` with the total counts of each cell, where `adata` holds only some of the genes.
+    {seed}
+    {copy}
+
+    Returns
+    -------
+    {returns_copy}
+
+    `adata.uns["scbin_perturbations"]`
+        `"table"`, one row per perturbation (:func:`scbin.get.perturbations_df`); `"change"` (perturbations, `"genes"`) of log1p
+        expression; `"features"` of genes; and `"params"` as JSON.
+
+    Raises
+    ------
+    ScbinInputError
+        If there are no controls, or fewer than three single perturbations with enough cells. Nothing is written then.
+
+    Examples
+    --------
+    >>> import scbin
+    >>> adata = scbin.datasets.perturbseq(n_perturbations=10, n_cells=800, n_genes=100)
+    >>> scbin.tl.fit_perturbations(adata, batch_key="batch")
+    >>> scbin.get.perturbations_df(adata)["reproducible"].sum() > 5
+    True
+    """
+    check_adata(adata)
+    if min_cells < 2 or seed < 0:
+        raise ScbinInputError("A02", f"min_cells is {min_cells} and seed {seed}; they need to be at least 2 and 0.")
+    params: dict[str, Any] = {
+        "key": key,
+        "control": control,
+        "donor_key": donor_key,
+        "batch_key": batch_key,
+        "layer": layer,
+    }
+    params |= {"total_key": total_key, "mode": mode, "min_cells": min_cells, "seed": seed}
+    user = _user_features(adata, features)
+    cells = read_cells(adata, params, [] if user is None else user.index)
+    genes = np.asarray(adata.var_names.astype(str), dtype=object)
+    sums = sum_cells(cells.values, cells.group, cells.stratum, cells.donor, seed)
+    table = _table(cells, sums, genes, min_cells, seed)
+    is_single = (table["n_targets"] == 1) & (table["status"] == "measured")
+    if is_single.sum() < FEWEST_SINGLES:
+        found = f"only {count(int(is_single.sum()), 'perturbation')} of one gene has {min_cells} cells or more"
+        raise ScbinInputError("P02", f"{found}; learning needs {FEWEST_SINGLES}. Cells with two guides count as pairs.")
+    aside = table["status"].value_counts().drop("measured")
+    if len(aside):
+        listed = ", ".join(f"{n} {status}" for status, n in aside.items())
+        warn("P02", f"nothing is learned from {count(int(aside.sum()), 'perturbation')}: {listed}.")
+
+    controls = np.flatnonzero(cells.group < 0)
+    blocks = {
+        name: pd.DataFrame(block, index=genes) for name, block in control_features(cells.values[controls]).items()
+    }
+    if model is not None:
+        chosen = resolve_model(model, adata)
+        blocks["model"], params["model"] = _gene_vectors(adata, chosen, cells.rows[controls]), chosen.fingerprint
+    if user is not None:
+        blocks["user"] = user
+    names = pd.Index(genes).append([block.index for block in blocks.values()]).unique()
+    learned = {name: narrow(block.reindex(names).to_numpy(dtype=float)) for name, block in blocks.items()}
+    result = {
+        "table": table,
+        "change": sums.changes().astype(np.float32),
+        "genes": genes,
+        "control": np.asarray(cells.values[controls].mean(axis=0)).ravel().astype(np.float32),
+        "variance": sums.variance.astype(np.float32),
+        "features": {name: block.astype(np.float32) for name, block in learned.items()},
+        "feature_names": np.asarray(names, dtype=object),
+        "params": json.dumps(params),
+    }
+    target = copied(adata) if copy else adata
+    write(target, "uns", _keys.MEASURED, result)
+    return target if copy else None
+
+
+def _user_features(adata: AnnData, features: Any) -> pd.DataFrame | None:
+    """Return the user's features by gene (genes, d), those of a gene named twice once."""
+    if features is None or isinstance(features, pd.DataFrame):
+        frame = features
+    elif isinstance(features, str) and features in adata.varm:
+        frame = pd.DataFrame(adata.varm[features], index=adata.var_names)
+    else:
+        there = ", ".join(map(repr, adata.varm)) or "none"
+        raise ScbinTypeError("A01", f"features is no DataFrame and no name in adata.varm. Available: {there}.")
+    if frame is None:
+        return None
+    if not len(frame.columns) or not all(kind.kind in "biuf" for kind in frame.dtypes):
+        raise ScbinInputError("A02", "features need to be numbers: one row per gene, one column per dimension.")
+    frame = frame.set_axis(frame.index.astype(str))
+    return frame[~frame.index.duplicated()]
+
+
+def _gene_vectors(adata: AnnData, model: Model, rows: np.ndarray) -> pd.DataFrame:
+    """Return the vectors of the genes of a model by name: loadings of its count head, else mean hidden states in control cells."""
+    network, vocabulary = model.network, model.vocabulary
+    if network.counts is not None:
+        head: Any = network.counts
+        vectors = (head.loadings * head.scale).detach().cpu().numpy()
+    else:
+        tokens = read_tokens(adata, vocabulary)
+        vectors, _ = mean_gene_vectors(network, MemoryTokens(tokens.take(rows), vocabulary), network.vector.layer)
+    frame = pd.DataFrame(vectors, index=list(gene_names(adata, vocabulary).names))
+    return frame[~frame.index.duplicated()]
+
+
+def _table(cells: Cells, sums: Sums, genes: np.ndarray, min_cells: int, seed: int) -> pd.DataFrame:
+    """Return one row per perturbation: its cells, whether it is learned from, whether it reproduces, and what it does to its target."""
+    targets = [name.split("+") for name in cells.names]
+    n_cells = np.bincount(cells.group[cells.group >= 0], minlength=len(targets))
+    status = np.where(n_cells < min_cells, "too few cells", "measured").astype(object)
+    singles = {t[0] for t, state in zip(targets, status, strict=True) if len(t) == 1 and state == "measured"}
+    for k, each in enumerate(targets):
+        if status[k] == "measured" and len(each) > 1:
+            status[k] = "more than two targets" if len(each) > 2 else status[k]
+            status[k] = status[k] if set(each) <= singles else "singles not measured"
+    own, changes = own_genes(cells.names, genes), sums.changes()
+    r, p_value = reproducibility(sums, own, seed)
+    r, p_value = (np.where(n_cells < min_cells, np.nan, x) for x in (r, p_value))
+    fdr, known = np.full(len(r), np.nan), np.isfinite(p_value)
+    if known.any():
+        fdr[known] = false_discovery_control(p_value[known])
+    both = 2 * np.clip(r, 0, 1) / (1 + np.clip(r, 0, 1))  # Spearman-Brown: of all cells, from that of halves
+    frame = {"perturbation": list(cells.names), "n_targets": [len(each) for each in targets], "status": status}
+    frame |= {"n_cells": n_cells}
+    if cells.donor is not None:
+        pairs = pd.DataFrame({"group": cells.group, "donor": cells.donor}).drop_duplicates()
+        frame["n_donors"] = pairs["group"].value_counts().reindex(range(len(targets)), fill_value=0).to_numpy()
+    frame |= {"split_half": r, "p_value": p_value, "fdr": fdr, "reliability": both, "ceiling": np.sqrt(both)}
+    frame["reproducible"] = (np.nan_to_num(fdr, nan=1.0) <= 0.05) & (np.nan_to_num(r) >= REPRODUCIBLE)
+    noise = sums.noise()
+    energy = np.nansum(np.where(own, 0, changes) ** 2, axis=1) - noise * sums.variance.sum()
+    frame["size"] = np.sqrt(np.maximum(energy, 0))
+    frame["own_change"] = [row[mine].mean() if mine.any() else np.nan for row, mine in zip(changes, own, strict=True)]
+    return pd.DataFrame(frame | {"noise": noise})
+
+
+def own_genes(names: Any, genes: np.ndarray) -> np.ndarray:
+    """Return which genes are targets of each perturbation (perturbations, genes) bool."""
+    place = {gene: k for k, gene in enumerate(genes)}
+    own = np.zeros((len(names), len(genes)), dtype=bool)
+    for row, name in enumerate(names):
+        own[row, [place[target] for target in name.split("+") if target in place]] = True
+    return own

@@ -1,0 +1,293 @@
+"""The mathematics of measured perturbations: changes of pseudobulks, what of them reproduces, and kernel ridge over perturbations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from scipy import sparse
+from sklearn.utils.extmath import randomized_svd
+
+BLOCKS = 8  # parts of the cells, of which halves are made
+SPLITS = 10
+PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0)
+ERRORS = 2.0  # standard errors by which features must be better than the mean to be used
+MOST_TO_CHOOSE = 300  # perturbations among which kernel and penalty are chosen
+NULL_DRAWS = 10_000
+FEWEST_PAIRS = 5  # from which a synergy is learned
+MOST_RESIDUALS = 2_000  # cells from which the covariance of the noise is taken
+WIDTH = 50  # dimensions of a block of gene features
+
+
+# ---- changes and their reproducibility ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Summed expression of perturbations and of controls, by block of cells; a half of the blocks is half of the cells (or donors)."""
+
+    sums: np.ndarray  # (perturbations, blocks, genes)
+    cells: np.ndarray  # (perturbations, strata, blocks)
+    control_sums: np.ndarray  # (strata, blocks, genes)
+    control_cells: np.ndarray  # (strata, blocks)
+    spectrum: np.ndarray  # eigenvalues of the covariance of the noise over genes, centred over genes
+    variance: np.ndarray  # of each gene over cells of one kind (genes,)
+
+    def changes(self, blocks: np.ndarray | None = None, controls: np.ndarray | None = None) -> np.ndarray:
+        """Return the mean change against the controls of the same strata (perturbations, genes); NaN without cells."""
+        own, of = self._chosen(blocks), self._chosen(blocks if controls is None else controls)
+        n = self.cells[:, :, own].sum(axis=2)  # (perturbations, strata)
+        control = self.control_sums[:, of].sum(axis=1) / np.maximum(self.control_cells[:, of].sum(axis=1), 1)[:, None]
+        total = np.where(n.sum(axis=1) > 0, n.sum(axis=1), np.nan)[:, None]
+        return (self.sums[:, own].sum(axis=1) - n @ control) / total
+
+    def noise(self, blocks: np.ndarray | None = None) -> np.ndarray:
+        """Return the variance of each change in units of the variance of one cell (perturbations,)."""
+        own = self._chosen(blocks)
+        n, m = self.cells[:, :, own].sum(axis=2), np.maximum(self.control_cells[:, own].sum(axis=1), 1)
+        total = np.maximum(n.sum(axis=1), 1)
+        return 1 / total + ((n / total[:, None]) ** 2 / m).sum(axis=1)
+
+    def _chosen(self, blocks: np.ndarray | None) -> np.ndarray:
+        return np.ones(self.cells.shape[2], dtype=bool) if blocks is None else blocks
+
+
+def sum_cells(
+    values: sparse.csr_matrix, group: np.ndarray, stratum: np.ndarray, donor: np.ndarray | None, seed: int
+) -> Sums:
+    """Add up cells by perturbation, stratum and block; `group` is the perturbation of each cell, -1 for controls.
+
+    Donors are blocks, so that halves share none; without donors cells are dealt out at random, evenly over perturbations and strata.
+    """
+    rng, n = np.random.default_rng(seed), len(group)
+    if donor is None:
+        order = np.lexsort((rng.random(n), stratum, group))
+        block = np.empty(n, dtype=np.int64)
+        block[order] = (np.arange(n) + rng.integers(BLOCKS)) % BLOCKS
+        n_blocks = BLOCKS
+    else:
+        donors = int(donor.max()) + 1
+        n_blocks = min(donors, BLOCKS)
+        block = (rng.permutation(donors) % n_blocks)[donor]
+    n_groups, n_strata = int(group.max()) + 1, int(stratum.max()) + 1
+
+    def added(rows: np.ndarray, code: np.ndarray, size: int) -> np.ndarray:
+        ones = np.ones(len(rows), dtype=np.float32)
+        return (sparse.csr_matrix((ones, (code, rows)), shape=(size, n)) @ values).toarray()
+
+    own, control = np.flatnonzero(group >= 0), np.flatnonzero(group < 0)
+    sums = added(own, group[own] * n_blocks + block[own], n_groups * n_blocks)
+    control_sums = added(control, stratum[control] * n_blocks + block[control], n_strata * n_blocks)
+    cells, control_cells = np.zeros((n_groups, n_strata, n_blocks)), np.zeros((n_strata, n_blocks))
+    np.add.at(cells, (group[own], stratum[own], block[own]), 1)
+    np.add.at(control_cells, (stratum[control], block[control]), 1)
+
+    some = np.sort(rng.permutation(n)[:MOST_RESIDUALS])
+    _, code, size = np.unique((group[some] + 1) * n_strata + stratum[some], return_inverse=True, return_counts=True)
+    dense = values[some].toarray().astype(np.float64)
+    mean = np.zeros((len(size), dense.shape[1]))
+    np.add.at(mean, code, dense)
+    dense -= (mean / size[:, None])[code]
+    freedom = max(len(some) - len(size), 1)
+    variance = (dense**2).sum(axis=0) / freedom
+    dense -= dense.mean(axis=1, keepdims=True)  # as a correlation does
+    small = dense @ dense.T if len(some) < dense.shape[1] else dense.T @ dense
+    spectrum = np.maximum(np.linalg.eigvalsh(small)[::-1], 0) / freedom
+    shape = (n_groups, n_blocks, -1)
+    return Sums(
+        sums.reshape(shape), cells, control_sums.reshape(n_strata, n_blocks, -1), control_cells, spectrum, variance
+    )
+
+
+def halves(n_blocks: int, seed: int) -> np.ndarray:
+    """Return different ways to take half of the blocks (splits, blocks) bool, at most `SPLITS`."""
+    every = [half for half in combinations(range(n_blocks), n_blocks // 2) if 0 in half or n_blocks % 2]
+    chosen = np.random.default_rng(seed).permutation(len(every))[:SPLITS]
+    return np.array([np.isin(np.arange(n_blocks), every[i]) for i in chosen])
+
+
+def reproducibility(sums: Sums, own: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the split-half correlation of each change, without own genes, and its p value.
+
+    The correlation is the mean over splits of the cells (donors), each half with controls of its own. Under no effect it is one of noise
+    with the covariance of cells, whatever their number, so its distribution is drawn from the eigenvalues of that covariance.
+    """
+    ways = halves(sums.cells.shape[2], seed)
+    if not len(ways):
+        return (np.full(len(own), np.nan),) * 2
+    each = [correlations(*(np.where(own, np.nan, sums.changes(half)) for half in (way, ~way))) for way in ways]
+    r = np.nanmean(np.where(np.isfinite(each).any(axis=0), each, 0.0), axis=0)
+    r[~np.isfinite(each).any(axis=0)] = np.nan
+    rng, scale = np.random.default_rng(seed), np.sqrt(sums.spectrum[sums.spectrum > 0])
+    sides = np.array([[way / way.sum(), ~way / (~way).sum()] for way in ways]).swapaxes(0, 1)  # (2, splits, blocks)
+    null = np.empty(NULL_DRAWS)
+    for start in range(0, NULL_DRAWS, 500):
+        noise = rng.standard_normal((500, ways.shape[1], len(scale)), dtype=np.float32) * scale.astype(np.float32)
+        gram = noise @ noise.swapaxes(1, 2)  # (draws, blocks, blocks)
+        first, second, both = (
+            np.einsum("sk,nkl,sl->ns", sides[i], gram, sides[j]) for i, j in ((0, 0), (1, 1), (0, 1))
+        )
+        null[start : start + 500] = (both / np.sqrt(first * second)).mean(axis=1)
+    above = NULL_DRAWS - np.searchsorted(np.sort(null), r)
+    return r, np.where(np.isfinite(r), (1 + above) / (1 + NULL_DRAWS), np.nan)
+
+
+def correlations(left: np.ndarray, right: np.ndarray, *, centre: bool = True) -> np.ndarray:
+    """Return the Pearson correlation (or cosine) of each row of one matrix with the same row of another, where both are known."""
+    known = np.isfinite(left) & np.isfinite(right)
+    n = np.maximum(known.sum(axis=1, keepdims=True), 1)
+    a, b = (np.where(known, x, 0.0) for x in (left, right))
+    if centre:
+        a, b = (np.where(known, x - x.sum(axis=1, keepdims=True) / n, 0.0) for x in (a, b))
+    length = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
+    return np.where(known.any(axis=1), (a * b).sum(axis=1) / np.where(length > 0, length, np.inf), np.nan)
+
+
+# ---- features of genes ----------------------------------------------------------------------------------------------
+
+
+def control_features(values: sparse.csr_matrix) -> dict[str, np.ndarray]:
+    """Return what control cells say of each gene: PCA loadings and rows of co-expression (genes, dimensions)."""
+    dense = values.toarray().astype(np.float64)
+    dense -= dense.mean(axis=0)
+    scale = dense.std(axis=0)
+    dense /= np.where(scale > 0, scale, np.inf)
+    together = dense.T @ dense / len(dense)
+    _, size, vectors = randomized_svd(dense, n_components=min(30, *dense.shape), random_state=0)
+    np.fill_diagonal(together, 0.0)
+    return {"pca": vectors.T * size / np.sqrt(len(dense)), "coexpression": narrow(together)}
+
+
+def narrow(block: np.ndarray) -> np.ndarray:
+    """Return features about their mean, each of length 1, in at most `WIDTH` dimensions; what is not known stays NaN."""
+    known = np.isfinite(block).all(axis=1)
+    rows = np.asarray(block[known], dtype=np.float64)
+    rows = rows - (rows.mean(axis=0) if len(rows) else 0)
+    if rows.shape[1] > WIDTH < len(rows):
+        left, size, _ = randomized_svd(rows, n_components=WIDTH, random_state=0)
+        rows = left * size
+    result = np.full((len(block), rows.shape[1]), np.nan)
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    result[known] = rows / np.where(length > 0, length, 1)
+    return result
+
+
+def kernels(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return a cosine kernel of each block of features of targets (targets, d), and their mean; targets without features resemble none."""
+    made = {}
+    for name, block in features.items():
+        rows = np.nan_to_num(block)
+        length = np.linalg.norm(rows, axis=1, keepdims=True)
+        rows = rows / np.where(length > 0, length, 1.0)
+        made[name] = rows @ rows.T
+    return made | ({"all": np.mean(list(made.values()), axis=0)} if len(made) > 1 else {})
+
+
+def pair_kernels(singles: dict[str, np.ndarray], changes: np.ndarray, pairs: np.ndarray) -> dict[str, np.ndarray]:
+    """Return kernels between pairs of perturbations (pairs, 2): pairs are alike whose members are, by features or by measured changes."""
+    length = np.linalg.norm(changes, axis=1, keepdims=True)
+    rows = changes / np.where(length > 0, length, 1)
+    a, b = pairs.T
+    made = {}
+    for name, k in {**singles, "changes": rows @ rows.T}.items():
+        made[name] = k[np.ix_(a, a)] * k[np.ix_(b, b)] + k[np.ix_(a, b)] * k[np.ix_(b, a)]
+    return made
+
+
+# ---- ridge over perturbations ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A kernel and how strongly it is shrunk; an infinite penalty is the mean of the others (of pairs: no synergy)."""
+
+    kernel: str = "mean"
+    penalty: float = np.inf
+    centre: bool = True  # about a mean that is not shrunk
+
+
+def smoother(kernel: np.ndarray | None, rule: Rule, train: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """Return the weights with which changes of the training perturbations make up each prediction (test, train).
+
+    A perturbation that is in both is predicted from the others: exact leave-one-out, in closed form.
+    """
+    n, place = len(train), {p: i for i, p in enumerate(train)}
+    shrunk, like = np.eye(n), np.zeros((len(test), n))
+    if kernel is not None and np.isfinite(rule.penalty):
+        shrunk, like = kernel[np.ix_(train, train)] + rule.penalty * shrunk, kernel[np.ix_(test, train)]
+    inverse = np.linalg.inv(shrunk)
+    weights = like @ inverse
+    if rule.centre:
+        ones = inverse.sum(axis=1)
+        weights = weights + np.outer(1 - like @ ones, ones / ones.sum())
+        inverse = inverse - np.outer(ones, ones) / ones.sum()
+    for row, p in enumerate(test):
+        if p in place:
+            i = place[p]
+            weights[row] = -inverse[i] / inverse[i, i]
+            weights[row, i] = 0
+    return weights
+
+
+def choose(
+    known: dict[str, np.ndarray], changes: np.ndarray, target: np.ndarray, weight: np.ndarray, *, centre: bool = True,
+    always: bool = False,
+) -> Rule:  # fmt: skip
+    """Return the rule with the smallest leave-one-out error: the infinite penalty, unless another is better by more than chance.
+
+    `changes` are learned from and `target` is predicted (perturbations, genes). The error is the log of the squared distance, so
+    that strong effects do not decide alone; `weight` is the reliability of each perturbation. `always` leaves out the doubt.
+    """
+    some = np.argsort(-weight, kind="stable")[:MOST_TO_CHOOSE]
+    changes, target, weight = changes[some], target[some], weight[some] / max(float(weight[some].sum()), 1e-12)
+    squares, cross, gram = (target**2).sum(axis=1), target @ changes.T, changes @ changes.T
+
+    def error(rule: Rule) -> np.ndarray:
+        rows = smoother(known.get(rule.kernel), rule, some, some)
+        distance = squares - 2 * (rows * cross).sum(axis=1) + np.einsum("ij,ij->i", rows @ gram, rows)
+        return np.log(np.maximum(distance, 1e-12))
+
+    best, gain = Rule(centre=centre), 0.0
+    start = error(best)
+    for rule in (Rule(name, penalty, centre) for name in known for penalty in PENALTIES):
+        better = start - error(rule)
+        mean = float(weight @ better)
+        doubt = 0.0 if always else ERRORS * float(np.sqrt(weight**2 @ (better - mean) ** 2))
+        if mean > max(gain, doubt):
+            best, gain = rule, mean
+    return best
+
+
+def without_own(changes: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Return changes in which that of a target itself is replaced by its mean over the other perturbations."""
+    others = np.where(own, 0.0, changes).sum(axis=0) / np.maximum((~own).sum(axis=0), 1)
+    return np.where(own, others, changes)
+
+
+def ridge(
+    alike: dict[str, np.ndarray], shrunk: np.ndarray, changes: np.ndarray, weight: np.ndarray, learn: np.ndarray,
+    train: np.ndarray, test: np.ndarray, *, always: bool = False,
+) -> np.ndarray:  # fmt: skip
+    """Return predicted changes of the perturbations `test` from those in `train`, by the rule that is best among `learn`."""
+    part = {name: kernel[np.ix_(learn, learn)] for name, kernel in alike.items()}
+    rule = choose(part, shrunk[learn], changes[learn], weight[learn], always=always)
+    return smoother(alike.get(rule.kernel), rule, train, test) @ shrunk[train]
+
+
+def combine(
+    base: np.ndarray, measured: np.ndarray, weight: np.ndarray, alike: dict[str, np.ndarray], train: np.ndarray,
+    test: np.ndarray,
+) -> np.ndarray:  # fmt: skip
+    """Return predicted changes of the pairs `test`: a multiple of the sum of both members, and what resembling pairs do beyond it.
+
+    `base` is that sum for all pairs, `measured` the change of those in `train`. Of few measured pairs no synergy is learned.
+    """
+    if len(train) < FEWEST_PAIRS:
+        return base[test]
+    top, size = ((weight[:, None] * base[train] * x).sum() for x in (measured, base[train]))
+    factor = float(np.clip(top / size if size > 0 else 1.0, 0.1, 1.5))
+    left = measured - factor * base[train]
+    part = {name: kernel[np.ix_(train, train)] for name, kernel in alike.items()}
+    rule = choose(part, left, left, weight, centre=False)
+    return factor * base[test] + smoother(alike.get(rule.kernel), rule, train, test) @ left
