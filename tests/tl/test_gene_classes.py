@@ -1,0 +1,59 @@
+"""Classes of genes by `tl.evaluate(level="gene")`."""
+
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import RepeatedStratifiedKFold
+from sklearn.preprocessing import StandardScaler
+
+import scbin
+from scbin._errors import ScbinInputError
+from scbin.tl._gene_classes import cross_validated
+
+QUIET = {"device": "cpu", "progress": False}
+
+
+def test_scores_are_those_of_scikit_learns_cross_validation():
+    rng = np.random.default_rng(0)
+    codes = np.arange(60) % 2
+    features = rng.normal(size=(60, 4)) + codes[:, None] * [1.0, 0.5, 0, 0]
+    score, curve = cross_validated(features, codes)
+    aucs = []
+    for train, test in RepeatedStratifiedKFold(n_splits=5, n_repeats=4, random_state=0).split(codes, codes):
+        scaler = StandardScaler().fit(features[train])
+        model = LogisticRegression(C=0.1, class_weight="balanced").fit(scaler.transform(features[train]), codes[train])
+        aucs.append(roc_auc_score(codes[test], model.decision_function(scaler.transform(features[test]))))
+    assert abs(score["roc_auc"] - np.mean(aucs)) < 0.02  # C is chosen there
+    assert abs(score["roc_auc_sd"] - np.std(aucs, ddof=1)) < 0.03
+    assert curve["fpr"].iloc[[0, -1]].tolist() == [0, 1] and curve["tpr"].iloc[-1] == 1
+    assert abs(np.trapezoid(curve["tpr"], curve["fpr"]) - score["roc_auc"]) < 0.05
+    chance, _ = cross_validated(rng.normal(size=(60, 4)), codes)
+    assert chance["roc_auc"] < 0.7
+
+
+def test_known_classes_are_told_and_baselines_stand_beside(toy, quick, tmp_path):
+    toy.var["high"] = ["high" if k < 15 else "low" if k < 30 else None for k in range(40)]
+    toy.X = toy.X.multiply(np.where(np.arange(40) < 15, 4, 1)).tocsr()
+    scbin.pp.tokenize(toy)
+    model = scbin.tl.pretrain(toy, **quick)
+    table = scbin.tl.evaluate(toy, model, target="high", level="gene", **QUIET)
+    simple = ["simple features", "expression mean", "detection", "SVD loadings"]
+    assert table.index.tolist() == [*simple, "hidden states", "count loadings"]
+    assert table.loc["expression mean", "roc_auc"] > 0.75 and (table["n_genes"] == 30).all()
+    assert set(table["scored_on"]) == {"30 genes, 5 folds, 4 times"}
+    of_lists = {"high": toy.var_names[:15].tolist(), "low": toy.var_names[15:30].tolist()}
+    other = scbin.tl.evaluate(toy, model, target=of_lists, level="gene", **QUIET)
+    np.testing.assert_allclose(other["roc_auc"], table["roc_auc"])
+    toy.write_h5ad(tmp_path / "a.h5ad")
+    back = ad.read_h5ad(tmp_path / "a.h5ad")
+    assert set(back.uns["scbin"]["gene_roc"]["method"]) == set(table.index)
+    assert len(scbin.pl.gene_roc(back).lines) == 7 and len(scbin.pl.gene_roc(back, ["detection"]).collections) == 1
+    with pytest.raises(ScbinInputError, match="A06"):
+        scbin.pl.gene_roc(back, ["magic"])
+    with pytest.raises(ScbinInputError, match="L02"):
+        few = {"high": toy.var_names[:4].tolist(), "low": toy.var_names[15:30].tolist()}
+        scbin.tl.evaluate(toy, model, target=few, level="gene", **QUIET)
