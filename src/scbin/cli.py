@@ -1,11 +1,15 @@
-"""The command `scbin`."""
+"""The command `scbin`: the functions of scbin for files. Their signatures and docstrings are the options and the help."""
 
 from __future__ import annotations
 
-import argparse
+import importlib
+import os
+import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from scbin import __version__
 from scbin._errors import ScbinError, ScbinInputError
@@ -19,32 +23,142 @@ LABELS = "bulk_labels"
 N_COMPONENTS, N_NEIGHBOURS = 50, 15
 
 
+class Verb(NamedTuple):
+    """A function as a command: `data` is its first parameter, as the names of files or read into memory."""
+
+    function: str
+    help: str
+    reads: str = "names"  # "names", "matrix", "cells" or ""
+    out: str = ""  # help of --out, for functions that have no such parameter
+    skip: tuple[str, ...] = ()
+
+
+VERBS = {
+    "check": Verb("pp.check", "say what a file holds and what tokenizing would make of it", "matrix", skip=("quiet",)),
+    "tokenize": Verb("pp.tokenize", "turn files of cells into files of tokens", skip=("client", "copy")),
+    "pretrain": Verb("tl.pretrain", "train a model on tokens", out="folder for the model", skip=("task", "key_added")),
+    "finetune": Verb("tl.finetune", "teach a model the labels of cells", out="folder for the model"),
+    "embed": Verb("tl.embed", "give every cell its vector", skip=("copy",)),
+    "predict": Verb("tl.predict", "predict labels of cells", skip=("copy",)),
+    "evaluate": Verb("tl.evaluate", "score predictions, beside simple methods", "cells", "file for the table, csv"),
+    "perturb": Verb("tl.perturb", "edit genes and measure how cells move", "cells", "file for the cells and results", ("copy",)),
+    "generate": Verb("tl.generate", "make cells of a kind", "", "file for the cells", ("like",)),
+    "plot": Verb("pl.", "draw a result: scbin plot embedding cells.h5ad", "cells", "file for the picture, png or pdf", ("ax", "made")),
+    "quickstart": Verb("cli.quickstart", "all of it on 700 blood cells that come with scanpy (a few minutes)", ""),
+}  # fmt: skip
+
+
+class Parser(ArgumentParser):
+    """A parser whose help is read in a terminal: docstrings without their roles."""
+
+    def format_help(self, *args: Any) -> str:
+        """Return the help."""
+        return re.sub(r":\w+:`~?([^`]+)`", r"\1", super().format_help(*args))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `scbin` with the arguments of the command line; return the exit status."""
-    parser = argparse.ArgumentParser(prog="scbin", description="BERT on single cells, inside AnnData.")
-    parser.add_argument("--version", action="version", version=f"scbin {__version__}")
-    verbs = parser.add_subparsers(title="verbs", dest="verb", required=True)
-    quick = verbs.add_parser(
-        "quickstart",
-        help="tokenize, pretrain, embed and plot 700 blood cells that come with scanpy (a few minutes, no network)",
-        description="Tokenize, pretrain, embed and plot 700 blood cells that come with scanpy, and compare with PCA.",
-    )
-    default = " (default: %(default)s)"
-    quick.add_argument("--out", type=Path, default=Path("quickstart"), help=f"folder to write to{default}")
-    quick.add_argument("--preset", default="tiny", help=f"size of the model{default}")
-    quick.add_argument("--device", default="auto", help=f"auto, cpu, cuda or mps{default}")
-    quick.add_argument("--seed", type=int, default=0, help=f"start of all randomness{default}")
-    arguments = parser.parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    set_parsing_settings(add_print_completion_argument=True)  # where shtab is installed
+    parser = Parser(prog="scbin", description="Token models of single cells, for AnnData files.", version=__version__)
+    parser.add_argument("--config", action="config", help="a YAML file with a section for each command")
+    verbs = parser.add_subcommands(dest="verb", title="commands")
+    for name, verb in VERBS.items():  # one that is not asked for is not imported: torch takes seconds
+        verbs.add_subcommand(name, sub := Parser(), help=verb.help)
+        if argv[:1] in ([name], ["--config"], ["--print_completion"]):
+            _fill(sub, verb)
+    arguments = parser.instantiate(parser.parse_args(argv)).as_dict()
+    verb, given = VERBS[arguments["verb"]], arguments[arguments["verb"]]
+    if verb.function == "pl.":
+        verb, given = verb._replace(function=f"pl.{given['picture']}"), given[given["picture"]]
+    given.pop("config", None)
     try:
-        quickstart(arguments.out, preset=arguments.preset, device=arguments.device, seed=arguments.seed)
+        run(verb, given)
     except (ScbinError, OSError) as error:
         print(f"scbin: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def quickstart(out: Path, *, preset: str, device: str, seed: int) -> None:
-    """Tokenize, pretrain, embed and plot the cells that come with scanpy; write everything into a folder."""
+def _fill(parser: Parser, verb: Verb) -> None:
+    """Add to the parser of a command its files, where to write, and the parameters of its function."""
+    if verb.function == "pl.":
+        pictures = parser.add_subcommands(dest="picture", title="pictures")
+        for name in importlib.import_module("scbin.pl").__all__:
+            pictures.add_subcommand(name, sub := Parser())
+            _fill(sub, verb._replace(function=f"pl.{name}"))
+        return
+    parser.add_argument("--config", action="config", help="a YAML file with these options; --print_config writes one")
+    function = _function(verb)
+    first = {next(iter(function.__annotations__))} if verb.reads else set()
+    if verb.reads:
+        parser.add_argument(
+            "data", nargs="+", help="files (h5ad, zarr), folders of such, patterns, or shard_{0..46}.h5ad"
+        )
+    if verb.out:
+        parser.add_argument("--out", type=str | None, help=verb.out)
+    if verb.function == "pp.tokenize":
+        parser.add_argument(
+            "--scheduler", type=str | None, help="address of a dask.distributed scheduler, whose workers do it"
+        )
+    parser.add_function_arguments(function, skip={*first, *verb.skip}, fail_untyped=False)
+
+
+def _function(verb: Verb) -> Any:
+    room, name = verb.function.split(".")
+    return getattr(importlib.import_module(f"scbin.{room}"), name)
+
+
+def run(verb: Verb, given: dict[str, Any]) -> None:
+    """Call the function of a command, and print or write what comes of it."""
+    from scbin.io import corpus
+
+    function, data, address = _function(verb), given.pop("data", None), given.pop("scheduler", None)
+    out = given.pop("out", None) if verb.out else None
+    if verb.out and verb.reads != "cells" and out is None:
+        raise ScbinInputError("A02", f"--out is missing: the {verb.out}.")
+    if address is not None:
+        from dask.distributed import Client
+
+        given["client"] = Client(address)
+    cells: Any = data
+    if verb.reads in ("matrix", "cells"):
+        paths = corpus.expand(data)
+        if len(paths) > 1:
+            raise ScbinInputError("A02", f"this command takes one file; here are {len(paths)}.")
+        cells = (
+            corpus.open_cells(paths[0], given.get("layer")) if verb.reads == "matrix" else corpus.read_cells(paths[0])
+        )
+    result = function(cells, **given) if verb.reads else function(**given)
+    if verb.function.startswith("pl."):
+        result.figure.savefig(out or f"{verb.function[3:]}.png", dpi=150, bbox_inches="tight")
+    elif out is not None and hasattr(result, "save"):
+        if os.environ.get("RANK", "0") == "0":
+            result.save(out, overwrite=True)
+    elif out is not None and hasattr(result, "to_csv"):
+        result.to_csv(out, index=False)
+    elif verb.out and out is not None:
+        corpus.write_cells(Path(out), cells if result is None else result)
+    elif hasattr(result, "to_string") and verb.function != "pp.check":
+        print(result.to_string(index=False))
+    for path in result if isinstance(result, list) else ():
+        print(path)
+
+
+def quickstart(out: Path = Path("quickstart"), *, preset: str = "tiny", device: str = "auto", seed: int = 0) -> None:
+    """Tokenize, pretrain, embed and plot the cells that come with scanpy, and compare with PCA.
+
+    Parameters
+    ----------
+    out
+        Folder to write to.
+    preset
+        Size of the model.
+    device
+        `"auto"`, `"cpu"`, `"cuda"` or `"mps"`.
+    seed
+        Start of all randomness.
+    """
     # heavy packages, which `scbin --version` does not need
     import matplotlib as mpl
 

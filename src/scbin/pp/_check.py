@@ -52,9 +52,9 @@ def check(adata: AnnData, *, quiet: bool = False, **arguments: Any) -> pd.DataFr
             plan = prepare(adata, request)
             _, _, record, lines = plan.finish(list(plan.encode()))
             rows += [("ok", "", line.removeprefix("scbin: ")) for line in (*lines, repr(plan.vocabulary))]
-            if plan.given:
-                shares = (record["overlap_counts"], record["overlap_genes"])
-                rows.append(("ok", "", "in the vocabulary: {:.0%} of the counts, {:.0%} of the genes.".format(*shares)))
+            if "overlap_genes" in record:
+                counts, genes = record["overlap_counts"], record["overlap_genes"]
+                rows.append(("ok", "", f"in the vocabulary: {counts:.0%} of the counts, {genes:.0%} of the genes."))
         except ScbinInputError as error:
             rows.append(("error", error.code, str(error).split("] ", 1)[-1]))
     found = [w.message for w in caught if isinstance(w.message, ScbinInputWarning)]

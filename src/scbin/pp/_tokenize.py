@@ -7,33 +7,37 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from anndata import AnnData
 
 from scbin import _docs, _keys
 from scbin._adata import check_adata, check_writable, copied, write, write_uns
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError, ScbinTypeError
+from scbin.io.corpus import is_paths
+from scbin.pp._files import tokenize_files
 from scbin.pp._plan import Request, prepare
-from scbin.tokens.rules import Tokenization
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
-    from anndata import AnnData
     from scipy import sparse
 
-    from scbin.pp._plan import Flavor
-    from scbin.tokens.rules import Bins, Rule
+    from scbin.io.corpus import Paths
+    from scbin.tokens.fit import Flavor
+    from scbin.tokens.rules import Bins, Rule, Tokenization
     from scbin.tokens.values import Values
 
-__all__ = ["Tokenization", "iter_tokens", "tokenize"]
 logger = logging.getLogger(__name__)
 
 
 @_docs.shared
 @checked
 def tokenize(
-    adata: AnnData,
+    adata: AnnData | Paths,
     *,
+    out: str | os.PathLike[str] | None = None,
     encoding: str = "bins",
     rule: Bins | Sequence[float] | Rule | None = None,
     phenotypes: Sequence[str] | Mapping[str, str] | str | None = None,
@@ -46,8 +50,10 @@ def tokenize(
     mask_var: str | None = None,
     tokenization: Tokenization | None = None,
     key_added: str | None = None,
+    workers: int = 1,
+    client: Any = None,
     copy: bool = False,
-) -> AnnData | None:
+) -> AnnData | list[Path] | None:
     """Turn each cell into a row of tokens, ready for a model.
 
     Call it on raw counts or on log1p values; which of the two the matrix holds is found out from its values and said in one
@@ -57,7 +63,13 @@ def tokenize(
     Parameters
     ----------
     adata
-        Cells by genes.
+        Cells by genes; or files of them, see :func:`scbin.open_tokens` for how they can be named. Files are read by blocks, so they need
+        not fit into memory. Their genes are united by name; a vocabulary is made from all cells, or from 20,000 of them where there are
+        more.
+    out
+        For files: the folder to write files with tokens to, under the same names, or a name with `{}` in it for that of each file,
+        `"corpus/{}.zarr"`. They have obs, var and tokens, not the matrix. A file that is there is not made again, so a call that was
+        interrupted is repeated to go on.
     encoding
         What a token says: `"bins"` how much of a gene, `"binary"` whether a gene is expressed, `"rank"` which gene comes
         at this rank of the cell, `"gene_bins"` gene and amount jointly.
@@ -80,7 +92,7 @@ def tokenize(
         Number of highly variable genes to use; not for `"rank"`.
     flavor
         How they are chosen: `"pearson_residuals"`, the default where counts are known, as
-        :func:`scanpy.experimental.pp.highly_variable_genes`; `"seurat_v3"`; `"dispersion"`, the default else.
+        :func:`scanpy.experimental.pp.highly_variable_genes`; `"dispersion"`, the default else. For scanpy's other rules see `mask_var`.
     mask_var
         Boolean column of `var` that marks the genes to use, such as `"highly_variable"`, instead of choosing them.
     tokenization
@@ -88,10 +100,16 @@ def tokenize(
     key_added
         Name in `obsm` instead of `"X_tokens"`; the entries of `obs` and `uns` then have `_` and this name behind theirs. Pass it
         on as `tokens_key=`.
+    workers
+        Processes that tokenize files side by side.
+    client
+        A `dask.distributed.Client`, whose workers then do it; they have to see the files under the same paths. Needs `scbin[dask]`.
     {copy}
 
     Returns
     -------
+    For files the paths of those written, each an AnnData with the fields below. Else:
+
     {returns_copy}
 
     `adata.obsm["X_tokens"]`
@@ -118,16 +136,17 @@ def tokenize(
     >>> adata.obsm["X_tokens"].shape
     (700, 769)
     """
-    check_adata(adata)
-    request = Request(
-        encoding, rule, phenotypes, like, layer, values, gene_key, n_genes, flavor, mask_var, tokenization
-    )
-    key = _keys.TOKENS if key_added is None else key_added
-    check_writable(adata, "obsm", key)
+    asked = (encoding, rule, phenotypes, like, layer, values, gene_key, n_genes, flavor, mask_var, tokenization)
+    key, files = _keys.TOKENS if key_added is None else key_added, is_paths(adata)
+    if not files and out is not None:
+        raise ScbinInputError("A03", "out= is for files; tokens of an AnnData go into its obsm.")
+    check_writable(AnnData() if files else check_adata(adata), "obsm", key)
     if key.startswith((_keys.EMBEDDING, "X_umap_", "scbin_")):
         found = f"key_added={key!r} is where embeddings stand"
         raise ScbinInputError("A04", f"{found}. Choose another name for the tokens.")
-    plan = prepare(adata, request)
+    if not isinstance(adata, AnnData):
+        return tokenize_files(adata, out, key, Request(*asked), workers, client)
+    plan = prepare(adata, Request(*asked))
     tokens, status, record, lines = plan.finish(list(plan.encode()))
     target = copied(adata) if copy else adata
     write(target, "obsm", key, tokens)
@@ -184,10 +203,7 @@ def iter_tokens(
     check_adata(adata)
     if like is None:
         raise ScbinTypeError("A01", "like is None; pass a scbin model, the directory of one, or a vocabulary.")
-    plan = prepare(
-        adata,
-        Request("bins", None, phenotypes, like, layer, values, gene_key, tokenization=tokenization or Tokenization()),
-    )
+    plan = prepare(adata, Request("bins", None, phenotypes, like, layer, values, gene_key, tokenization=tokenization))
     totals, matched, rounded = 0.0, 0.0, 0
     for part in plan.encode():
         totals, matched, rounded = totals + part.totals.sum(), matched + part.matched.sum(), rounded + part.rounded

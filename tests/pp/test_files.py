@@ -1,0 +1,177 @@
+"""Files of cells into files of tokens: the same as in memory, go on where they were, and say which file is wrong."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import anndata as ad
+import numpy as np
+import pytest
+
+import scbin
+from scbin._errors import ScbinInputError, ScbinInputWarning
+from scbin.io import corpus
+from scbin.pp import _files
+
+JOINED = {"phenotypes": ["cell_type", "sex"], "n_genes": 25}
+
+
+@pytest.fixture
+def sources(toy, tmp_path):
+    """The toy cells in three files, each without some genes of its own, as CSR, CSC and a dense zarr; and what they are joined."""
+    parts = [toy[20 * k : 20 * k + 20, [g for g in range(40) if g % 9 != k]].copy() for k in range(3)]
+    parts[1].X, parts[2].X = parts[1].X.tocsc(), parts[2].X.toarray()
+    parts[0].obs["cell_type"] = (
+        parts[0].obs["cell_type"].astype(str).replace("B cell", "plasma cell")
+    )  # in this file alone
+    names = ["a.h5ad", "b.h5ad", "c.zarr"]
+    for name, part in zip(names, parts, strict=True):
+        corpus.write_cells(tmp_path / name, part)
+    parts[1].X, parts[2].X = parts[1].X.tocsr(), type(parts[0].X)(parts[2].X)
+    return [tmp_path / name for name in names], ad.concat(parts, join="outer", merge="same")
+
+
+def decoded(matrix, vocabulary):
+    """Tokens as (cell, gene or position, value), whatever the order of the genes."""
+    coo, first = matrix.tocoo(), vocabulary.first_gene_position
+    genes = dict(enumerate(vocabulary.genes, first))
+    names = [genes.get(c, c if c < first else "end") for c in coo.col.tolist()]
+    return set(zip(coo.row.tolist(), names, coo.data.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_tokens_of_files_are_those_of_the_joined_cells(sources, tmp_path, workers):
+    paths, joined = sources
+    out = scbin.pp.tokenize(paths, out=tmp_path / "corpus", workers=workers, **JOINED)
+    assert [path.name for path in out] == ["a.h5ad", "b.h5ad", "c.zarr"]
+    tokens = scbin.open_tokens(out)
+    scbin.pp.tokenize(joined, **JOINED)
+    whole = scbin.Vocabulary.from_json(joined.uns["scbin"]["vocabulary"])
+    assert set(tokens.vocabulary.genes) == set(whole.genes)
+    assert "plasma cell" in tokens.vocabulary.phenotype("cell_type").values
+    assert decoded(tokens.take(np.arange(60)), tokens.vocabulary) == decoded(joined.obsm["X_tokens"], whole)
+    shard = corpus.read_cells(out[2])
+    assert shard.X is None and shard.n_vars == 35 and shard.obs["scbin_status"].tolist() == ["ok"] * 20
+    assert scbin.get.tokens_df(shard, cell=0) is not None
+
+
+def test_a_sample_has_every_label_and_chooses_nearly_the_same(tmp_path, toy, monkeypatch):
+    monkeypatch.setattr(_files, "SAMPLE", 32)
+    toy.obs["cell_type"] = ["rare" if k == 43 else "common" if k % 2 else "other" for k in range(60)]
+    corpus.write_cells(tmp_path / "cells.h5ad", toy)
+    with pytest.warns(ScbinInputWarning, match="I40"):
+        out = scbin.pp.tokenize(
+            tmp_path / "cells.h5ad", out=tmp_path / "tokens.h5ad", phenotypes=["cell_type"], n_genes=20
+        )
+    vocabulary = scbin.open_tokens(out).vocabulary
+    assert vocabulary.phenotype("cell_type").values == ("common", "other", "rare")
+    assert _files.sampled([tmp_path / "cells.h5ad"], _files_request()).n_obs == 32
+
+
+def _files_request():
+    from scbin.pp._plan import Request
+
+    return Request()
+
+
+def test_an_interrupted_call_goes_on(sources, tmp_path, monkeypatch):
+    paths, _ = sources
+    write, n = corpus.write_shard, []
+
+    def dies(path, *rest):
+        n.append(path)
+        if len(n) == 2:
+            raise KeyboardInterrupt
+        write(path, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_files, "write_shard", dies)
+        with pytest.raises(KeyboardInterrupt):
+            scbin.pp.tokenize(paths, out=tmp_path / "corpus", **JOINED)
+    assert [path.name for path in (tmp_path / "corpus").iterdir()] == ["a.h5ad"]  # whole, and no rest of the second
+    before = corpus.stamp(tmp_path / "corpus" / "a.h5ad")
+    out = scbin.pp.tokenize(paths, out=tmp_path / "corpus", **JOINED)
+    assert corpus.stamp(out[0]) == before and scbin.open_tokens(out).n_cells == 60
+    with pytest.raises(ScbinInputError, match=r"A04.*another vocabulary"):
+        scbin.pp.tokenize(paths, out=tmp_path / "corpus", **{**JOINED, "n_genes": 9})
+
+
+def test_one_bad_file_is_named_and_the_others_are_done(sources, tmp_path, toy):
+    paths, _ = sources
+    like = scbin.open_tokens(scbin.pp.tokenize(paths[0], out=tmp_path / "first.h5ad", n_genes=20)).vocabulary
+    toy.X.data[5] = np.nan
+    corpus.write_cells(tmp_path / "nan.h5ad", toy)
+    (tmp_path / "short.h5ad").write_bytes(paths[1].read_bytes()[:3000])
+    with pytest.raises(ScbinInputError, match=r"I05.*nan.h5ad.*short.h5ad"):
+        scbin.pp.tokenize([tmp_path / "nan.h5ad", tmp_path / "short.h5ad", *paths], out=tmp_path / "corpus", like=like)
+    assert scbin.open_tokens(tmp_path / "corpus").n_cells == 60
+    with pytest.raises(ScbinInputError, match=r"F01.*short.h5ad"):
+        scbin.pp.tokenize([*paths, tmp_path / "short.h5ad"], out=tmp_path / "all")
+
+
+def test_files_of_two_species_are_refused(sources, tmp_path, toy):
+    paths, _ = sources
+    toy.var_names = [f"Gene{k}" for k in range(40)]
+    corpus.write_cells(tmp_path / "mouse.h5ad", toy)
+    with pytest.raises(ScbinInputError, match=r"I32.*mouse.h5ad"):
+        scbin.pp.tokenize([*paths, tmp_path / "mouse.h5ad"], out=tmp_path / "corpus")
+
+
+def test_empty_cells_are_told_once(tmp_path, toy):
+    toy.X.data[toy.X.indptr[7] : toy.X.indptr[8]] = 0
+    for k in range(2):
+        corpus.write_cells(tmp_path / f"s{k}.h5ad", toy)
+    with pytest.warns(ScbinInputWarning, match="I19.*2 cells have no counts") as caught:
+        scbin.pp.tokenize(str(tmp_path / "s{0..1}.h5ad"), out=tmp_path / "corpus")
+    assert len(caught) == 1
+
+
+def test_where_tokens_go(sources, tmp_path, toy):
+    paths, _ = sources
+    out = scbin.pp.tokenize(paths[:2], out=tmp_path / "z" / "{}.zarr", n_genes=20)
+    assert [str(path.relative_to(tmp_path)) for path in out] == ["z/a.zarr", "z/b.zarr"]
+    assert (scbin.open_tokens(out).take(np.arange(40)) != scbin.open_tokens(scbin.pp.tokenize(paths[:2], out=tmp_path / "h", n_genes=20)).take(np.arange(40))).nnz == 0  # fmt: skip
+    for wrong in ({"out": tmp_path}, {"out": None}, {"out": tmp_path / "x.h5ad"}):
+        with pytest.raises(ScbinInputError, match="A02"):
+            scbin.pp.tokenize(paths, **wrong)
+    with pytest.raises(ScbinInputError, match="A03"):
+        scbin.pp.tokenize(toy, out=tmp_path / "x")
+    with pytest.raises(ScbinInputError, match="F02"):
+        (tmp_path / "file").touch()
+        scbin.pp.tokenize(paths, out=tmp_path / "file" / "corpus")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dask_workers_make_the_same_tokens(sources, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    paths, _ = sources
+    here = scbin.open_tokens(scbin.pp.tokenize(paths, out=tmp_path / "here", **JOINED))
+    with distributed.LocalCluster(
+        n_workers=2, processes=False, threads_per_worker=1, dashboard_address=None
+    ) as cluster:
+        with distributed.Client(cluster) as client:
+            there = scbin.open_tokens(scbin.pp.tokenize(paths, out=tmp_path / "there", client=client, **JOINED))
+    assert (here.take(np.arange(60)) != there.take(np.arange(60))).nnz == 0
+
+
+def test_verbs_take_paths_and_write_beside(sources, tmp_path):
+    paths, joined = sources
+    out = scbin.pp.tokenize(paths, out=tmp_path / "corpus", **JOINED)
+    quiet = {"progress": False, "device": "cpu"}
+    model = scbin.tl.pretrain(tmp_path / "corpus", preset="tiny", max_steps=2, **quiet)
+    written = scbin.tl.embed(str(tmp_path / "corpus" / "*"), model, **quiet)
+    assert written == [path.parent / "scbin" / path.name for path in out]
+    assert scbin.tl.predict([str(path) for path in out], model, **quiet) == written
+    found = ad.concat([corpus.read_cells(path) for path in written])
+    whole = ad.concat([corpus.read_cells(path) for path in out], uns_merge="same")
+    scbin.tl.embed(whole, model, **quiet)
+    assert found.obs_names.equals(joined.obs_names)
+    np.testing.assert_allclose(found.obsm["X_scbin"], whole.obsm["X_scbin"], atol=1e-5)
+    scbin.tl.predict(whole, model, **quiet)
+    assert found.obs["scbin_cell_type"].tolist() == whole.obs["scbin_cell_type"].tolist()
+    tuned = scbin.tl.finetune(scbin.open_tokens(out), "new", target="sex", max_steps=0, **quiet)
+    assert tuned.network.labels.targets[0].name == "sex"
+    (written[0]).unlink()
+    corpus.write_cells(written[0], found[20:40].copy())
+    with pytest.raises(ScbinInputError, match="A04.*other cells"):
+        partial(scbin.tl.embed, **quiet)(out, model)
