@@ -38,7 +38,7 @@ def test_classes_beside_the_truth(adata):
     assert found.cells.tolist() == [0, 1, 2, 3, 4, 6] and found.classes == ("A", "B", "C")
     assert found.truth.tolist() == [0, 0, 1, 1, 2, 1] and found.predicted.tolist() == [0, 1, 1, 1, 0, -1]
     assert found.probability.shape == (6, 3) and (found.probability[:5, 2] == 0).all()
-    assert np.isnan(found.probability[5]).all() and found.used.tolist() == [0, 1, 2]
+    assert np.isnan(found.probability[5]).all()
 
 
 def test_subsets_keep_the_classes_of_the_model(adata):
@@ -71,7 +71,7 @@ def test_what_is_not_there_is_said(adata):
         read_predicted(adata, "tissue")
     adata.var["scbin_tf"] = "yes"
     adata.uns["scbin"] = {"predict": json.dumps({"tf": {"column": "scbin_tf", "kind": "gene"}})}
-    with pytest.raises(ScbinInputError, match=r"A06.*for genes.*adata\.var\['scbin_tf'\]"):
+    with pytest.raises(ScbinInputError, match="A06.*'tf' was not predicted for these cells"):
         read_predicted(adata, "tf")
     adata.obs["nobody"] = "unknown"
     with pytest.raises(ScbinInputError, match="L01"):
@@ -99,12 +99,12 @@ def test_gaps_are_predicted_less_true(adata):
         scbin.get.gap_df(adata, "cell_type")
 
 
-def test_evaluations_are_read_in_one_order(adata):
+def test_evaluations_are_read_by_target(adata):
     with pytest.raises(ScbinInputError, match="A06.*nothing was evaluated"):
         scbin.get.evaluate_df(adata)
     rows = {"log_loss": [0.3, 1.0], "method": ["scbin", "mean"], "target": ["a", "b"], "accuracy": [0.9, np.nan]}
     adata.uns["scbin"] = {"evaluate": pd.DataFrame(rows)}
-    assert list(scbin.get.evaluate_df(adata).columns) == ["target", "accuracy", "log_loss"]
+    assert set(scbin.get.evaluate_df(adata).columns) == {"target", "accuracy", "log_loss"}
     assert list(scbin.get.evaluate_df(adata, "b").columns) == ["log_loss"]
     with pytest.raises(ScbinInputError, match="A06.*so far: 'a', 'b'"):
         scbin.get.evaluate_df(adata, "c")

@@ -123,7 +123,7 @@ def test_true_ages_are_cut_as_the_vocabulary_cut_them(toy, quick):
         ("M06", {"target": "tissue"}),
         ("A06", {"target": "cell_type", "truth_key": "celltype"}),
         ("A02", {"target": "cell_type", "baselines": ["random forest"]}),
-        ("A01", {"target": "cell_type", "baselines": 3}),
+        ("A02", {"target": "cell_type", "baselines": 3}),
         ("L03", {"target": "cell_type", "split_key": "part"}),
         ("L01", {"target": "cell_type", "truth_key": "nothing"}),
         ("A02", {"target": "genes", "gene_mask": 0.0}),
@@ -187,19 +187,20 @@ def test_simple_models_of_genes_know_what_they_should(trained):
 def test_every_encoding_can_be_asked_for_genes(toy, quick, encoding):
     scbin.pp.tokenize(toy, encoding=encoding)
     model = scbin.tl.pretrain(toy, **quick)
-    table = scbin.tl.evaluate(toy, model, target="genes", gene_mask=0.3, **HOW)
-    assert table.index[0] == "scbin" and table["log_loss"].notna().all()
-    assert table["scored_on"].iloc[0].endswith("held out of pretraining")
-
-
-def test_cells_that_pretraining_held_out_are_asked(trained):
-    adata, model = trained[0].copy(), trained[1]
-    table = scbin.tl.evaluate(adata, model, target="genes", **HOW)
-    assert table["scored_on"].iloc[0].endswith("cells held out of pretraining")
-    adata.obs["part"] = np.where(np.arange(60) < 30, "train", "test")
     with pytest.warns(ScbinInputWarning, match="L04"):
-        table = scbin.tl.evaluate(adata, model, target="genes", split_key="part", **HOW)
-    assert table["scored_on"].iloc[0].endswith("test cells")
+        table = scbin.tl.evaluate(toy, model, target="genes", gene_mask=0.3, **HOW)
+    assert table.index[0] == "scbin" and table["log_loss"].notna().all()
+
+
+def test_genes_are_masked_in_test_cells_and_cells_trained_on_are_noticed(trained, quick):
+    adata, model = trained[0].copy(), trained[1]
+    with pytest.warns(ScbinInputWarning, match="L04.*whose genes are masked"):
+        table = scbin.tl.evaluate(adata, model, target="genes", **HOW)
+    assert table["scored_on"].iloc[0].endswith("cells drawn at random")
+    adata.obs["part"] = np.where(np.arange(60) < 30, "train", "test")
+    clean = scbin.tl.pretrain(adata[:30].copy(), **quick)
+    table = scbin.tl.evaluate(adata, clean, target="genes", split_key="part", **HOW)
+    assert table["scored_on"].iloc[0] == "30 test cells"
 
 
 def test_scores_of_levels_against_a_loop():

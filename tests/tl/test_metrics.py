@@ -12,8 +12,9 @@ from sklearn.metrics import log_loss, r2_score, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from scbin.get.predictions import Column
-from scbin.tl._metrics import calibration_error, class_scores, fitted_temperature, number_scores, roc_auc
-from scbin.tl._probe import Scaler, balanced_weights, baseline_predictions, fit_classes, fit_numbers
+from scbin.tl._labels import balanced_weights
+from scbin.tl._metrics import calibration_error, class_scores, number_scores, roc_auc
+from scbin.tl._probe import Scaler, baseline_predictions, fit_classes, fit_numbers, fitted_temperature, log_loss_of
 
 
 @pytest.fixture
@@ -127,11 +128,13 @@ def test_the_strength_is_chosen_by_cells_that_were_not_fitted(data):
     noise = rng.normal(size=(150, 300)).astype(np.float32)
     assert fit_classes(noise, codes, 3).strength <= 1e-3  # nothing to learn
     found = fit_classes(x, codes, 3)
-    assert found.strength >= 0.01 and found.loss < fit_classes(noise, codes, 3).loss - 0.2
+    losses = [log_loss_of(each.held_out, each.truth).mean() for each in (found, fit_classes(noise, codes, 3))]
+    assert found.strength >= 0.01 and losses[0] < losses[1] - 0.2
     donors = np.array([f"d{k}" for k in np.arange(150) // 15])
     per_donor = np.repeat(rng.normal(size=(10, 40)), 15, axis=0).astype(np.float32)  # tells donors, not classes, apart
     by_donor = rng.permutation(10) % 2
-    assert fit_classes(per_donor, by_donor[np.arange(150) // 15], 2, donors=donors).loss > 0.5
+    found = fit_classes(per_donor, by_donor[np.arange(150) // 15], 2, donors=donors)
+    assert log_loss_of(found.held_out, found.truth).mean() > 0.5
 
 
 def test_a_class_that_few_cells_have_breaks_nothing(data):
@@ -149,7 +152,7 @@ def test_numbers_are_those_of_a_ridge_regression(data):
     y = x[:, 0] - x[:, 5] + np.random.default_rng(0).normal(0, 0.1, 150)
     found = fit_numbers(x, y)
     np.testing.assert_allclose(found.outputs(x)[:, 0], Ridge(found.strength).fit(x, y).predict(x), atol=1e-6)
-    assert found.loss < 0.2 * y.var()
+    assert np.square(found.held_out[:, 0] - y).mean() < 0.2 * y.var()
     assert fit_numbers(x, y - x[:, 0] + x[:, 5] + np.random.default_rng(1).normal(size=150)).strength >= 1e3
 
 

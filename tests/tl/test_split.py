@@ -8,7 +8,7 @@ import pytest
 
 import scbin
 from scbin._errors import ScbinInputError, ScbinInputWarning
-from scbin.tl._labels import Split, folds_of, hold_out, known_split, named_parts, split_and_donors
+from scbin.tl._split import folds_of, hold_out, named_parts, read_split
 
 
 @pytest.fixture
@@ -78,14 +78,12 @@ def test_small_and_odd_cases():
         ("A02", {"test": 0.6, "validation": 0.5}),
         ("A02", {"n_folds": 3, "fold": 3}),
         ("L03", {"split_key": "donor_id", "n_folds": 7}),
-        ("L02", {"target": "single"}),
         ("A06", {"split_key": "donor"}),
         ("L03.*already", {"split_key": "part"}),
         ("L03.*validation=0", {"split_key": "two"}),
     ],
 )
 def test_splits_that_cannot_be_are_refused(ready, untouched, code, arguments):
-    ready.obs["single"] = ["one", *["more"] * 59]
     ready.obs["part"] = np.where(np.arange(60) < 30, "train", "test")
     ready.obs["two"] = np.where(np.arange(60) < 30, "a", "b")
     then = untouched(ready)
@@ -100,10 +98,9 @@ def test_splits_that_cannot_be_are_refused(ready, untouched, code, arguments):
 
 
 def test_usual_words_for_parts_are_understood():
-    words = pd.Series(["Training", "val", "hold_out", np.nan, "dev", "TEST"])
+    words = pd.Series(["Training", "val", "held-out", np.nan, "valid", "TEST"])
     assert named_parts(words, "x").tolist() == ["train", "validation", "test", "", "validation", "test"]
     assert named_parts(pd.Series(["d1", "d2"]), "x") is None
-    assert named_parts(pd.Series([True, False]), "doublet") is None
     for column, name in ((pd.Series(["train", "other"]), "x"), (pd.Series([True, False]), "is_train")):
         with pytest.raises(ScbinInputError, match="L03"):
             named_parts(column, name)
@@ -112,32 +109,33 @@ def test_usual_words_for_parts_are_understood():
 def test_a_split_by_donor_is_recognised_by_its_donors(ready):
     donor = ready.obs["donor_id"].astype(str).to_numpy()
     scbin.tl.split(ready, split_key="donor_id", test=0.3, validation=0.2)
-    split, donors = split_and_donors(ready, None)
-    assert (donors == donor).all() and (split.column() == ready.obs["scbin_split"]).all()
+    split = read_split(ready)
+    assert (split.donors == donor).all() and (split.column() == ready.obs["scbin_split"]).all()
     with pytest.warns(ScbinInputWarning, match="L03"):
         scbin.tl.split(ready)
-    assert split_and_donors(ready, None)[1] is None
+    assert read_split(ready).donors is None
     ready.obs["donor_id"] = "d0"
-    assert split_and_donors(ready, None)[1] is None
+    assert read_split(ready).donors is None
 
 
 def test_the_column_that_a_split_went_by_is_remembered(ready):
     ready.obs["plate"] = ready.obs.pop("donor_id")
     scbin.tl.split(ready, split_key="plate", test=0.3)
-    assert (split_and_donors(ready, None)[1] == ready.obs["plate"].astype(str)).all()
-    assert known_split(ready, "plate") is None
+    assert (read_split(ready).donors == ready.obs["plate"].astype(str)).all()
 
 
 def test_donors_divide_the_cells_that_are_not_for_testing(ready):
     with pytest.warns(ScbinInputWarning, match="L03"):
         scbin.tl.split(ready, test=0.3, validation=0.2)
-    before = known_split(ready, None)
-    split, donors = split_and_donors(ready, "donor_id")
-    assert (split.test == before.test).all() and not split.validation.any() and len(set(donors)) == 6
+    before, split = read_split(ready), read_split(ready, "donor_id")
+    assert (split.test == before.test).all() and not split.validation.any() and len(set(split.donors)) == 6
+    assert (split.train == before.open).all()
 
 
-def test_cells_not_used_now_keep_their_part():
-    no = np.zeros(4, dtype=bool)
-    before = Split(np.array([True, True, False, False]), no, np.array([False, False, True, False]))
-    now = Split(np.array([True, False, False, False]), no, no)
-    assert now.column(before).tolist()[:3] == ["train", "train", "test"] and pd.isna(now.column(before)[3])
+def test_without_a_split_all_cells_are_for_training(ready):
+    ready.obs["scbin_split"] = np.where(
+        np.arange(60) < 30, "train", "validation"
+    )  # what fine-tuning drew, no test cells
+    assert read_split(ready).train.all() and read_split(ready).donors is None
+    split = read_split(ready, "scbin_split")
+    assert split.train.sum() == split.validation.sum() == 30

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,10 +9,10 @@ import numpy as np
 import pandas as pd
 
 from scbin import _docs, _keys
-from scbin._adata import check_adata, read_obs
+from scbin._adata import check_adata, obsm_column, read_obs, read_uns
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError
-from scbin.tokens.phenotypes import age_labels, labels_of, values_of
+from scbin.tokens.phenotypes import age_labels, labels_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,18 +21,6 @@ if TYPE_CHECKING:
 
 Cells = Literal["auto", "test", "all"]
 Kind = Literal["class", "number"]
-# the order of the columns, whichever target was scored first
-_FIRST = ["target", "method", "n_cells", "n_genes", "accuracy", "exact", "within_one", "mae", "r2", "pearson"]
-_LAST = [
-    "macro_precision",
-    "macro_recall",
-    "macro_f1",
-    "roc_auc",
-    "calibration_error",
-    "brier",
-    "log_loss",
-    "scored_on",
-]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +48,14 @@ def numbers_of(column: pd.Series) -> np.ndarray:
     return np.where(np.isfinite(values), values, np.nan)
 
 
+def codes_of(texts: Any, classes: Sequence[str]) -> np.ndarray:
+    """Return the number of each text's class (n,), NaN where it is none of them."""
+    codes = pd.Index(classes, dtype=object).get_indexer(pd.Index(texts, dtype=object))
+    return np.where(codes < 0, np.nan, codes)
+
+
 def true_values(
-    column: pd.Series, name: str, kind: Kind, classes: Sequence[str] = (), age_groups: int | None = None
+    column: pd.Series, name: str, kind: str, classes: Sequence[str] = (), age_groups: int | None = None
 ) -> Column:
     """Return the truth to compare predictions with; labels that the model does not know are classes behind its own.
 
@@ -72,11 +65,9 @@ def true_values(
         return Column(name, "number", numbers_of(column))
     labels = labels_of(column, name)
     if age_groups is not None:
-        cut, _ = age_labels(labels, age_groups)
-        labels = np.where(pd.Series(labels, dtype=object).isin(list(classes)), labels, cut)
+        labels = np.where(np.isfinite(codes_of(labels, classes)), labels, age_labels(labels, age_groups)[0])
     names = (*classes, *sorted({str(label) for label in labels if label is not None} - set(classes)))
-    place = {text: float(k) for k, text in enumerate(names)}
-    return Column(name, "class", np.array([place.get(label, np.nan) for label in labels], dtype=np.float64), names)
+    return Column(name, "class", codes_of(labels, names), names)
 
 
 # ---- predictions ----------------------------------------------------------------------------------------------------
@@ -91,30 +82,22 @@ class Record:
     kind: Literal["class", "number", "gene"] = "class"
     classes: tuple[str, ...] = ()
     model: str | None = None  # fingerprint
-    temperature: float = 1.0
     age_groups: int | None = None  # years in a class, where the classes are classes of ages
     cells: Mapping[str, str] = field(default_factory=dict)  # the training cells of the model, as it remembers them
 
 
 def read_record(adata: AnnData) -> dict[str, dict[str, Any]]:
     """Return the whole record, by name."""
-    return dict(json.loads(str(adata.uns.get(_keys.UNS, {}).get(_keys.PREDICT, "{}"))))
+    return {name: entry for name, entry in read_uns(adata, _keys.PREDICT, dict).items() if isinstance(entry, dict)}
 
 
 def recorded(adata: AnnData, name: str) -> Record:
     """Return what is known of the predictions called `name`, which need not be there."""
-    entry = read_record(adata).get(name, {})
-    known = {item.name: entry[item.name] for item in fields(Record) if entry.get(item.name) is not None}
-    known["classes"] = tuple(str(each) for each in known.get("classes", ()))
-    column = str(known.setdefault("column", f"scbin_{name}"))
-    if "kind" not in known and column in adata.obs.columns:
-        is_number = pd.api.types.infer_dtype(adata.obs[column], skipna=True) in (
-            "floating",
-            "integer",
-            "mixed-integer-float",
-        )
-        known["kind"] = "number" if is_number else "class"
-    return Record(**{"asked": name, **known})
+    entry = {"column": f"scbin_{name}", "asked": name, **read_record(adata).get(name, {})}
+    given = adata.obs.get(entry["column"])
+    is_number = given is not None and pd.api.types.is_numeric_dtype(given)
+    entry = {"kind": "number" if is_number else "class", **entry, "classes": tuple(entry.get("classes", ()))}
+    return Record(**{item.name: entry[item.name] for item in fields(Record) if item.name in entry})
 
 
 def predicted_targets(adata: AnnData) -> list[str]:
@@ -123,20 +106,26 @@ def predicted_targets(adata: AnnData) -> list[str]:
     return [name for name, each in made.items() if each.kind != "gene" and each.column in adata.obs.columns]
 
 
-def truth_column(
-    adata: AnnData, target: str, record: Record, truth_key: str | None, *, needed: bool = True
-) -> pd.Series:
-    """Return the column of `obs` with the truth: `truth_key`, or the one named after the target or what was asked for.
+def read_truth(
+    adata: AnnData,
+    target: str,
+    record: Record,
+    truth_key: str | None,
+    *,
+    classes: Sequence[str] = (),
+    needed: bool = True,
+) -> tuple[Column, bool]:
+    """Return the truth: the column `truth_key`, or the one named after the target or what was asked for; and whether it is one.
 
     Where there is none and none is `needed`, the predictions themselves.
     """
     names = [name for name in (target, record.asked) if name in adata.obs.columns and name != record.column]
+    names += [record.asked] if obsm_column(adata, record.asked) is not None else []
     if truth_key is None and not names and needed:
-        raise ScbinInputError(
-            "A06",
-            f"{record.asked!r} is not a column of adata.obs, so there is no truth to compare with. Pass truth_key=.",
-        )
-    return read_obs(adata, truth_key if truth_key is not None else [*names, record.column][0])
+        found = f"{record.asked!r} is not a column of adata.obs, so there is no truth to compare with"
+        raise ScbinInputError("A06", f"{found}. Pass truth_key=.")
+    key = [*names, record.column][0] if truth_key is None else truth_key
+    return true_values(read_obs(adata, key), target, record.kind, classes, record.age_groups), key != record.column
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,12 +145,8 @@ class Predicted:
     probability: np.ndarray | None = None  # (n, classes) float64, NaN where the cell could not be read
     has_truth: bool = True
 
-    @property
-    def used(self) -> np.ndarray:
-        """Numbers of the classes that some cell has or is given."""
-        return np.union1d(self.truth, self.predicted[self.predicted >= 0]).astype(np.int64)
 
-
+@checked
 def read_predicted(
     adata: AnnData, target: str, *, truth_key: str | None = None, cells: Cells = "auto", need_truth: bool = True
 ) -> Predicted:
@@ -170,57 +155,37 @@ def read_predicted(
     `cells` are those that `scbin_split` calls test, all, or with `"auto"` the test cells where there are any. Without
     `need_truth`, where there is none, the predictions stand in its place.
     """
-    check_adata(adata)
-    record = recorded(adata, target)
-    if record.column not in adata.obs.columns:
-        raise ScbinInputError("A06", _not_predicted(adata, target, record))
+    record = recorded(check_adata(adata), target)
+    if record.kind == "gene" or record.column not in adata.obs.columns:
+        made = ", ".join(map(repr, predicted_targets(adata))) or "none"
+        found = f"{target!r} was not predicted for these cells. Predicted so far: {made}"
+        raise ScbinInputError("A06", f"{found}. Call scbin.tl.predict(adata, model, target={record.asked!r}).")
     given = adata.obs[record.column]
-    true = truth_column(adata, target, record, truth_key, needed=need_truth)
-    kind: Kind = "number" if record.kind == "number" else "class"
-    is_category = isinstance(given.dtype, pd.CategoricalDtype)
-    here = given.cat.categories.astype(str) if is_category else values_of(given.dropna().astype(str).unique())
+    here = () if record.kind == "number" else tuple(given.astype("category").cat.categories.astype(str))
     # a subset of the cells has lost the categories that none of them has
-    known = () if kind == "number" else record.classes if set(here) <= set(record.classes) else tuple(here)
-    column = true_values(true, target, kind, known, record.age_groups)
-    rows = np.flatnonzero(column.known & _chosen(adata, cells))
-    if not len(rows):
-        raise ScbinInputError("L01", f"no cell to compare has a known {target!r}: all are missing.")
-    has_truth = true.name != record.column
-    if kind == "number":
-        return Predicted(target, kind, rows, column.values[rows], numbers_of(given)[rows], has_truth=has_truth)
-    place = {name: k for k, name in enumerate(column.classes)}
-    predicted = np.array([-1 if pd.isna(name) else place[str(name)] for name in given.iloc[rows].astype(object)])
-    probability = None
-    slot = f"{record.column}_probability"
-    if slot in adata.obsm:
-        stored = np.asarray(adata.obsm[slot], dtype=np.float64)[rows]
-        if stored.shape[1] != len(known):
-            found = f"{stored.shape[1]} columns for {len(known)} classes"
-            raise ScbinInputError("A03", f"adata.obsm[{slot!r}] has {found}. Predict again.")
-        padding = np.where(np.isfinite(stored).all(axis=1), 0.0, np.nan)[:, None]
-        probability = np.hstack([stored, np.repeat(padding, len(column.classes) - len(known), axis=1)])
-    return Predicted(target, kind, rows, column.codes(rows), predicted, column.classes, probability, has_truth)
-
-
-def _not_predicted(adata: AnnData, target: str, record: Record) -> str:
-    if record.kind == "gene" and record.column in adata.var.columns:
-        return f"{target!r} was predicted for genes: see adata.var[{record.column!r}]. This is about cells."
-    made = ", ".join(map(repr, predicted_targets(adata))) or "none"
-    return (
-        f"adata.obs has no {record.column!r}: {target!r} was not predicted here. Call scbin.tl.predict(adata, model, "
-        f"target={record.asked!r}). Predicted so far: {made}."
-    )
-
-
-@checked
-def _chosen(adata: AnnData, cells: Cells) -> np.ndarray:
-    """Return which cells are compared (cells,)."""
+    known = record.classes if set(here) <= set(record.classes) else here
+    true, has_truth = read_truth(adata, target, record, truth_key, classes=known, needed=need_truth)
     test = np.zeros(adata.n_obs, dtype=bool)
     if _keys.SPLIT in adata.obs.columns and cells != "all":
         test = (adata.obs[_keys.SPLIT].astype(object) == "test").to_numpy(dtype=bool)
     if cells == "test" and not test.any():
         raise ScbinInputError("L03", "cells='test', but obs['scbin_split'] names no test cells. Call scbin.tl.split.")
-    return test if test.any() else ~test
+    rows = np.flatnonzero(true.known & test if test.any() else true.known)
+    if not len(rows):
+        raise ScbinInputError("L01", f"no cell to compare has a known {target!r}: all are missing.")
+    if true.kind == "number":
+        return Predicted(target, "number", rows, true.values[rows], numbers_of(given)[rows], has_truth=has_truth)
+    texts = given.iloc[rows].astype(object).map(str, na_action="ignore")
+    predicted = np.nan_to_num(codes_of(texts, true.classes), nan=-1).astype(np.int64)
+    probability, slot = None, f"{record.column}_probability"
+    if slot in adata.obsm:
+        stored = np.asarray(adata.obsm[slot], dtype=np.float64)[rows]
+        if stored.shape[1] != len(known):
+            found = f"{stored.shape[1]} columns for {len(known)} classes"
+            raise ScbinInputError("A03", f"adata.obsm[{slot!r}] has {found}. Predict again.")
+        probability = np.pad(stored, ((0, 0), (0, len(true.classes) - len(known))))
+        probability[np.isnan(stored).any(axis=1)] = np.nan
+    return Predicted(target, "class", rows, true.codes(rows), predicted, true.classes, probability, has_truth)
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -250,14 +215,9 @@ def evaluate_df(adata: AnnData, target: str | None = None) -> pd.DataFrame:
     0.9
     """
     check_adata(adata)
-    stored = adata.uns.get(_keys.UNS, {}).get(_keys.EVALUATE)
-    if stored is None:
-        raise ScbinInputError(
-            "A06", "nothing was evaluated here. Call scbin.tl.evaluate(adata, model, target=...) first."
-        )
-    table = pd.DataFrame(stored).reset_index(drop=True)
-    order = [*_FIRST, *table.columns.difference(_FIRST + _LAST, sort=False), *_LAST]
-    table = table[[name for name in order if name in table.columns]]
+    table = read_uns(adata, _keys.EVALUATE, pd.DataFrame).reset_index(drop=True)
+    if not {"target", "method"} <= set(table.columns):
+        raise ScbinInputError("A06", "nothing was evaluated here. Call scbin.tl.evaluate(adata, model, target=...).")
     if target is not None:
         if target not in set(table["target"]):
             made = ", ".join(map(repr, dict.fromkeys(table["target"])))

@@ -68,7 +68,8 @@ def confusion(
     from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
     found = read_predicted(adata, target, truth_key=truth_key, cells=cells)
-    _check_classes(found)
+    if found.kind != "class":
+        raise ScbinInputError("A03", f"{target!r} is a number, not a class: scbin.pl.prediction plots it.")
     given = np.where(found.predicted < 0, len(found.classes), found.predicted)
     used = np.union1d(found.truth, given)
     names = [[*found.classes, NO_CLASS][k] for k in used]
@@ -124,12 +125,10 @@ def roc(
 
     found, probability = _probabilities(read_predicted(adata, target, truth_key=truth_key, cells=cells))
     known = {found.classes[k]: int(k) for k in np.unique(found.truth)}
-    if len(known) < 2:
-        raise ScbinInputError("L01", f"all cells compared have the same {target!r}; a ROC curve needs two classes.")
     chosen = list(known) if classes is None else list(classes)
-    if unknown := [name for name in chosen if name not in known]:
-        there = ", ".join(map(repr, list(known)[:20]))
-        raise ScbinInputError("A06", f"no cell compared has the class {unknown[0]!r}. There are: {there}.")
+    if len(known) < 2 or not set(chosen) <= set(known):
+        there, code = ", ".join(map(repr, list(known)[:20])), "L01" if len(known) < 2 else "A06"
+        raise ScbinInputError(code, f"a ROC curve is of one class against others; the cells compared have: {there}.")
     ax = _style.new_axes(7.2, 4.2) if ax is None else ax
     areas, lines, labels = [], [], []
     for name, colour in zip(chosen, _style.palette(len(chosen)), strict=True):
@@ -195,8 +194,7 @@ def calibration(
     heights = _HIST * counts / counts.max()
     ax.bar(edges[:-1], heights, width=1 / n_bins, align="edge", color="#e4e4e4", edgecolor="white")
     CalibrationDisplay.from_predictions(right, confidence, n_bins=n_bins, ax=ax, color=_style.MAIN, pos_label=True)
-    if (legend := ax.get_legend()) is not None:
-        legend.remove()
+    ax.legend().remove()
     gaps = np.histogram(confidence, edges, weights=right - confidence)[0]
     ax.set(xlim=(0, 1), ylim=(0, 1.02))
     text = f"{target}: calibration error {np.abs(gaps).sum() / len(right):.3f}" if title is None else title
@@ -247,7 +245,10 @@ def prediction(
     _, probability = _probabilities(found, of_all=True)
     order = order_cells(found)
     likely = np.flatnonzero(np.nan_to_num(probability).max(axis=0, initial=0.0) >= 0.05)
-    columns, truth = np.union1d(found.used, likely), found.truth[order]
+    columns, truth = (
+        np.union1d(np.union1d(found.truth, likely), found.predicted[found.predicted >= 0]),
+        found.truth[order],
+    )
     names = [found.classes[k] for k in columns]
     ax = _grid_axes(max(len(np.unique(truth)), 10), names) if ax is None else ax
     # each column several times: thousands of rows are averaged where they share a pixel, columns stay sharp
@@ -257,7 +258,13 @@ def prediction(
     ax.set_facecolor(_style.MISSING)  # shows where a cell has no probabilities
     rows, starts, counts = np.unique(truth, return_index=True, return_counts=True)
     ax.hlines(starts[1:] - 0.5, *extent[:2], color=_style.QUIET, linewidth=0.6)
-    _name_classes(ax, names, [found.classes[k] for k in rows], counts, starts + (counts - 1) / 2)
+    middle = starts + (counts - 1) / 2
+    at = _spread(middle, len(order) / (1.8 * max(len(rows), 10)), len(order))
+    _name_classes(ax, names, [found.classes[k] for k in rows], counts, at)
+    ax.tick_params(axis="y", length=0, pad=10)
+    across = np.tile([[-0.015], [0.0]], len(at))
+    style: dict[str, Any] = {"color": _style.QUIET, "linewidth": 0.6, "clip_on": False}
+    ax.plot(across, np.array([at, middle]), transform=ax.get_yaxis_transform(), scalex=False, scaley=False, **style)
     ax.figure.colorbar(image, ax=ax, label="Probability", shrink=0.6)
     by = "true" if found.has_truth else "predicted"
     return _labelled(ax, "Class", f"Cells by {by} class", target if title is None else title)
@@ -278,34 +285,25 @@ def _numbers(found: Predicted, title: str | None, ax: Axes | None) -> Axes:
     ax = _style.new_axes(4.6, 4.4) if ax is None else ax
     if not found.has_truth:
         ax.hist(predicted, bins=int(np.clip(np.sqrt(len(predicted)), 5, 60)), color=_style.MAIN)
-        return _labelled(ax, f"Predicted {found.target}", "Cells", text if title is None else title)
-    if len(truth) > 1:
+    elif len(truth) > 1:
         style: dict[str, Any] = {"alpha": 0.5, "linewidths": 0, "rasterized": True, "color": _style.MAIN}
-        PredictionErrorDisplay(y_true=truth, y_pred=predicted).plot(
-            ax, kind="actual_vs_predicted", scatter_kwargs=style
-        )
-        text += (
-            f": mean absolute error {mean_absolute_error(truth, predicted):.3g}, R² {r2_score(truth, predicted):.2f}"
-        )
-    # the display has the predictions along the x axis
-    return _labelled(ax, f"Predicted {found.target}", f"True {found.target}", text if title is None else title)
+        display = PredictionErrorDisplay(y_true=truth, y_pred=predicted)
+        display.plot(ax, kind="actual_vs_predicted", scatter_kwargs=style)  # the predictions are along the x axis
+        error, fit = mean_absolute_error(truth, predicted), r2_score(truth, predicted)
+        text = f"{text}: mean absolute error {error:.3g}, R² {fit:.2f}"
+    y = f"True {found.target}" if found.has_truth else "Cells"
+    return _labelled(ax, f"Predicted {found.target}", y, text if title is None else title)
 
 
 # ---- what can be drawn, and axes ------------------------------------------------------------------------------------
 
 
-def _check_classes(found: Predicted) -> None:
-    if found.kind != "class":
-        raise ScbinInputError("A03", f"{found.target!r} is a number, not a class: scbin.pl.prediction plots it.")
-
-
 def _probabilities(found: Predicted, *, of_all: bool = False) -> tuple[Predicted, np.ndarray]:
     """Return the predictions, and the probabilities, of the cells that have some (or of all)."""
-    _check_classes(found)
-    if found.probability is None:
-        raise ScbinInputError(
-            "A06", f"adata.obsm has no probabilities of {found.target!r}. scbin.tl.predict writes them."
-        )
+    if found.kind == "number" or found.probability is None:
+        what = "is a number, which scbin.pl.prediction plots" if found.kind == "number" else "has none in adata.obsm"
+        code = "A03" if found.kind == "number" else "A06"
+        raise ScbinInputError(code, f"this needs probabilities of classes; {found.target!r} {what}.")
     known = np.isfinite(found.probability).all(axis=1)
     if not known.any():
         raise ScbinInputError("L01", f"no cell compared has probabilities of {found.target!r}.")
@@ -324,15 +322,26 @@ def _grid_axes(n_rows: int, names: Sequence[str]) -> Axes:
 def _name_classes(ax: Axes, columns: Sequence[str], rows: Sequence[str], counts: Any, at: np.ndarray) -> None:
     """Write the classes below the columns, and beside the rows with their numbers of cells; `$` is a letter like others."""
     below = [_style.shorten(name, 24) for name in columns]
-    level: dict[str, Any] = (
-        {} if max(map(len, below)) <= 4 else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-    )
-    ax.set_xticks(range(len(columns)), below, parse_math=False, **level)
     beside = [f"{_style.shorten(name)} (n={count:,})" for name, count in zip(rows, counts, strict=True)]
+    ax.set_xticks(range(len(columns)), below, parse_math=False, rotation=45, ha="right", rotation_mode="anchor")
     ax.set_yticks(at, beside, parse_math=False)
 
 
+def _spread(at: np.ndarray, gap: float, length: int) -> np.ndarray:
+    """Move rising places apart until they are a gap from each other, within the length of the axis.
+
+    Examples
+    --------
+    >>> _spread(np.array([1.0, 1.5, 9.0]), 2, 10).tolist()
+    [1.0, 3.0, 9.0]
+    """
+    steps = gap * np.arange(len(at))
+    down = np.maximum.accumulate(at - steps) + steps
+    return np.minimum.accumulate((np.minimum(down, length - 1) - steps)[::-1])[::-1] + steps
+
+
 def _labelled(ax: Axes, x: str, y: str, title: str) -> Axes:
+    """Name the axes and write the title; `$` is a letter like others."""
     ax.set_xlabel(x, parse_math=False)
     ax.set_ylabel(y, parse_math=False)
     ax.set_title(_style.shorten(title, 64), parse_math=False)

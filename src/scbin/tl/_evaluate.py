@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from scbin import _docs, _keys
-from scbin._adata import check_adata, read_tokens, warn, write_uns
+from scbin._adata import check_adata, read_tokens, read_uns, warn, write_uns
 from scbin._arguments import checked, shown
-from scbin._errors import ScbinInputError, ScbinTypeError
-from scbin.get.predictions import (
-    Record,
-    evaluate_df,
-    predicted_targets,
-    read_predicted,
-    recorded,
-    true_values,
-    truth_column,
-)
+from scbin._errors import ScbinInputError
+from scbin.get.predictions import Record, evaluate_df, predicted_targets, read_predicted, read_truth, recorded
 from scbin.model import resolve_model
-from scbin.tl._labels import MaskedPhenotypes, folds_of, known_split, read_donors, split_and_donors
-from scbin.tl._leakage import LEAST, fraction_trained_on, hashes_of, remembered_cells, warn_of_leakage
+from scbin.tl._gene_classes import evaluate_gene_classes
+from scbin.tl._labels import MaskedPhenotypes
+from scbin.tl._leakage import LEAST, fraction_trained_on, hashes_of, warn_of_leakage
 from scbin.tl._masked_genes import GENES, score_masked_genes
 from scbin.tl._metrics import class_scores, number_scores
 from scbin.tl._predict import predictable, predictions, record_of, write_predictions
 from scbin.tl._probe import CLASS_BASELINES, NUMBER_BASELINES, baseline_predictions, log_expression
-from scbin.train.loop import split_cells
-from scbin.train.settings import Training
+from scbin.tl._split import folds_of, read_split
 
 if TYPE_CHECKING:
     import os
@@ -41,6 +32,7 @@ if TYPE_CHECKING:
     from scbin.get.predictions import Column, Predicted
     from scbin.model import Model
     from scbin.nn.device import Precision
+    from scbin.tl._split import Split
     from scbin.tokens.tokens import Tokens
 
 N_FOLDS = 5
@@ -52,14 +44,15 @@ def evaluate(
     adata: AnnData,
     model: Model | str | os.PathLike[str] | None = None,
     *,
-    target: str | None = None,
+    target: str | Mapping[str, Any] | None = None,
+    level: Literal["cell", "gene"] = "cell",
     truth_key: str | None = None,
     split_key: str | None = None,
     baselines: Sequence[str] | Literal["all", "none"] = "all",
     gene_mask: float = 0.15,
     tokens_key: str | None = None,
     device: str = "auto",
-    precision: Precision = "float32",
+    precision: Precision = "auto",
     token_budget: int = 32_768,
     seed: int = 0,
     progress: bool = True,
@@ -80,7 +73,11 @@ def evaluate(
         A :class:`scbin.Model`, or the path of one. Default: the predictions that :func:`scbin.tl.predict` left in `adata`,
         else the model trained on these cells.
     target
-        What is predicted; `"genes"` for masked prediction of genes. Default: the model's only target.
+        What is predicted; `"genes"` for masked prediction of genes. Default: the model's only target. With `level="gene"`
+        `{class: genes}`, or a column of `var`.
+    level
+        `"gene"`: how well classes of genes can be told by what the model knows of genes (its hidden states, its count head), beside
+        simple features of their expression. Logistic regressions, cross-validated over genes four times, with the spread over folds.
     truth_key
         Column of `obs` with the truth. Default: `target`.
     split_key
@@ -131,67 +128,39 @@ def evaluate(
     if not 0 <= seed < 2**32 or token_budget < 1 or not 0 < gene_mask < 1:
         found = f"seed={seed}, token_budget={token_budget}, gene_mask={gene_mask}"
         raise ScbinInputError("A02", f"{found}: they need to be in [0, 2**32), at least 1, and in (0, 1).")
-    options: dict[str, Any] = {
-        "device": device,
-        "precision": precision,
-        "token_budget": token_budget,
-        "progress": progress,
-    }
+    options: dict[str, Any] = {"device": device, "precision": precision, "token_budget": token_budget}
+    options["progress"] = progress
+    split = read_split(adata, split_key)
+    if level == "gene":
+        return _write(adata, *evaluate_gene_classes(adata, model, target, tokens_key, seed, **options))
     if target == GENES:
         chosen = resolve_model(model, adata)
         masked = MaskedPhenotypes(read_tokens(adata, chosen.vocabulary, tokens_key))
-        train, test, how = _cells_for_genes(adata, chosen, masked, split_key, seed)
-        scores = score_masked_genes(chosen, masked, train, test, fraction=gene_mask, seed=seed, **options)
-        return _write(adata, GENES, scores, how)
+        train, test, how = _cells_for_genes(adata, chosen, masked, split, seed)
+        return _write(adata, GENES, score_masked_genes(chosen, masked, train, test, gene_mask, seed, **options), how)
 
     name, asked, record = _asked(adata, model, target)
-    kind: Any = record.kind
-    column = truth_column(adata, name, record, truth_key)
-    truth = true_values(column, name, kind, record.classes, record.age_groups)
+    truth, _ = read_truth(adata, name, record, truth_key, classes=record.classes)
     if truth.known.sum() < 2:
         raise ScbinInputError("L01", f"fewer than two cells have a known {name!r}: there is nothing to compare.")
-    folds = plan_folds(adata, truth, split_key, seed=seed)
-    methods = _methods(baselines, kind)
-    has_tokens = methods or asked is not None or _keys.TOKENS in adata.obsm or tokens_key is not None
-    vocabulary = None if asked is None else asked.vocabulary
-    tokens = read_tokens(adata, vocabulary, tokens_key) if has_tokens else None
+    methods = _methods(baselines, CLASS_BASELINES if truth.kind == "class" else NUMBER_BASELINES)
+    fold, how = plan_folds(truth, split, split_key, seed=seed)
+    tokens = read_tokens(adata, None if asked is None else asked.vocabulary, tokens_key)
     last, own = adata.uns.get(_keys.UNS, {}).get(_keys.MODEL_ID), record.model if asked is None else asked.fingerprint
-    is_own = last is not None and last == own
-    warn_of_leakage(tokens, truth, folds.rows, record.cells, split_known=not folds.cut, own=is_own)
-    if asked is not None and tokens is not None:
-        # where the cells were cut into folds all of them are scored: then none may calibrate
-        options |= {"split_key": split_key, "truth_key": truth_key, "calibrate": not folds.cut}
-        write_predictions(adata, asked, predictions(adata, asked, tokens, [name], **options), {name: record.column})
-
+    split_known, is_own = bool(split.test.any()), str(last) == own
+    warn_of_leakage(tokens, truth, np.flatnonzero(fold >= 0), record.cells, split_known=split_known, own=is_own)
+    if asked is not None:
+        write_predictions(adata, asked, predictions(asked, tokens, [name], **options), {name: record.column})
     made = read_predicted(adata, name, truth_key=truth_key, cells="all")
-    answers = _baselines(tokens, truth, folds, methods, seed)
-    return _write(adata, name, *_scored(made, truth, folds, answers))
-
-
-def _scored(
-    made: Predicted, truth: Column, folds: Folds, answers: dict[str, np.ndarray]
-) -> tuple[dict[str, dict[str, float]], str]:
-    """Return the scores of the model and of simple methods on the rows of the folds, and what was scored in words."""
-    rows, at = folds.rows, np.searchsorted(made.cells, folds.rows)
-    if truth.kind == "class":
-        probability = None if made.probability is None else made.probability[at]
-        scores = {"scbin": class_scores(made.truth[at], made.predicted[at], probability)}
-        for method, values in answers.items():
-            scores[method] = class_scores(truth.codes(rows), values.argmax(axis=1), values, folds.fold)
-        return scores, folds.text
-    kept = np.isfinite(made.predicted[at])
-    kept = kept if kept.any() else ~kept
-    left = f", {int((~kept).sum()):,} without a prediction left out" if not kept.all() else ""
-    found = {"scbin": made.predicted[at]} | answers
-    true, fold = truth.values[rows][kept], folds.fold[kept]
-    return {method: number_scores(true, values[kept], fold) for method, values in found.items()}, folds.text + left
+    answers = _baselines(tokens, truth, fold, split.donors, methods, seed)
+    return _write(adata, name, _scores(made, truth, fold, answers), how)
 
 
 # ---- what is compared -----------------------------------------------------------------------------------------------
 
 
 def _asked(
-    adata: AnnData, model: Model | str | os.PathLike[str] | None, target: str | None
+    adata: AnnData, model: Model | str | os.PathLike[str] | None, target: Any
 ) -> tuple[str, Model | None, Record]:
     """Return which target of which model is scored, and what its predictions are; no model where they are there already."""
     made = predicted_targets(adata)
@@ -200,150 +169,103 @@ def _asked(
         return name, None, recorded(adata, name)
     chosen = resolve_model(model, adata)
     names = predictable(target, chosen)
-    if len(names) != 1:
-        known = ", ".join(map(repr, names))
-        raise ScbinInputError("A02", f"name what to evaluate with target=; this model predicts: {known}; and 'genes'.")
     record = record_of(chosen, names[0])
-    if record.kind == "gene":
-        raise ScbinInputError(
-            "A03",
-            f"{names[0]!r} is a class of genes: scbin.tl.predict writes it into adata.var, where it can be compared.",
-        )
+    if len(names) != 1 or record.kind == "gene":
+        known = f"this model predicts {', '.join(map(repr, names))}, and 'genes' that are masked"
+        raise ScbinInputError("A02", f"name one target of cells with target=: {known}.")
     return names[0], chosen, record
 
 
-@dataclass(frozen=True, eq=False)
-class Folds:
-    """Pairs of training and test rows; every test row is in one pair."""
+def plan_folds(truth: Column, split: Split, split_key: str | None = None, *, seed: int = 0) -> tuple[np.ndarray, str]:
+    """Return the fold that scores each cell (cells,), -1 where it is only trained on, -2 where it is not used; and this in words.
 
-    parts: list[tuple[np.ndarray, np.ndarray]]
-    text: str
-    donors: np.ndarray | None = None  # (cells,)
-    cut: bool = False  # whether no split was known and the cells were cut into folds here
-
-    @property
-    def rows(self) -> np.ndarray:
-        """All rows that are scored, fold by fold."""
-        return np.concatenate([test for _, test in self.parts])
-
-    @property
-    def fold(self) -> np.ndarray:
-        """The fold of each of these rows."""
-        return np.repeat(np.arange(len(self.parts)), [len(test) for _, test in self.parts])
-
-
-def plan_folds(data: AnnData | Tokens, truth: Column, split_key: str | None, *, seed: int = 0) -> Folds:
-    """Take the split that is known, else cut the cells whose truth is known into folds, by donor where `split_key` names them.
-
-    Simple methods have nothing to choose by validation cells, so these are training cells for them.
+    Test cells are one fold. Where there are none, all cells whose truth is known are cut into folds, by donor where `split_key`
+    names donors. Simple methods have nothing to choose by validation cells, so these are training cells for them.
     """
-    usable, donors, split = np.flatnonzero(truth.known), None, known_split(data, split_key)
-    if split is not None:
-        train, test = usable[split.open[usable]], usable[split.test[usable]]
-        if not len(train) or not len(test):
-            raise ScbinInputError(
-                "L03",
-                f"of {len(usable):,} cells with a known truth, {len(train):,} are to train on and {len(test):,} to test on.",
-            )
-        return Folds([(train, test)], f"{len(test):,} test cells", split_and_donors(data, split_key)[1])
-    if split_key is not None:
-        donors = read_donors(data, split_key)
-        usable = usable[[not name.startswith("\0") for name in donors[usable]]]
-    n = len(usable) if donors is None else len(set(donors[usable]))
-    if n < 2:
-        raise ScbinInputError(
-            "L03", "there is one donor or cell only, so nothing is left to test on. Name another split_key."
-        )
-    fold = folds_of(truth.codes(usable), N_FOLDS, donors=None if donors is None else donors[usable], seed=seed)
-    parts = [(usable[fold != number], usable[fold == number]) for number in np.unique(fold)]
-    by = f" by {split_key}" if split_key else ""
-    return Folds(parts, f"{len(usable):,} cells, {len(parts)} folds{by}", donors, cut=True)
+    fold = np.where(truth.known & (split.open | split.test), -1, -2)
+    rows = np.flatnonzero(fold == -1)
+    if split.test.any() or (split_key is not None and split.donors is None):
+        fold[truth.known & split.test] = 0
+        how = f"{(fold == 0).sum():,} test cells"
+    else:
+        own = None if split.donors is None else split.donors[rows]
+        fold[rows] = folds_of(truth.codes(rows), N_FOLDS, donors=own, seed=seed)
+        how = f"{len(rows):,} cells, {fold.max() + 1} folds" + (f" by {split_key}" if split_key else "")
+    if not (fold == 0).any() or not ((fold != 0) & (fold > -2)).any():
+        found = f"of {len(rows):,} cells with a known truth, {(fold == 0).sum():,} are left to test on"
+        raise ScbinInputError("L03", f"{found}; some are needed to train on and some to test on.")
+    return fold, how
 
 
-def _methods(baselines: object, kind: str) -> tuple[str, ...]:
-    known = CLASS_BASELINES if kind == "class" else NUMBER_BASELINES
-    if baselines in ("all", "none"):
-        return known if baselines == "all" else ()
-    names = [baselines] if isinstance(baselines, str) else baselines
-    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
-        raise ScbinTypeError(
-            "A01", f"baselines is {shown(baselines)}; pass 'all', 'none', or names among: {', '.join(known)}."
-        )
-    for name in names:
-        if name not in known:
-            raise ScbinInputError("A02", f"{name!r} is not a baseline here. There are: {', '.join(known)}.")
+def _methods(baselines: object, known: tuple[str, ...]) -> tuple[str, ...]:
+    names = {"all": known, "none": ()}.get(str(baselines), [baselines] if isinstance(baselines, str) else baselines)
+    if not isinstance(names, Sequence) or not set(names) <= set(known):
+        raise ScbinInputError("A02", f"baselines is {shown(baselines)}; pass 'all', 'none', or some of {list(known)}.")
     return tuple(names)
 
 
 def _baselines(
-    tokens: Tokens | None, truth: Column, folds: Folds, methods: Sequence[str], seed: int
+    tokens: Tokens, truth: Column, fold: np.ndarray, donors: np.ndarray | None, methods: Sequence[str], seed: int
 ) -> dict[str, np.ndarray]:
-    """Return what each method predicts for the rows of the folds."""
-    if tokens is None or not methods:
-        return {}
-    answers: dict[str, list[np.ndarray]] = {method: [] for method in methods}
-    for train, test in folds.parts:
+    """Return what each method predicts for each cell that is scored (cells, ...)."""
+    answers: dict[str, np.ndarray] = {}
+    for number in range(fold.max() + 1) if methods else ():
+        train, test = np.flatnonzero((fold > -2) & (fold != number)), np.flatnonzero(fold == number)
         before, after = log_expression(tokens, train), log_expression(tokens, test)
-        donors = None if folds.donors is None else folds.donors[train]
-        for method, parts in answers.items():
-            parts.append(baseline_predictions(method, before, truth, train, after, donors=donors, seed=seed))
-    return {method: np.concatenate(parts) for method, parts in answers.items()}
+        own = None if donors is None else donors[train]
+        for method in methods:
+            values = baseline_predictions(method, before, truth, train, after, donors=own, seed=seed)
+            answers.setdefault(method, np.full((len(fold), *values.shape[1:]), np.nan))[test] = values
+    return answers
+
+
+def _scores(
+    made: Predicted, truth: Column, fold: np.ndarray, answers: dict[str, np.ndarray]
+) -> dict[str, dict[str, float]]:
+    """Return the scores of the model and of simple methods on the cells of the folds."""
+    rows = np.flatnonzero(fold >= 0)
+    at, fold = np.searchsorted(made.cells, rows), fold[rows]
+    given = made.predicted[at]
+    if truth.kind == "number":
+        rows, fold, given = (each[np.isfinite(given)] for each in (rows, fold, given))
+        found = {"scbin": given} | {method: values[rows] for method, values in answers.items()}
+        return {method: number_scores(truth.values[rows], values, fold) for method, values in found.items()}
+    scores = {"scbin": class_scores(made.truth[at], given, None if made.probability is None else made.probability[at])}
+    for method, values in answers.items():
+        scores[method] = class_scores(truth.codes(rows), values[rows].argmax(axis=1), values[rows], fold)
+    return scores
 
 
 def _cells_for_genes(
-    adata: AnnData, model: Model, tokens: Tokens, split_key: str | None, seed: int
+    adata: AnnData, model: Model, tokens: Tokens, split: Split, seed: int
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """Return cells for the simple models to learn from and cells to mask genes of: test cells, or those held out of pretraining."""
-    filled = np.flatnonzero(tokens.lengths)
-    if len(filled) < 2:
-        raise ScbinInputError("L01", "fewer than two cells have tokens. See obs['scbin_status'].")
-
-    def learned(cells: np.ndarray) -> float | None:  # fraction that the network was pretrained on, None where not known
-        steps = model.training.get("steps")
-        return fraction_trained_on(model.training.get("cells"), hashes_of(tokens, cells)) if steps else 0.0
-
-    train, test = _held_out_of_pretraining(tokens, model)
-    split, how = known_split(adata, split_key), "cells held out of pretraining"
-    if split is not None and split.test[filled].any():
-        known, own = filled[split.open[filled]], filled[split.test[filled]]
-        if split_key is not None or not len(test) or (learned(own) or 0.0) < LEAST:
-            train, test, how = known, own, "test cells"
-    if not len(test):
-        fold = folds_of(np.zeros(len(filled)), 3, seed=seed)
-        train, test, how = filled[fold != 0], filled[fold == 0], "cells drawn at random"
-    if not len(train):
-        raise ScbinInputError("L03", "the split leaves no cell to train the simple models on.")
-    fraction = learned(test)
-    if fraction is None and adata.uns.get(_keys.UNS, {}).get(_keys.MODEL_ID) == model.fingerprint:
-        fraction = 1.0
-    if fraction is not None and fraction >= LEAST:
-        warn(
-            "L04",
-            f"the model was trained on about {fraction:.0%} of the cells whose genes are masked. Pretrain on the training cells "
-            "of a split, or leave split_key out where pretraining held cells out.",
+    """Return cells for the simple models to learn from and cells to mask genes of: test cells, or a third drawn at random."""
+    filled = tokens.lengths > 0
+    rows, test, how = np.flatnonzero(filled), filled & split.test, "test cells"
+    if not test.any():
+        how = "cells drawn at random"
+        test[rows] = folds_of(np.zeros(len(rows)), 3, seed=seed) == 0
+    train, test = np.flatnonzero(filled & split.open & ~test), np.flatnonzero(test)
+    if not len(train) or not len(test):
+        raise ScbinInputError(
+            "L01", f"{len(rows):,} cells have tokens, too few to train on some and to test on others."
         )
+    fraction = fraction_trained_on(model.training.get("cells"), hashes_of(tokens, test))
+    if fraction is None:
+        fraction = float(str(adata.uns.get(_keys.UNS, {}).get(_keys.MODEL_ID)) == model.fingerprint)
+    if model.training.get("steps") and fraction >= LEAST:
+        found = f"the model was trained on about {fraction:.0%} of the cells whose genes are masked"
+        warn("L04", f"{found}. Call scbin.tl.split, and pretrain on the training cells only.")
     return train, test, f"{len(test):,} {how}"
-
-
-def _held_out_of_pretraining(tokens: Tokens, model: Model) -> tuple[np.ndarray, np.ndarray]:
-    """Return the cells that pretraining trained on and held out, if these are the cells it was given; else none."""
-    stored, none = model.training.get("training"), np.zeros(0, dtype=np.int64)
-    if not isinstance(stored, dict) or not model.training.get("cells"):
-        return none, none
-    chosen = Training(**{name: stored[name] for name in ("held_out", "most_held_out") if name in stored})
-    train, test = split_cells(tokens, chosen, int(model.training.get("seed") or 0))
-    return (train, test) if remembered_cells(tokens, train) == model.training["cells"] else (none, none)
 
 
 def _write(adata: AnnData, target: str, scores: Mapping[str, Mapping[str, float]], how: str) -> pd.DataFrame:
     """Put the scores beside those of other targets, and return the table."""
     table = pd.DataFrame.from_dict(dict(scores), orient="index").rename_axis("method").reset_index()
-    table = table.assign(target=target, scored_on=how)
-    before = adata.uns.get(_keys.UNS, {}).get(_keys.EVALUATE)
-    others = (
-        []
-        if before is None
-        else [frame for name, frame in pd.DataFrame(before).groupby("target", sort=False) if name != target]
-    )
-    write_uns(adata, _keys.EVALUATE, pd.concat([*others, table], ignore_index=True))
+    table.insert(0, "target", target)
+    before = read_uns(adata, _keys.EVALUATE, pd.DataFrame)
+    before = before[before["target"] != target] if "target" in before.columns else before[:0]
+    table = pd.concat([before, table.assign(scored_on=how)], ignore_index=True)
+    table["scored_on"] = table.pop("scored_on")  # last, after the scores of every target
+    write_uns(adata, _keys.EVALUATE, table)
     return evaluate_df(adata, target)

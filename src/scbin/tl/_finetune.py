@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,12 +17,14 @@ from anndata import AnnData
 from scipy.sparse import csr_matrix
 from scipy.special import log_softmax
 from sklearn.decomposition import TruncatedSVD
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from scbin import _docs, _keys
-from scbin._adata import check_writable, read_tokens, write, write_uns
-from scbin._arguments import checked, instances
+from scbin._adata import check_writable, read_tokens, write
+from scbin._arguments import checked, instances, shown
 from scbin._errors import ScbinInputError
+from scbin.io.corpus import opened
 from scbin.model import Model, remember, resolve_model
 from scbin.nn.backbone import seeded
 from scbin.nn.labels import LARGEST, GeneHead, LabelHead, Target, gene_outputs, label_outputs
@@ -30,18 +32,18 @@ from scbin.nn.network import build_network
 from scbin.nn.presets import preset_for
 from scbin.nn.run import embed
 from scbin.tl._labels import (
-    Labels,
     MaskedPhenotypes,
-    Split,
-    hold_out,
+    cell_labels,
+    class_weights_of,
+    gene_labels,
     kinds_of,
-    read_cell_labels,
-    read_gene_labels,
+    obs_column,
     target_weights,
+    with_columns,
 )
 from scbin.tl._leakage import remembered_cells
-from scbin.tl._metrics import fitted_temperature
-from scbin.tl._probe import Probe, Scaler, fit_classes, fit_numbers, log_expression
+from scbin.tl._probe import Probe, Scaler, fit_classes, fit_numbers, fitted_temperature, log_expression, log_loss_of
+from scbin.tl._split import Split, hold_out, read_split, warn_of_donors
 from scbin.train.adapters import adapted
 from scbin.train.distributed import is_first_process
 from scbin.train.labels import CellLabels, Finetuning, GeneLabels
@@ -52,27 +54,27 @@ from scbin.train.start import start
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from scbin.get.predictions import Kind
+    from scbin.get.predictions import Column, Kind
+    from scbin.io.corpus import Paths
     from scbin.nn.network import CellNetwork
     from scbin.tokens.tokens import Tokens
 
 NEW = "new"
 _RATE, _EPOCHS, _STEPS, _CELLS_PER_STEP = 3e-4, 8, 400, 32  # epochs, but about as many steps at most
-_MOST_FOR_GENES = 2_000  # cells
+_MOST_HELD_OUT, _MOST_FOR_GENES = 2_000, 2_000  # cells
 # standard errors that a gain on held-out cells must exceed: the best epoch was chosen on the same cells
 _CLEARLY = 2.0
-# the table of genes is as good as its penalty made it, and stays
-_RATES = {"labels.genes": 0.0}
-_VECTOR_WEIGHTS = (1.0, 3.0)  # of the standardised vector beside the standardised genes
+# what a probe reads: the weight of the standardised vector, and whether the standardised genes
+_ALONE, _BESIDE, _VECTOR = (0.0, True), (3.0, True), (1.0, False)
 _LOADINGS = 30
 
 
 @_docs.shared
 @checked
 def finetune(
-    adata: AnnData | Tokens,
+    adata: AnnData | Tokens | Paths,
     model: Model | str | os.PathLike[str] | None = None,
     *,
     target: str | Sequence[str] | Mapping[str, Any],
@@ -93,8 +95,8 @@ def finetune(
 ) -> Model:
     """Teach a model the labels of cells (their type, the age of a donor) or of genes.
 
-    The head starts from a linear probe: scikit-learn's logistic (or ridge) regression on the cell's vector and the log expression
-    of each gene, its regularization chosen by cross-validation, by donor where donors are kept apart. Then network and head are
+    The head starts from a linear probe: the mean of scikit-learn's logistic (or ridge) regressions on the log expression of each gene,
+    on the cell's vector, and on both, the regularization of each chosen by cross-validation, by donor where donors are kept apart. Then network and head are
     trained together, with some genes of every cell left out at random. That is kept only where held-out cells say so: where their
     loss is better by more than two standard errors. One line says what came out, beside the same probe without the network.
     Phenotype tokens are masked, so that no label leaks through its own token.
@@ -106,12 +108,13 @@ def finetune(
         A :class:`scbin.Model`, or the path of one; it stays as it is. `"new"` takes an untrained network that starts from the data.
         Default: the model trained on these cells, or else a new one.
     target
-        Column of `obs`, several of them, or `{column: weight in the loss}`. Cells without a label are left out: NaN, and `""`,
+        Column of `obs`, a matrix in `obsm` (each column is a number to learn, such as a protein), several of them, or `{name: weight in the loss}`. Cells without a label are left out: NaN, and `""`,
         `"unknown"`, `"nan"`, `"na"`, `"n/a"` and `"<NA>"` in any case. With `level="gene"` `{class: genes}`, or a column of `var`.
     kind
         `"class"` or `"number"`, such as an age; also by column.
     level
-        `"cell"`, or `"gene"`: labels are those of genes, which each cell shows in another context.
+        `"cell"`, or `"gene"`: labels are those of genes. The head reads simple features of their expression, which were measured to be
+        better than hidden states; these it reads with `finetuning=scbin.Finetuning(expression=False)`.
     split_key
         Column of `obs` with donors or batches, none of which is then both in training and validation; or with `"train"`,
         `"validation"` and `"test"`. Default: `"scbin_split"`, where :func:`scbin.tl.split` named test cells there. Test cells are never
@@ -168,41 +171,42 @@ def finetune(
     instances(Finetuning, "a scbin.Finetuning", finetuning=settings)
     instances(Training, "a scbin.Training", optional=True, training=training)
     instances((bool, Mapping), "True, False, or a mapping for peft.LoraConfig", lora=lora)
-    weights = target_weights(target) if level == "cell" else {"gene_class": 1.0}
-    kinds = kinds_of(weights, kind, level)
+    starts_random = settings.hidden is not None and level == "cell"
+    if starts_random and max_steps == 0:
+        raise ScbinInputError("A03", "a head with a hidden layer starts at random: it needs max_steps above 0.")
+    adata = opened(adata, tokens_key)
     old = start_model(model, adata)
     tokens = read_tokens(adata, None if old is None else old.vocabulary, tokens_key)
     if isinstance(adata, AnnData):
         check_writable(adata, "obs", _keys.SPLIT)
-    if level == "gene":
-        labels = read_gene_labels(adata, tokens, target, split_key, class_weights, settings.validation, seed)
-    else:
-        labels = read_cell_labels(adata, tokens, weights, kinds, split_key, class_weights, settings.validation, seed)
+    labels = _read_labels(adata, tokens, level, target, kind, split_key, class_weights, settings.validation, seed)
     split, masked = labels.split, MaskedPhenotypes(tokens)
     network: Any = _new_network(masked, split, seed) if old is None else copy.deepcopy(old.network)
     n_layers = network.backbone.n_layers
     if freeze != "all" and not 0 <= freeze <= n_layers:
         raise ScbinInputError("A02", f"freeze is {freeze}; pass 'all', or 0 to {n_layers}, the layers of this network.")
-    training = _complete(training, max_steps, int(split.train.sum()), level == "cell" and settings.expression)
+    training = _complete(training, max_steps, int(split.train.sum()))
 
     options = {"device": device, "token_budget": training.token_budget}
-    items = (_cells if level == "cell" else _genes)(network, masked, labels, settings, options, seed)
-    losses = {"without network": items.fit(), "linear probe": items.losses(items.outputs())}
+    items = (_genes if level == "gene" else _cells)(network, masked, labels, settings, options, seed)
+    losses = {"without network": items.losses(items.probe())}
+    if not starts_random:
+        items.install()
+    losses["linear probe"] = items.losses(items.outputs())
     kept, history = "linear probe", pd.DataFrame()
-    if items.starts_random and max_steps == 0:
-        raise ScbinInputError("A03", "a head with a hidden layer starts at random: it needs max_steps above 0.")
-    if max_steps != 0 and (freeze != "all" or items.starts_random):
+    if max_steps != 0 and (freeze != "all" or starts_random):
         untouched = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
         with _changeable(network, freeze, lora, seed):
             history = train(
                 network, items.task, masked, training, cells=np.flatnonzero(split.open),
                 held_out=np.flatnonzero(split.validation), save_dir=save_dir, device=device, seed=seed, progress=progress,
             )  # fmt: skip
-        losses["fine-tuned"] = items.losses(items.outputs())
-        if items.starts_random or _is_better(losses["fine-tuned"], losses["linear probe"]):
+        outputs = items.outputs()
+        losses["fine-tuned"] = items.losses(outputs)
+        if starts_random or _is_better(losses["fine-tuned"], losses["linear probe"]):
             kept = "fine-tuned"
             network.density = network.batches = None  # they belong to the vectors of before
-            items.calibrate()
+            items.calibrate(outputs)
         else:
             network.load_state_dict(untouched)
     if kept == "linear probe":
@@ -211,7 +215,9 @@ def finetune(
     means = {name: float(loss.mean()) for name, loss in losses.items() if len(loss)}
     report = {"kept": kept, "held_out_loss": means, "probe": items.report, "steps": max(len(history) - 1, 0)}
     report |= {"level": level, "split_key": split_key, "finetuning": asdict(settings), "training": training.learned()}
-    report |= labels.report() | {"cells": remembered_cells(tokens, np.flatnonzero(split.open))}
+    report |= {"targets": {column.name: column.kind for column in labels.columns}}
+    report |= {"n_cells": int(split.train.sum()), "n_held_out": int(split.validation.sum())}
+    report["cells"] = remembered_cells(tokens, np.flatnonzero(split.open))
     described = {} if old is None else dict(old.training)
     result = Model(network.eval(), tokens.vocabulary, {**described, "finetune": report}, history)
     if progress and is_first_process():
@@ -220,7 +226,7 @@ def finetune(
     if save_dir is not None and is_first_process():
         result.save(Path(save_dir) / "model", overwrite=True)
     if isinstance(adata, AnnData):
-        _write(adata, result, split.column(labels.before), save_dir)
+        _write(adata, result, labels.whole, save_dir)
     return result
 
 
@@ -236,6 +242,55 @@ def start_model(model: Model | str | os.PathLike[str] | None, data: AnnData | To
     return resolve_model(model, adata)
 
 
+class _Labels(NamedTuple):
+    """Labels as they were read, and the cells to learn them from."""
+
+    columns: list[Column]
+    weights: list[float]  # of the columns
+    class_weights: list[np.ndarray]  # by column, of each class (classes,)
+    split: Split
+    whole: Split  # the same for cells that are not used, too
+
+
+def _read_labels(
+    data: AnnData | Tokens, tokens: Tokens, level: str, target: Any, kind: Any, split_key: str | None, class_weights: Any,
+    fraction: float, seed: int,
+) -> _Labels:  # fmt: skip
+    """Read the labels, and take or draw the cells to learn them (or to read genes in) and to validate on."""
+    known, usable = read_split(data, split_key), tokens.lengths > 0
+    if level == "gene":
+        if kind != "class":
+            raise ScbinInputError("A03", f"kind is {shown(kind)}, but genes are learned as classes.")
+        columns, weights = [gene_labels(data, target, tokens.vocabulary)], {"": 1.0}
+    else:
+        weights = target_weights(target)
+        every = with_columns(data, weights, kinds_of(weights, kind))
+        weights = {name: weight for name, (weight, _) in every.items()}
+        columns = [cell_labels(obs_column(data, name), name, of, usable, known.open) for name, (_, of) in every.items()]
+        usable = np.any([column.known for column in columns], axis=0)
+    held_out, donors, test = known.validation.copy(), known.donors, known.test
+    if fraction and not (held_out & usable).any():
+        rows = np.flatnonzero(known.open & usable)
+        by_class = level == "cell" and columns[0].kind == "class"
+        strata = np.nan_to_num(columns[0].values[rows], nan=-1) if by_class else np.zeros(len(rows))
+        own = None if donors is None else donors[rows]
+        held_out[rows[hold_out(strata, fraction, donors=own, most=_MOST_HELD_OUT, seed=seed)]] = True
+        if donors is not None:  # unlabelled cells of held-out donors go with them
+            held_out |= known.open & np.isin(donors, donors[held_out])
+    train = known.open & ~held_out
+    split, whole = Split(train & usable, held_out & usable, test, donors), Split(train, held_out, test)
+    if (n := int(split.train.sum())) < 2:
+        raise ScbinInputError(
+            "L03", f"{n} cells to train on: they need tokens, a label, and to be in the training part."
+        )
+    if level == "cell":
+        warn_of_donors(data, split, split_key)
+    learned = [column.known & split.train if level == "cell" else column.known for column in columns]
+    by_column = [class_weights_of(column, class_weights, each) for column, each in zip(columns, learned, strict=True)]
+    is_named = (known.test | known.validation).any()  # cells that are not used now keep their part
+    return _Labels(columns, list(weights.values()), by_column, split, whole if is_named else split)
+
+
 def _new_network(tokens: Tokens, split: Split, seed: int) -> CellNetwork:
     """Return an untrained network that starts from the training cells."""
     cells = np.flatnonzero(split.train)
@@ -244,13 +299,13 @@ def _new_network(tokens: Tokens, split: Split, seed: int) -> CellNetwork:
     return network
 
 
-def _complete(training: Training | None, max_steps: int | None, n_cells: int, with_genes: bool) -> Training:
+def _complete(training: Training | None, max_steps: int | None, n_cells: int) -> Training:
     """Return the settings with fine-tuning's own values where nothing was chosen."""
     training = Training() if training is None else training
     training = replace(training, max_steps=max_steps) if max_steps else training
     training = training.filled(learning_rate=_RATE, cells_per_step=_CELLS_PER_STEP, warmup=0.1)
     epochs = max(1, min(_EPOCHS, round(_STEPS * (training.cells_per_step or 1) / max(n_cells, 1))))
-    return training.filled(epochs=epochs, rates=_RATES if with_genes else {}).complete()
+    return training.filled(epochs=epochs).complete()
 
 
 def _is_better(after: np.ndarray, before: np.ndarray) -> bool:
@@ -260,18 +315,20 @@ def _is_better(after: np.ndarray, before: np.ndarray) -> bool:
 
 
 @contextmanager
-def _changeable(network: Any, freeze: int | Literal["all"], lora: bool | Mapping[str, Any], seed: int) -> Any:
+def _changeable(network: Any, freeze: Any, lora: bool | Mapping[str, Any], seed: int) -> Iterator[None]:
     """Let the first layers of the backbone (or all but the head) stay as they are, or train adapters, for a while."""
     backbone: Any = network.backbone
-    still = [*backbone.parameters(), *network.vector.parameters()]
+    parts = [backbone, network.vector]
     if freeze != "all":
         lists = [
-            each for each in backbone.modules() if isinstance(each, nn.ModuleList) and len(each) == backbone.n_layers
+            part for part in backbone.modules() if isinstance(part, nn.ModuleList) and len(part) == backbone.n_layers
         ]
         if freeze and not lists:
             raise ScbinInputError("A02", "this backbone has no layers to freeze one by one; use freeze='all', or 0.")
-        still = [parameter for layer in (lists[0][:freeze] if freeze else []) for parameter in layer.parameters()]
-    still = [parameter for parameter in still if parameter.requires_grad]
+        parts = list(lists[0][:freeze]) if freeze else []
+    still = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
+    if isinstance(network.labels, LabelHead) and network.labels.genes is not None:
+        still.append(network.labels.genes)  # as good as its penalty made it
     try:
         for parameter in still:
             parameter.requires_grad_(False)
@@ -289,109 +346,122 @@ def _changeable(network: Any, freeze: int | Literal["all"], lora: bool | Mapping
 class _Items:
     """Labelled cells or genes, one row each, with the head that learns them: probes for its start, losses of held-out ones."""
 
-    head: Any
     task: CellLabels
-    labels: Labels
-    values: list[np.ndarray]  # by target: class or standardised number (items,)
+    labels: _Labels
+    head: Any
+    rows: np.ndarray  # (items,) cells or genes
     held_out: np.ndarray  # (items,) bool
     donors: np.ndarray | None  # (items,)
     vectors: np.ndarray  # (items, size): cell vectors, or mean hidden states of genes
     features: csr_matrix  # (items, features): log expression, or simple features of genes
     scaler: Scaler
-    choices: list[tuple[float, bool]]  # what a probe may read: weight of the vectors, and whether features
+    reads: list[tuple[float, bool]]  # what a probe may read: weight of the vectors, and whether features
     outputs: Callable[[], np.ndarray]  # of the network for held-out items (held out, outputs)
-    starts_random: bool
     seed: int
     report: dict[str, Any] = field(default_factory=dict)
-    chosen: list[tuple[float, bool, Probe]] = field(default_factory=list)
+    probes: list[dict[tuple[float, bool], Probe]] = field(default_factory=list)  # by target
+    scales: list[float] = field(default_factory=list)  # by target: temperature, or factor of a number
 
-    def fit(self) -> np.ndarray:
-        """Start the head at the best probe of each target; return the held-out losses of those without the network."""
+    def probe(self) -> np.ndarray:
+        """Fit the probes of each target, whose mean it shall be; return what those without the network say of held-out items."""
         outputs = []
         for number, target in enumerate(self.head.targets):
-            alone = self._probe(number, ~self.held_out, 0.0, True)
-            outputs.append(alone.outputs(self._features(self.held_out, 0.0, True)))
-            tried = [
-                (*reads, self._probe(number, ~self.held_out, *reads) if reads[0] else alone) for reads in self.choices
-            ]
-            weight, genes, probe = min(tried, key=lambda each: np.nan_to_num(each[2].loss, nan=np.inf))
-            self.chosen.append((weight, genes, probe))
-            reads = ["vector"] * (weight > 0) + ["expression"] * genes
-            found = {"vector_weight": weight, "strength": probe.strength, "cross_validated_loss": probe.loss}
-            self.report[target.name] = {"reads": reads, **found, "without_network": alone.loss}
-        if not self.starts_random:
-            self._install()
-        return self.losses(np.hstack(outputs))
+            fitted = {reads: self._fit(number, ~self.held_out, reads) for reads in dict.fromkeys([_ALONE, *self.reads])}
+            alone, self.probes = fitted[_ALONE], [*self.probes, {reads: fitted[reads] for reads in self.reads}]
+            outputs.append(alone.outputs(self._features(self.held_out, _ALONE)))
+            said, truth = np.mean([fitted[reads].held_out for reads in self.reads], axis=0), alone.truth
+            if target.kind == "class":
+                self.scales.append(fitted_temperature(said, truth))
+                losses = [float(log_loss_of(each, truth).mean()) for each in (alone.held_out, said / self.scales[-1])]
+            else:  # a mean of several, each drawn to 0 by its penalty, says too little
+                self.scales.append(float(said[:, 0] @ truth / max(float((said**2).sum()), 1e-12)))
+                losses = [
+                    float(np.square(truth - each[:, 0]).mean()) for each in (alone.held_out, said * self.scales[-1])
+                ]
+            strengths = [fitted[reads].strength for reads in self.reads]
+            found = {"without_network": losses[0], "cross_validated_loss": losses[1]}
+            self.report[target.name] = {"reads": [list(reads) for reads in self.reads], "strengths": strengths, **found}
+        return np.hstack(outputs)
 
     def refit(self) -> None:
-        """Fit the chosen probes to all items, held out or not."""
-        everything = np.ones(len(self.held_out), dtype=bool)
-        for number, (weight, genes, probe) in enumerate(self.chosen):
-            fitted = self._probe(number, everything, weight, genes, probe.strength)
-            self.chosen[number] = weight, genes, replace(fitted, temperature=probe.temperature)
-        self._install()
+        """Fit the probes to all items, held out or not, and put them into the head."""
+        everything = np.ones_like(self.held_out)
+        for number, probes in enumerate(self.probes):
+            again = {reads: self._fit(number, everything, reads, probe.strength) for reads, probe in probes.items()}
+            self.probes[number] = again
+        self.install()
+
+    @torch.no_grad()
+    def install(self) -> None:
+        """Put the mean of the probes into the head."""
+        head, size = self.head, self.vectors.shape[1]
+        head.vector_mean.copy_(torch.from_numpy(self.scaler.mean))
+        head.vector_scale.copy_(torch.from_numpy(self.scaler.factor))
+        if isinstance(head, LabelHead) and head.genes is not None:
+            head.gene_scale.copy_(torch.from_numpy(self.scaler.gene_factor))
+        for number, (probes, scale) in enumerate(zip(self.probes, self.scales, strict=True)):
+            part, is_class = head.part(number), head.targets[number].kind == "class"
+            head.temperature[number] = scale if is_class else 1.0
+            head.output.weight[part], head.output.bias[part] = 0.0, 0.0
+            if head.genes is not None:
+                head.genes[:, part] = 0.0
+            for (weight, genes), probe in probes.items():
+                share = (1.0 if is_class else scale) / len(probes)
+                weights = torch.from_numpy(probe.weights * share).float()
+                head.output.bias[part] += torch.from_numpy(probe.bias * share).float()
+                if weight:
+                    head.output.weight[part] += weights[:size].T * weight
+                if genes:
+                    head.genes[:, part] += weights[size if weight else 0 :]
 
     def losses(self, outputs: np.ndarray) -> np.ndarray:
         """Return the loss of each held-out item with a label: log loss and squared error by their weights, which have mean 1."""
         total, amount = np.zeros(len(outputs)), np.zeros(len(outputs))
         for number, target in enumerate(self.head.targets):
-            true, own = self.values[number][self.held_out], outputs[:, self.head.part(number)].astype(np.float64)
+            true, own = self._values(number)[self.held_out], outputs[:, self.head.part(number)].astype(np.float64)
             at = np.flatnonzero(np.isfinite(true) & np.isfinite(own).all(axis=1))
-            weight, by_class = np.full(len(at), self.labels.weights[number]), self.labels.class_weights[number]
+            weight = np.full(len(at), self.labels.weights[number])
             if target.kind == "number":
                 loss = np.square(own[at, 0] - true[at])
             else:
                 codes = true[at].astype(np.int64)
                 loss = -log_softmax(own[at], axis=1)[np.arange(len(at)), codes]
-                weight = weight if by_class is None else weight * by_class[codes]
+                weight *= self.labels.class_weights[number][codes]
             total[at] += weight * loss
             amount[at] += weight
         return total[amount > 0] / amount[amount > 0].mean() if amount.any() else np.zeros(0)
 
-    def calibrate(self) -> None:
-        """Set the temperatures by the held-out items."""
-        outputs = self.outputs()
+    def calibrate(self, outputs: np.ndarray) -> None:
+        """Set the temperatures by the outputs for the held-out items."""
         for number, target in enumerate(self.head.targets):
-            true = self.values[number][self.held_out]
+            true = self._values(number)[self.held_out]
             if target.kind == "class":
                 own, known = outputs[:, self.head.part(number)], np.isfinite(true)
                 temperature = fitted_temperature(own[known], true[known].astype(np.int64), fewest=30)
                 self.head.temperature[number] = temperature
 
-    def _features(self, rows: np.ndarray, weight: float, genes: bool) -> Any:
+    def _values(self, number: int) -> np.ndarray:
+        """Return the class, or the standardised number, of each item; NaN where it is unknown."""
+        target = self.head.targets[number]
+        return (self.labels.columns[number].values[self.rows] - target.mean) / target.scale
+
+    def _features(self, rows: np.ndarray, reads: tuple[float, bool]) -> Any:
+        weight, genes = reads
         return self.scaler.features(self.vectors[rows], self.features[rows] if genes else None, weight)
 
-    def _probe(self, number: int, rows: np.ndarray, weight: float, genes: bool, strength: float | None = None) -> Probe:
-        target, values = self.head.targets[number], self.values[number]
+    def _fit(self, number: int, rows: np.ndarray, reads: tuple[float, bool], strength: float | None = None) -> Probe:
+        target, values = self.head.targets[number], self._values(number)
         rows = rows & np.isfinite(values)
-        donors = None if self.donors is None else self.donors[rows]
+        donors, features = None if self.donors is None else self.donors[rows], self._features(rows, reads)
         options: dict[str, Any] = {"donors": donors, "strength": strength, "seed": self.seed}
-        features = self._features(rows, weight, genes)
         if target.kind == "number":
             return fit_numbers(features, values[rows], **options)
-        codes, by_class = values[rows].astype(np.int64), self.labels.class_weights[number]
-        return fit_classes(features, codes, target.n_outputs, class_weights=by_class, **options)
-
-    @torch.no_grad()
-    def _install(self) -> None:
-        """Put the chosen probes into the head."""
-        head, scaler = self.head, self.scaler
-        head.vector_mean.copy_(torch.from_numpy(scaler.mean))
-        head.vector_scale.copy_(torch.from_numpy(scaler.factor))
-        if isinstance(head, LabelHead) and head.genes is not None:
-            head.gene_scale.copy_(torch.from_numpy(scaler.gene_factor))
-        for number, (weight, genes, probe) in enumerate(self.chosen):
-            part, weights = head.part(number), torch.from_numpy(probe.weights).float()
-            size = self.vectors.shape[1] if weight else 0
-            head.output.weight[part] = weights[:size].T * weight if weight else 0.0
-            head.output.bias[part] = torch.from_numpy(probe.bias).float()
-            if head.genes is not None:
-                head.genes[:, part] = weights[size:] if genes else 0.0
-            head.temperature[number] = probe.temperature
+        weights = self.labels.class_weights[number]
+        return fit_classes(features, values[rows].astype(np.int64), target.n_outputs, class_weights=weights, **options)
 
 
 def _cells(
-    network: Any, tokens: Tokens, labels: Labels, settings: Finetuning, options: dict[str, Any], seed: int
+    network: Any, tokens: Tokens, labels: _Labels, settings: Finetuning, options: dict[str, Any], seed: int
 ) -> _Items:
     """Return the labelled cells, and give the network a head for them."""
     split, targets = labels.split, []
@@ -402,29 +472,26 @@ def _cells(
     with seeded(seed):
         network.labels = head = LabelHead(
             tokens.vocabulary, network.vector.size, targets, expression=settings.expression, hidden=settings.hidden,
-            dropout=settings.dropout, pooled_size=network.backbone.hidden_size if settings.attention else 0,
+            dropout=settings.dropout,
         )  # fmt: skip
-    values = [(column.values - t.mean) / t.scale for column, t in zip(labels.columns, targets, strict=True)]
     task = CellLabels(
-        head, tokens.vocabulary, values, weights=labels.weights, class_weights=labels.class_weights,
-        gene_dropout=settings.gene_dropout, label_smoothing=settings.label_smoothing, layer=network.vector.layer,
+        head, tokens.vocabulary, [(column.values - t.mean) / t.scale for column, t in zip(labels.columns, targets, strict=True)],
+        weights=labels.weights, class_weights=labels.class_weights, gene_dropout=settings.gene_dropout,
+        label_smoothing=settings.label_smoothing, layer=network.vector.layer,
     )  # fmt: skip
     rows, asked = np.flatnonzero(split.open), np.flatnonzero(split.validation)
-    vectors, expression = (
-        np.nan_to_num(embed(network, tokens, rows=rows, **options)[rows]),
-        log_expression(tokens, rows),
-    )
+    vectors, expression = embed(network, tokens, rows=rows, **options)[rows], log_expression(tokens, rows)
     held_out, donors = split.validation[rows], None if split.donors is None else split.donors[rows]
-    with_genes = [(weight, True) for weight in (0.0, *_VECTOR_WEIGHTS)] if settings.expression else []
+    scaler = Scaler.fit(np.nan_to_num(vectors[~held_out]), expression[~held_out])
     return _Items(
-        head, task, labels, [each[rows] for each in values], held_out, donors, vectors, expression,
-        Scaler.fit(vectors[~held_out], expression[~held_out]), [*with_genes, (1.0, False)],
-        lambda: label_outputs(network, tokens, rows=asked, **options)[asked], settings.hidden is not None, seed,
+        task, labels, head, rows, held_out, donors, np.nan_to_num(vectors), expression, scaler,
+        [_ALONE, _BESIDE, _VECTOR] if settings.expression else [_VECTOR],
+        lambda: label_outputs(network, tokens, rows=asked, **options)[asked], seed,
     )  # fmt: skip
 
 
 def _genes(
-    network: Any, tokens: Tokens, labels: Labels, settings: Finetuning, options: dict[str, Any], seed: int
+    network: Any, tokens: Tokens, labels: _Labels, settings: Finetuning, options: dict[str, Any], seed: int
 ) -> _Items:
     """Return the labelled genes that some cells express, and give the network a head for them."""
     column, cells = labels.columns[0], np.flatnonzero(labels.split.open)
@@ -433,22 +500,21 @@ def _genes(
     targets, size = [Target(column.name, "class", column.classes)], network.backbone.hidden_size
     network.labels = head = GeneHead(tokens.vocabulary, size, targets, n_features=features.shape[1])
     head.features.copy_(torch.from_numpy(features))
-    hidden = gene_outputs(network, tokens, hidden_states=True, rows=cells, **options)
+    hidden = gene_outputs(network, tokens, hidden_states=True, rows=cells, **options).astype(np.float32)
     rows = np.flatnonzero(column.known & np.isfinite(hidden).all(axis=1))
     held_out = hold_out(column.codes(rows), settings.validation, seed=seed)
     if len(np.unique(column.codes(rows[~held_out]))) < 2:
         raise ScbinInputError("L02", f"the cells express genes of one class of {column.name!r} only.")
-    asked = rows[held_out]
+    asked, own = rows[held_out], csr_matrix(features[rows])
     task = GeneLabels(
         head, tokens.vocabulary, [column.values], class_weights=labels.class_weights,
         held_out=np.isin(np.arange(len(hidden)), asked), gene_dropout=settings.gene_dropout,
         label_smoothing=settings.label_smoothing, layer=network.vector.layer,
     )  # fmt: skip
-    vectors, own = hidden[rows].astype(np.float32), csr_matrix(features[rows])
-    scaler = replace(Scaler.fit(vectors, own), gene_factor=np.ones(own.shape[1], dtype=np.float32))
+    scaler = replace(Scaler.fit(hidden[rows], own), gene_factor=np.ones(own.shape[1], dtype=np.float32))
     return _Items(
-        head, task, labels, [column.values[rows]], held_out, None, vectors, own, scaler, [(0.0, True), (1.0, True)],
-        lambda: gene_outputs(network, tokens, rows=cells, **options)[asked], False, seed,
+        task, labels, head, rows, held_out, None, hidden[rows], own, scaler, [_ALONE] if settings.expression else [_VECTOR],
+        lambda: gene_outputs(network, tokens, rows=cells, **options)[asked], seed,
     )  # fmt: skip
 
 
@@ -457,23 +523,18 @@ def gene_features(expression: csr_matrix, seed: int = 0) -> np.ndarray:
     mean = np.asarray(expression.mean(axis=0)).ravel()
     detected = np.asarray((expression > 0).mean(axis=0)).ravel()
     variance = np.asarray(expression.multiply(expression).mean(axis=0)).ravel() - mean**2
-    rank = min(_LOADINGS, min(expression.shape) - 1)
-    loadings = TruncatedSVD(max(rank, 1), random_state=seed).fit(expression).components_.T
+    rank = max(min(_LOADINGS, min(expression.shape) - 1), 1)
+    loadings = TruncatedSVD(rank, random_state=seed).fit(expression).components_.T
     features = np.column_stack([mean, detected, np.sqrt(np.maximum(variance, 0)), loadings])
-    spread = features.std(axis=0)
-    scaled = (features - features.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
-    return np.clip(scaled, -LARGEST, LARGEST).astype(np.float32)
+    return np.clip(StandardScaler().fit_transform(features), -LARGEST, LARGEST).astype(np.float32)
 
 
-def _write(adata: AnnData, model: Model, split: pd.Categorical, save_dir: Any) -> None:
+def _write(adata: AnnData, model: Model, split: Split, save_dir: Any) -> None:
     identifier = model.fingerprint
     remember(identifier, model)
-    write(adata, "obs", _keys.SPLIT, split)
-    write_uns(adata, _keys.FINETUNE, json.dumps(model.training["finetune"]))
-    if len(model.history):
-        write_uns(adata, _keys.FINETUNE_HISTORY, model.history.copy())
-    else:  # that of an earlier model would be taken for this one's
-        entries = adata.uns[_keys.UNS]
-        adata.uns[_keys.UNS] = {name: entry for name, entry in entries.items() if name != _keys.FINETUNE_HISTORY}
-    write_uns(adata, _keys.MODEL_ID, identifier)
-    write_uns(adata, _keys.MODEL_PATH, "" if save_dir is None else str(Path(save_dir).resolve() / "model"))
+    write(adata, "obs", _keys.SPLIT, split.column())
+    entries = {**adata.uns.get(_keys.UNS, {}), _keys.FINETUNE: json.dumps(model.training["finetune"])}
+    entries.pop(_keys.FINETUNE_HISTORY, None)  # that of an earlier model would be taken for this one's
+    entries |= {_keys.FINETUNE_HISTORY: model.history.copy()} if len(model.history) else {}
+    path = "" if save_dir is None else str(Path(save_dir).resolve() / "model")
+    adata.uns[_keys.UNS] = entries | {_keys.MODEL_ID: identifier, _keys.MODEL_PATH: path}

@@ -78,32 +78,26 @@ def training_cells(model: Model, target: str) -> dict[str, str]:
 
 
 def warn_of_leakage(
-    tokens: Tokens | None, column: Column, test: np.ndarray, cells: Mapping[str, str], *, split_known: bool, own: bool
+    tokens: Tokens, column: Column, test: np.ndarray, cells: Mapping[str, str], *, split_known: bool, own: bool
 ) -> None:
     """Warn (L04) where a model has learned from the cells that it is scored on.
 
     `own` says that the model is the last that was trained on these cells; `split_known`, that test cells were named.
     """
-    hashes = np.zeros(0, dtype=np.uint64) if tokens is None else hashes_of(tokens, test)
+    hashes, name = hashes_of(tokens, test), column.name
     tuned, pretrained = (fraction_trained_on(cells.get(what), hashes) or 0.0 for what in ("finetuning", "pretraining"))
     if not split_known and (own or (tuned if "finetuning" in cells else pretrained) >= LEAST):
+        found = "the model was trained on these cells, and no split says which ones it has not seen"
         warn(
             "L04",
-            "the model was trained on these cells, and no split says which ones it has not seen: the score shows how well it "
-            f"remembers {column.name!r}. Call scbin.tl.split before fine-tuning, or pass split_key=.",
+            f"{found}: it may just remember {name!r}. Call scbin.tl.split before fine-tuning, or pass split_key=.",
         )
     elif tuned >= LEAST:
-        warn(
-            "L04",
-            f"the model learned {column.name!r} from about {tuned:.0%} of the cells it is scored on. Score it by the split that "
-            "it was fine-tuned with, or fine-tune it with this one.",
-        )
-    elif tokens is not None and pretrained >= LEAST and _label_in_tokens(tokens, column, test[:_BLOCK]):
-        warn(
-            "L04",
-            f"the tokens of the test cells hold their {column.name!r}, and the model was pretrained on these cells. Tokenize "
-            "without that phenotype, or pretrain on training cells only.",
-        )
+        found = f"the model learned {name!r} from about {tuned:.0%} of the cells it is scored on"
+        warn("L04", f"{found}. Score it by the split that it was fine-tuned with, or fine-tune it with this one.")
+    elif pretrained >= LEAST and _label_in_tokens(tokens, column, test[:_BLOCK]):
+        found = f"the tokens of the test cells hold their {name!r}, and the model was pretrained on these cells"
+        warn("L04", f"{found}. Tokenize without that phenotype, or pretrain on training cells only.")
 
 
 def _label_in_tokens(tokens: Tokens, column: Column, cells: np.ndarray) -> bool:
@@ -112,10 +106,8 @@ def _label_in_tokens(tokens: Tokens, column: Column, cells: np.ndarray) -> bool:
     for phenotype in tokens.vocabulary.phenotypes:
         ids = rows[:, [phenotype.position]].toarray().ravel().astype(np.int64)
         told = (ids >= phenotype.first_id) & (ids < phenotype.stop_id)
-        if not told.any():
-            continue
-        true = labels[np.nan_to_num(column.values[cells[told]], nan=-1).astype(np.int64)] if column.classes else ""
-        same = np.array(phenotype.values)[ids[told] - phenotype.first_id] == true
-        if phenotype.name == column.name or np.mean(same) >= _SAME_LABELS:
+        true = labels[column.codes(cells[told])] if column.classes else ""
+        same = np.array(phenotype.values, dtype=object)[ids[told] - phenotype.first_id] == true
+        if told.any() and (phenotype.name == column.name or np.mean(same) >= _SAME_LABELS):
             return True
     return False

@@ -17,8 +17,7 @@ from scbin.nn.run import run
 from scbin.tl._leakage import cell_hashes
 from scbin.tl._metrics import gene_scores
 from scbin.tokens.tokens import MemoryTokens
-from scbin.train.mask_kernel import hash_uniform
-from scbin.train.masking import random_key
+from scbin.train.randomness import hash_uniform, random_key
 from scbin.train.start import components
 from scbin.train.task import EVALUATION
 
@@ -71,7 +70,7 @@ def _levels_of(positions: np.ndarray, ids: np.ndarray, vocabulary: Vocabulary) -
 
 
 def score_masked_genes(
-    model: Model, tokens: Tokens, train: np.ndarray, test: np.ndarray, *, fraction: float, seed: int, **options: Any
+    model: Model, tokens: Tokens, train: np.ndarray, test: np.ndarray, fraction: float, seed: int, **options: Any
 ) -> dict[str, dict[str, float]]:
     """Return the scores of the model and of simple models on masked genes of test cells, by method.
 
@@ -121,11 +120,11 @@ def _by_logits(model: Model, asked: MaskedCells, options: dict[str, Any]) -> tup
         at_genes = torch.isin(pack.position_ids, torch.as_tensor(vocabulary.gene_positions, device=hidden.device))
         states = hidden[(pack.input_ids == vocabulary.mask_id) & at_genes].float()
         starts, n = asked.starts[own], asked.n_levels
-        ids = (
-            None if (starts == starts[0]).all() else torch.from_numpy(starts[:, None] + np.arange(n)).to(hidden.device)
-        )
+        differ, ids = (starts != starts[0]).any(), torch.from_numpy(starts[:, None] + np.arange(n)).to(hidden.device)
         with torch.inference_mode():
-            logits = backbone.logits(states, int(starts[0]), int(starts[0]) + n, ids=ids).float().cpu()
+            logits = (
+                backbone.logits(states, int(starts[0]), int(starts[0]) + n, ids=ids if differ else None).float().cpu()
+            )
         if drops_zeros:  # all masked genes are expressed
             logits[:, 0] = -torch.inf
         scores = logits.log_softmax(dim=1).numpy()

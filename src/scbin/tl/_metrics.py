@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
 from scipy.stats import pearsonr
 from sklearn.metrics import mean_absolute_error, precision_recall_fscore_support, r2_score, roc_auc_score
 
@@ -99,12 +97,3 @@ def gene_scores(truth: np.ndarray, predicted: np.ndarray, log_probability: np.nd
         scores[f"{name}exact"] = float(np.mean(off[rows] == 0)) if rows.any() else float("nan")
         scores[f"{name}within_one"] = float(np.mean(off[rows] <= 1)) if rows.any() else float("nan")
     return scores | _macro(truth, predicted) | {"log_loss": float(-np.maximum(log_probability, np.log(_LEAST)).mean())}
-
-
-def fitted_temperature(outputs: np.ndarray, classes: np.ndarray, fewest: int = 10) -> float:
-    """Return the temperature at which outputs (cells, classes) have the least log loss; 1 where fewer than `fewest` cells say."""
-    if len(classes) < fewest:
-        return 1.0
-    rows, outputs = np.arange(len(classes)), np.asarray(outputs, dtype=np.float64)
-    loss = lambda log_t: -log_softmax(outputs / np.exp(log_t), axis=1)[rows, classes].mean()
-    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.optimize import minimize_scalar
 from scipy.sparse import csr_matrix, hstack, vstack
 from scipy.special import log_softmax, softmax
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
+from sklearn.model_selection import cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier
 
 from scbin.nn.embedding import log_normalised, token_expression
 from scbin.nn.labels import LARGEST
-from scbin.tl._labels import balanced_weights, folds_of
-from scbin.tl._metrics import fitted_temperature
+from scbin.tl._labels import balanced_weights
+from scbin.tl._split import folds_of
 
 if TYPE_CHECKING:
     from scbin.get.predictions import Column
@@ -61,7 +63,7 @@ class Scaler:
         gene_factor = np.where(deviation > 1e-3, 1 / np.maximum(deviation, 1e-3), 0.0)
         return cls(vectors.mean(axis=0), factor.astype(np.float32), gene_factor.astype(np.float32))
 
-    def features(self, vectors: np.ndarray, genes: csr_matrix | None, weight: float) -> Any:
+    def features(self, vectors: Any, genes: csr_matrix | None, weight: float) -> Any:
         """Return vectors times a weight beside the scaled expression (cells, features); dense where that fits."""
         parts = [(vectors - self.mean) * self.factor * np.float32(weight)] if weight else []
         if genes is not None:
@@ -80,8 +82,8 @@ class Probe:
     weights: np.ndarray  # (features, outputs)
     bias: np.ndarray  # (outputs,)
     strength: float  # C of the logistic regression, or alpha of the ridge
-    loss: float  # cross-validated
-    temperature: float = 1.0
+    held_out: np.ndarray  # what it says of training cells when fitted to the others (cells, outputs); empty: not asked
+    truth: np.ndarray  # (cells,) class or number of these cells
 
     def outputs(self, features: Any) -> np.ndarray:
         """Return log-odds (cells, classes), or numbers (cells, 1)."""
@@ -104,22 +106,25 @@ def fit_classes(
     """
     weights = np.ones(len(codes)) if class_weights is None else class_weights[codes]
     weights = weights / max(float(weights.mean()), 1e-12)
-    loss, temperature = float("nan"), 1.0
-    if strength is None:
-        rows = _some(len(codes), _MOST_TO_CHOOSE, seed)
-        folds = _folds(codes[rows], None if donors is None else donors[rows], seed)
-        strength, loss, temperature = _choose_strength(features[rows], codes[rows], n_classes, weights[rows], folds)
-    rows = _some(len(codes), _MOST_TO_FIT, seed)
-    model = _fit(LogisticRegression(C=strength, max_iter=500), features[rows], codes[rows], weights[rows])
-    return Probe(*_coefficients(model, n_classes), strength, loss, temperature)
+    held_out, truth = np.zeros((0, n_classes)), codes[:0]
+    with warnings.catch_warnings():  # where it has not converged: the penalty matters more than the last digits
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        if strength is None:
+            rows = _some(len(codes), _MOST_TO_CHOOSE, seed)
+            folds = _folds(codes[rows], None if donors is None else donors[rows], seed)
+            strength, held_out = _choose_strength(features[rows], codes[rows], n_classes, weights[rows], folds)
+            truth = codes[rows]
+        rows = _some(len(codes), _MOST_TO_FIT, seed)
+        model = LogisticRegression(C=strength, max_iter=500).fit(features[rows], codes[rows], weights[rows])
+    return Probe(*_coefficients(model, n_classes), strength, held_out, truth)
 
 
 def _choose_strength(
     features: Any, codes: np.ndarray, n_classes: int, weights: np.ndarray, folds: np.ndarray
-) -> tuple[float, float, float]:
-    """Return the best C, its cross-validated loss and the temperature that then fits."""
+) -> tuple[float, np.ndarray]:
+    """Return the best C, and what it says of cells that it was not fitted to (cells, classes)."""
     models = {number: LogisticRegression(max_iter=200, tol=1e-3, warm_start=True) for number in np.unique(folds)}
-    rows, best = np.arange(len(codes)), (float(STRENGTHS[0]), np.inf, 1.0)
+    least, best = np.inf, (float(STRENGTHS[0]), np.zeros((len(codes), n_classes)))
     for strength in STRENGTHS:
         outputs = np.zeros((len(codes), n_classes))
         for number, model in models.items():
@@ -127,23 +132,29 @@ def _choose_strength(
             if len(np.unique(codes[train])) < 2:  # one class is left, which the fold can only guess
                 outputs[test, codes[train][:1]] = _RARELY
                 continue
-            fitted = _fit(model.set_params(C=strength), features[train], codes[train], weights[train])
-            coefficients, bias = _coefficients(fitted, n_classes)
+            model.set_params(C=strength).fit(features[train], codes[train], weights[train])
+            coefficients, bias = _coefficients(model, n_classes)
             outputs[test] = features[test] @ coefficients + bias
-        logs = log_softmax(outputs, axis=1)[rows, codes]
-        loss = float(-(np.maximum(logs, -16) * weights).mean())
-        if loss > 1.1 * best[1]:  # it only rises from here, and the fits take longer
+        loss = float((log_loss_of(outputs, codes) * weights).mean())
+        if loss > 1.1 * least:  # it only rises from here, and the fits take longer
             break
-        if loss < best[1]:
-            best = float(strength), loss, fitted_temperature(outputs, codes)
+        if loss < least:
+            least, best = loss, (float(strength), outputs)
     return best
 
 
-def _fit(model: LogisticRegression, features: Any, codes: np.ndarray, weights: np.ndarray) -> LogisticRegression:
-    """Fit, and say nothing where it has not converged: the penalty matters more than the last digits."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return model.fit(features, codes, sample_weight=weights)
+def log_loss_of(outputs: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Return the log loss of each cell, bounded where a class was given no chance at all (cells,)."""
+    return -np.maximum(log_softmax(outputs, axis=1)[np.arange(len(codes)), codes], -16)
+
+
+def fitted_temperature(outputs: np.ndarray, classes: np.ndarray, fewest: int = 10) -> float:
+    """Return the temperature at which outputs (cells, classes) have the least log loss; 1 where fewer than `fewest` cells say."""
+    if len(classes) < fewest:
+        return 1.0
+    rows, outputs = np.arange(len(classes)), np.asarray(outputs, dtype=np.float64)
+    loss = lambda log_t: -log_softmax(outputs / np.exp(log_t), axis=1)[rows, classes].mean()
+    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 
 
 def _coefficients(model: LogisticRegression, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -161,18 +172,19 @@ def fit_numbers(
     features: Any, values: np.ndarray, *, donors: np.ndarray | None = None, strength: float | None = None, seed: int = 0
 ) -> Probe:
     """Fit a ridge regression to standardised numbers (cells,), alpha chosen by cross-validation, by donor where there are donors."""
+    held_out, truth = np.zeros((0, 1)), values[:0]
     if len(values) < 2:
-        return Probe(np.zeros((features.shape[1], 1)), np.zeros(1), float(ALPHAS[-1]), float("nan"))
-    loss = float("nan")
+        return Probe(np.zeros((features.shape[1], 1)), np.zeros(1), float(ALPHAS[-1]), held_out, truth)
     if strength is None:
         rows = _some(len(values), _MOST_TO_CHOOSE, seed)
         folds = _folds(np.zeros(len(rows)), None if donors is None else donors[rows], seed)
         cv = [(np.flatnonzero(folds != number), np.flatnonzero(folds == number)) for number in np.unique(folds)]
         model = RidgeCV(ALPHAS, cv=cv, scoring="neg_mean_squared_error").fit(features[rows], values[rows])
-        strength, loss = float(model.alpha_), -float(model.best_score_)
+        strength, truth = float(model.alpha_), values[rows]
+        held_out = cross_val_predict(Ridge(strength), features[rows], truth, cv=cv)[:, None]
     rows = _some(len(values), _MOST_TO_FIT, seed)
     model = RidgeCV([strength]).fit(features[rows], values[rows])
-    return Probe(model.coef_[:, None], np.atleast_1d(model.intercept_), strength, loss)
+    return Probe(model.coef_[:, None], np.atleast_1d(model.intercept_), strength, held_out, truth)
 
 
 def _folds(codes: np.ndarray, donors: np.ndarray | None, seed: int) -> np.ndarray:
@@ -211,17 +223,15 @@ def baseline_predictions(
         return np.tile(np.bincount(codes, minlength=n_classes) / len(codes), (test.shape[0], 1))
     if "PCA" in method:
         n_components = max(min(N_COMPONENTS, train.shape[0] - 1, train.shape[1] - 1), 1)
-        pca = PCA(
-            n_components, svd_solver="covariance_eigh" if train.shape[1] <= 5_000 else "arpack", random_state=seed
-        )
+        solver = "covariance_eigh" if train.shape[1] <= 5_000 else "arpack"
+        pca = PCA(n_components, svd_solver=solver, random_state=seed)
         before, after = pca.fit_transform(train), pca.transform(test)
     else:
-        scaler = Scaler.fit(np.zeros((train.shape[0], 1)), train)
-        before, after = (scaler.features(np.zeros((part.shape[0], 1)), part, 0.0) for part in (train, test))
+        scaler = Scaler.fit(np.zeros((1, 1)), train)
+        before, after = (scaler.features(None, part, 0.0) for part in (train, test))
     if column.kind == "number":
-        return (
-            fit_numbers(before, (values - mean) / scale, donors=donors, seed=seed).outputs(after)[:, 0] * scale + mean
-        )
+        probe = fit_numbers(before, (values - mean) / scale, donors=donors, seed=seed)
+        return probe.outputs(after)[:, 0] * scale + mean
     if method == "PCA + kNN":
         model = KNeighborsClassifier(min(N_NEIGHBORS, len(codes))).fit(before, codes)
         result = np.zeros((test.shape[0], n_classes))
@@ -229,4 +239,4 @@ def baseline_predictions(
         return result
     weights = balanced_weights(codes, n_classes)
     probe = fit_classes(before, codes, n_classes, class_weights=weights, donors=donors, seed=seed)
-    return softmax(probe.outputs(after) / probe.temperature, axis=1)
+    return softmax(probe.outputs(after) / fitted_temperature(probe.held_out, probe.truth), axis=1)

@@ -1,24 +1,34 @@
-"""`tl.split`: which cells are trained on and which are tested on."""
+"""`tl.split`: which cells are trained on and which are tested on; how splits are read, and cells drawn."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+import warnings
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
+from sklearn.model_selection import KFold, StratifiedGroupKFold, StratifiedKFold, StratifiedShuffleSplit
 
 from scbin import _docs, _keys
-from scbin._adata import check_adata, check_writable, copied, read_obs, write, write_uns
+from scbin._adata import check_adata, check_writable, copied, read_obs, read_uns, warn, write, write_uns
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError, count
-from scbin.tl._labels import Split, folds_of, hold_out, named_parts, read_donors, warn_of_donors
-from scbin.tokens.phenotypes import labels_of
+from scbin.tl._labels import has_column, obs_column
+from scbin.tokens.phenotypes import is_missing, labels_of
 
 if TYPE_CHECKING:
-    from anndata import AnnData
+    from scbin.tokens.tokens import Tokens
 
-_WITHOUT = "Pass validation=0 to do without validation cells (training then cannot stop early)"
+PARTS = ("train", "validation", "test")
+_WORDS = {
+    **{part: part for part in PARTS},
+    **{"training": "train", "val": "validation", "valid": "validation", "held-out": "test"},
+}
+DONORS = "donor_id"  # CELLxGENE's name
 
 
 @_docs.shared
@@ -72,8 +82,7 @@ def split(
     Raises
     ------
     ScbinInputError
-        If a class has a single cell, there are fewer donors than parts (two will do with `validation=0`), or a fraction is out
-        of range.
+        If there are fewer donors than parts, or a fraction is out of range.
 
     Examples
     --------
@@ -84,25 +93,23 @@ def split(
     175
     """
     check_adata(adata)
-    if n_folds is not None and not (2 <= n_folds <= adata.n_obs and 0 <= fold < n_folds):
-        raise ScbinInputError("A02", f"n_folds={n_folds} and fold={fold}: folds are two or more, counted from 0.")
-    fraction = test if n_folds is None else 1 / n_folds
-    if not (0 <= validation and 0 < fraction and validation + fraction < 1):
-        raise ScbinInputError(
-            "A02", f"test={fraction:.3g} and validation={validation} leave nothing to train on, or to test on."
-        )
+    fraction = test if n_folds is None else 1 / max(n_folds, 1)
+    fits = n_folds is None or (2 <= n_folds <= adata.n_obs and 0 <= fold < n_folds)
+    if not fits or validation < 0 or fraction <= 0 or validation + fraction >= 1:
+        found = f"test={test}, validation={validation}, n_folds={n_folds} and fold={fold}"
+        fix = "leave cells to train on and to test on; folds are two or more, counted from 0"
+        raise ScbinInputError("A02", f"{found}: {fix}.")
     check_writable(adata, "obs", _keys.SPLIT)
     classes = np.zeros(adata.n_obs, dtype=np.int64)
     if target is not None:
         classes = pd.factorize(labels_of(read_obs(adata, target), target), use_na_sentinel=True)[0].astype(np.int64)
-    donors = None if split_key is None else _donors(adata, split_key, n_folds, validation)
-    single = np.flatnonzero(np.bincount(classes[classes >= 0]) == 1)
-    if target is not None and donors is None and len(single):
-        name = str(adata.obs[target].iloc[int(np.flatnonzero(classes == single[0])[0])])
-        raise ScbinInputError(
-            "L02",
-            f"{name!r} of {target!r} has one cell; a class needs 2 or more. Leave it out, join classes, or leave out target=.",
-        )
+    donors = None
+    if split_key is not None:
+        if named_parts(read_obs(adata, split_key), split_key) is not None:
+            raise ScbinInputError(
+                "L03", f"obs[{split_key!r}] is a split already: pass it to scbin.tl.finetune as it is."
+            )
+        donors = read_donors(adata, split_key)
     if n_folds is None:
         tested = hold_out(classes, test, donors=donors, seed=seed)
     else:
@@ -110,10 +117,11 @@ def split(
     rest, held_out = np.flatnonzero(~tested), np.zeros(adata.n_obs, dtype=bool)
     own = None if donors is None else donors[rest]
     held_out[rest[hold_out(classes[rest], validation / (1 - tested.mean()), donors=own, seed=seed + 1)]] = True
-    if own is not None and validation and not held_out.any():
+    n_donors = n_folds or 2 if donors is None else len(np.unique(donors))
+    if n_donors < (n_folds or 2) or (donors is not None and validation and not held_out.any()):
+        found = f"the {count(n_donors, 'value')} of {split_key!r} cannot be divided into these parts"
         raise ScbinInputError(
-            "L03",
-            f"testing takes all {split_key!r} but {str(own[0])!r}; none is left to validate on. {_WITHOUT}, or try another seed.",
+            "L03", f"{found}. Use fewer folds, validation=0 for no validation cells, or another seed."
         )
     parts = Split(~tested & ~held_out, held_out, tested, donors)
     warn_of_donors(adata, parts, split_key)
@@ -124,20 +132,137 @@ def split(
     return adata if copy else None
 
 
-def _donors(adata: AnnData, split_key: str, n_folds: int | None, validation: float) -> np.ndarray:
-    """Return the donor of each cell, where there are enough of them."""
-    if named_parts(read_obs(adata, split_key), split_key) is not None:
-        raise ScbinInputError(
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Which cells are for training, validation and testing; cells in none are not used."""
+
+    train: np.ndarray  # (cells,) bool
+    validation: np.ndarray  # (cells,) bool
+    test: np.ndarray  # (cells,) bool
+    donors: np.ndarray | None = None  # (cells,) text, where donors (or batches) are kept apart
+
+    @property
+    def open(self) -> np.ndarray:
+        """Cells that may be learned from or chosen by (cells,)."""
+        return self.train | self.validation
+
+    def column(self) -> pd.Categorical:
+        """Return the split as a column of `obs`."""
+        codes = np.select([self.train, self.validation, self.test], [0, 1, 2], -1)
+        return pd.Categorical.from_codes(codes, categories=list(PARTS))
+
+
+def named_parts(column: pd.Series, name: str) -> np.ndarray | None:
+    """Return the part that a column names for each cell (cells,), `""` for none; `None` where it is no split."""
+    codes, distinct = pd.factorize(column.astype(object).to_numpy(), use_na_sentinel=True)
+    words = [str(value).strip().lower() for value in distinct]
+    parts = ["" if is_missing(word) else _WORDS.get(word) for word in words]
+    if None not in parts and any(parts):
+        return np.array([*parts, ""])[codes]
+    if "train" in parts or pd.api.types.is_bool_dtype(column.dtype):
+        wrong = [word for word, part in zip(words, parts, strict=True) if part is None]
+        found = f"{name!r} looks like a split, but has {wrong[0]!r}"
+        raise ScbinInputError("L03", f"{found}. Call the parts 'train', 'validation' and 'test', and leave others NaN.")
+    return None
+
+
+def read_donors(data: AnnData | Tokens, key: str) -> np.ndarray:
+    """Return the donor or batch of each cell as text; a cell without one is a group by itself."""
+    column = obs_column(data, key).astype(object)
+    return np.array([f"\0{row}" if pd.isna(value) else str(value) for row, value in enumerate(column)])
+
+
+def read_split(data: AnnData | Tokens, split_key: str | None = None) -> Split:
+    """Return the split that `split_key` names, or `scbin_split` where that has test cells, or else all cells for training.
+
+    Its donors are those that must not be in two parts: a column named by `split_key`, or the one that the split goes by.
+    """
+    n_cells = data.n_obs if isinstance(data, AnnData) else data.n_cells
+    parts = None if split_key is None else named_parts(obs_column(data, split_key), split_key)
+    by_donor = split_key is not None and parts is None
+    if parts is None and has_column(data, _keys.SPLIT):
+        parts = named_parts(obs_column(data, _keys.SPLIT), _keys.SPLIT)
+        parts = parts if parts is not None and "test" in parts else None
+    train, validation, test = (np.full(n_cells, part == "train") if parts is None else parts == part for part in PARTS)
+    key = split_key if by_donor else None if parts is None else _donor_key(data)
+    if key is None:
+        return Split(train, validation, test)
+    donors = read_donors(data, key)
+    by_part = [np.unique(donors[part]) for part in (train, validation, test) if part.any()]
+    apart = len(by_part) > 1 and len(np.unique(np.concatenate(by_part))) == sum(map(len, by_part))
+    if by_donor and np.isin(donors[validation], donors[train]).any():  # drawn again, by donor
+        train, validation = train | validation, np.zeros_like(validation)
+    return Split(train, validation, test, donors if by_donor or apart else None)
+
+
+def _donor_key(data: AnnData | Tokens) -> str | None:
+    """Return the column with the donors: the one that `tl.split` was given, or `donor_id`."""
+    given = read_uns(data, _keys.SPLIT_RECORD, dict).get("split_key") if isinstance(data, AnnData) else None
+    return next((key for key in (given, DONORS) if key is not None and has_column(data, key)), None)
+
+
+def warn_of_donors(data: AnnData | Tokens, split: Split, split_key: str | None = None) -> None:
+    """Warn where cells of one donor are in training and among the held-out cells."""
+    is_split = split_key is None or named_parts(obs_column(data, split_key), split_key) is not None
+    key = _donor_key(data) if is_split else split_key
+    donors = np.zeros(0) if key is None else read_donors(data, key)
+    if key is None or len(np.unique(donors)) < 2:
+        return
+    both = np.intersect1d(donors[split.train], donors[split.validation | split.test])
+    if len(both):
+        found = f"{count(len(both), 'value')} of {key!r} ({', '.join(both[:3])} ...)"
+        warn(
             "L03",
-            f"adata.obs[{split_key!r}] is a split already, not donors or batches. Pass it to scbin.tl.finetune and "
-            "scbin.tl.evaluate as split_key, or name the column of the donors here.",
+            f"{found} are in training and among the held-out cells. Scores on such cells are too good for new donors: divide by "
+            f"donor with split_key={key!r}, in scbin.tl.split where there are test cells.",
         )
-    donors = read_donors(adata, split_key)
-    n, needed = len(set(donors)), max(n_folds or 2, 3 if validation else 2)
-    if n < needed:
-        advice = "Use fewer folds" if n_folds is not None and n_folds > n else "Name another column"
-        advice = _WITHOUT if n == 2 == (n_folds or 2) else advice
-        raise ScbinInputError(
-            "L03", f"{split_key!r} has {count(n, 'value')}; they cannot be divided into {needed} parts. {advice}."
-        )
-    return donors
+
+
+# ---- drawing --------------------------------------------------------------------------------------------------------
+
+
+def hold_out(
+    classes: np.ndarray, fraction: float, *, donors: np.ndarray | None = None, most: int | None = None, seed: int = 0
+) -> np.ndarray:
+    """Return which cells are held out (cells,): about a fraction of them, of each class alike; with donors, whole donors.
+
+    A class of a single cell is never held out.
+    """
+    held_out = np.zeros(len(classes), dtype=bool)
+    fraction = fraction if most is None else min(fraction, most / max(len(classes), 1))
+    if fraction <= 0 or len(classes) < 2:
+        return held_out
+    codes = np.unique(classes, return_inverse=True)[1]
+    if donors is not None:
+        part = Fraction(fraction).limit_denominator(min(len(np.unique(donors)), 20))
+        folds = folds_of(codes, max(part.denominator, 2) if part else 20, donors=donors, seed=seed)
+        n_held = min(max(part.numerator, 1), folds.max())
+        return np.isin(folds, np.random.default_rng(seed).permutation(folds.max() + 1)[:n_held])
+    rows = np.flatnonzero(np.bincount(codes)[codes] > 1)
+    n_held = min(max(round(fraction * len(classes)), 1), len(rows) - 1)
+    if n_held > 0:
+        stratified = min(n_held, len(rows) - n_held) >= len(np.unique(codes[rows]))
+        draw = StratifiedShuffleSplit(1, test_size=n_held, random_state=seed)
+        held_out[rows[next(draw.split(rows[:, None], codes[rows] * stratified))[1]]] = True
+    return held_out
+
+
+def folds_of(classes: np.ndarray, n_folds: int, *, donors: np.ndarray | None = None, seed: int = 0) -> np.ndarray:
+    """Return the fold of each cell (cells,), with the classes in similar fractions and no donor in two folds."""
+    folds = np.zeros(len(classes), dtype=np.int64)
+    n_folds = min(n_folds, len(classes) if donors is None else len(np.unique(donors)))
+    if n_folds < 2:
+        return folds
+    largest = np.unique(classes, return_counts=True)[1].max()
+    splitter: Any = KFold if largest < n_folds else StratifiedKFold
+    if donors is not None:
+        splitter, n_folds = StratifiedGroupKFold, min(n_folds, largest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of classes with fewer cells than folds
+        draw = splitter(n_folds, shuffle=True, random_state=seed)
+        for number, (_, test) in enumerate(draw.split(np.zeros((len(classes), 1)), classes, donors)):
+            folds[test] = number
+    return np.unique(folds, return_inverse=True)[1]
