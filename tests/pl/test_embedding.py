@@ -102,12 +102,8 @@ def test_basis_with_two_columns_is_drawn_as_it_is(embedded, calls):
     [
         ({"color": "cell_typ"}, r"A06.*'cell_type'"),
         ({"basis": "X_none"}, r"A06.*Available: 'X_scbin'"),
-        ({"color": "GENE0", "layer": "none"}, "A06.*layer"),
-        ({"color": []}, "A02.*empty"),
         ({"color": 3}, "A01.*color"),
         ({"color": ["cell_type", None]}, "A01.*color"),
-        ({"color": ["cell_type", "sex"], "ax": 1}, "A03.*one panel"),
-        ({"save": "a.png"}, "A03.*savefig"),
     ],
 )
 def test_errors_come_before_anything_is_computed(embedded, calls, change, text):

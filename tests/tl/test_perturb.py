@@ -12,15 +12,18 @@ import torch
 from scipy import sparse
 
 import scbin
+from scbin._adata import gene_names
 from scbin._errors import ScbinError, ScbinInputError, ScbinInputWarning
 from scbin.model import Model
 from scbin.nn.counts import CountHead
+from scbin.nn.embedding import token_expression
 from scbin.nn.network import CellNetwork, build_network
 from scbin.nn.presets import Network
 from scbin.nn.run import Runner, embed
 from scbin.nn.vector import LatentVector, PooledVector
-from scbin.tl._edits import States, gene_names, make_plan
-from scbin.tl._effects import Job, Method, alignment, cosine_shift, make_measure, run_effects
+from scbin.tl._edits import States, make_plan
+from scbin.tl._effects import Effects, Measure, Method, alignment, cosine_shift
+from scbin.tl._perturb_statistics import gene_statistics
 from scbin.tokens.bins import Bins
 from scbin.tokens.edits import Edit, GeneRows, edit_rows, shortened
 from scbin.tokens.tokens import MemoryTokens
@@ -32,7 +35,7 @@ ENCODINGS = {
     "bins": ("bins", Bins.linear(5)),
     "bins_keep": ("bins", Bins.linear(5, zeros="keep")),
     "binary": ("binary", Bins.binary()),
-    "gene_bins": ("gene_bins", Bins.even_counts(4, 1.0, zeros="drop")),
+    "gene_bins": ("gene_bins", Bins(tuple(map(float, range(1, 5))), reads="counts")),
     "rank": ("rank", None),
 }
 SHAPE = Network(2, 16, 32, 2, initializer_range=0.1, hidden_dropout_prob=0.0)
@@ -122,20 +125,19 @@ def alone(model, tokens):
 @pytest.mark.parametrize("mode", ["delete", "overexpress", "inhibit", "activate", "knock_down"])
 def test_exact_effects_equal_the_naive_loop(name, mode):
     """One or two genes at a time in cells of several lengths, in small packs: each as if it were embedded alone."""
-    rng = np.random.default_rng(0)
+    rng, bins = np.random.default_rng(0), ENCODINGS[name][1]
     levels = rng.integers(1, 4, (6, 14)) * (rng.random((6, 14)) < 0.6)
     levels = np.minimum(levels, 1) if name == "binary" else levels
     tokens, model = made(name, levels, "latent" if mode == "delete" else "weighted")
     rows, edit = GeneRows(tokens, model.vocabulary), Edit(mode, k=2, fraction=0.7)
     adata = ad.AnnData(np.zeros((6, 14), np.float32), var=pd.DataFrame(index=list(model.vocabulary.genes)))
     named, genes = gene_names(adata, model.vocabulary), [f"GENE{i}" for i in range(4)] if edit.inserts else None
-    plan = make_plan(rows, named, np.arange(6), edit, genes, combine=2 if mode == "overexpress" else 1)
-    measure = make_measure(model, rows, "cell", np.arange(6), None, (), {"device": "cpu"})
-    runner = Runner(model.network.eval(), "cpu", "float32")
-    job = Job(plan, rows, edit, runner, 90, np.zeros(6, dtype=int), None, 0, False)
-    effects = run_effects(job, measure, Method("exact"), keep=True)
+    plan = make_plan(rows, named, edit, genes, np.zeros(6, dtype=int), combine=2 if mode == "overexpress" else 1)
+    measure = Measure(model, rows, "cell", np.arange(6), device="cpu", token_budget=90)
+    effects = Effects(plan, measure, keep=True).run(Method("exact"))
     edited = edit_rows(rows, edit, plan.cells, plan.genes)
-    before, after = alone(model, shortened(rows, plan.cells, edited.n_cut)), alone(model, edited.tokens)
+    left = rows.tokens[plan.cells] if bins else shortened(rows, plan.cells, edited.n_cut)
+    before, after = alone(model, left), alone(model, edited.tokens)
     np.testing.assert_allclose(effects.after[edited.changed], after[edited.changed], atol=1e-5, rtol=0)
     truth = [
         1 - x @ y / np.linalg.norm(x) / np.linalg.norm(y)
@@ -347,6 +349,42 @@ def test_affected_genes_against_a_loop(cells, each):
         assert row.n_cells == len(own)
 
 
+@pytest.mark.parametrize("donor_key", [None, "donor"])
+def test_affected_genes_are_judged_as_perturbed_ones_are(cells, donor_key):
+    """p values are those of `gene_statistics` on the shifts of every cell, each read alone."""
+    adata, model = cells
+    adata = adata.copy()
+    adata.obs["donor"] = [f"d{i % 5}" if i % 7 else "unknown" for i in range(adata.n_obs)]
+    statistics = {} if donor_key is None else {"donor_key": donor_key}
+    scbin.tl.perturb(adata, model, genes=["GENE1"], level="gene", statistics=statistics, **QUIET)
+    frame = table(adata)[0]
+    found = []
+    for cell in range(adata.n_obs):
+        one = adata[[cell]].copy()
+        if one.obsm["X_tokens"][0, model.vocabulary.first_gene_position + 1]:
+            scbin.tl.perturb(one, model, genes=["GENE1"], level="gene", **QUIET)
+            alone = table(one)[0].iloc[1:]
+            found += [(cell, int(gene[4:]), x) for gene, x in zip(alone["affected"], alone["shift"], strict=True)]
+    row, column, values = zip(*found, strict=True)
+    shifts = sparse.csr_matrix((values, (row, column)), shape=(adata.n_obs, 40))
+    donors = None if donor_key is None else adata.obs["donor"].to_numpy()
+    how = {"expression": token_expression(adata.obsm["X_tokens"].tocsr(), model.vocabulary), "limits": (0.0, 2.0)}
+    judged = gene_statistics(shifts, names=list(model.vocabulary.genes), donors=donors, **how).set_index("gene")
+    own = frame.set_index("affected").drop(index="cell")
+    for name in ("effect_size", "p_value", "fdr"):
+        np.testing.assert_allclose(own[name], judged.loc[own.index, name], rtol=1e-3, atol=1e-4)
+    assert own["p_value"].notna().any() and frame["p_value"].isna().iloc[0]
+
+
+def test_affected_genes_of_a_vector_that_reads_embeddings(cells):
+    """As in the default models: genes are then read behind the last layer, where they have seen the others."""
+    adata, model = cells
+    shallow = PooledVector(model.vocabulary, 16, "weighted", 0)
+    shallow = Model(CellNetwork(model.network.backbone, shallow), model.vocabulary)
+    scbin.tl.perturb(adata, shallow, genes=["GENE1", "GENE2"], each=False, level="gene", **QUIET)
+    assert (table(adata)[0]["shift"] > 0).all()
+
+
 def test_phenotypes(cells):
     adata, model = cells
     scbin.tl.perturb(adata, model, genes=["GENE1", "GENE12"], level="phenotype", states={"key": "cell_type"}, **QUIET)
@@ -414,7 +452,7 @@ ERRORS = {
     "unknown": ({"genes": ["GENE99"]}, "A06", "GENE9"),
     "case": ({"genes": "gene3"}, "A06", "'GENE3'"),
     "not_text": ({"genes": [3]}, "A01", "int"),
-    "empty_list": ({"genes": []}, "A02", "at least one"),
+    "empty_list": ({"genes": []}, "A03", "at least one"),
     "goal_without_cells": ({"states": {"key": "cell_type", "goal": "NK"}}, "A06", "'B cell' (19"),
     "no_goal": ({"states": {"key": "cell_type"}}, "A03", "goal"),
     "same_states": ({"states": {"key": "cell_type", "start": "B cell", "goal": "B cell"}}, "A03", "different"),
@@ -456,5 +494,5 @@ def test_genes_that_no_cell_expresses(cells):
 
 def test_names_of_states():
     assert States("disease", goal="healthy").names == ("healthy", "")
-    with pytest.raises(ScbinError, match="A02"):
-        States("disease", goal="healthy", centre="mean")
+    with pytest.raises(ScbinError, match="A01"):
+        States("disease", goal=1)

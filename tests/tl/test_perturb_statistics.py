@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import comb
 
 import anndata as ad
 import numpy as np
@@ -12,7 +13,6 @@ from scipy import sparse, stats
 
 import scbin
 from scbin._errors import ScbinInputError
-from scbin.tl._effects import permutation_p_values, permuted_labels, permuted_means, unit
 from scbin.tl._perturb_statistics import (
     Statistics,
     false_discovery_rates,
@@ -21,7 +21,9 @@ from scbin.tl._perturb_statistics import (
     mixture,
     null_genes,
     pair_statistics,
-    summarise,
+    permutation_p_values,
+    permuted_labels,
+    permuted_means,
     vs_null,
 )
 
@@ -61,12 +63,12 @@ def test_equal_donors_give_the_t_interval_of_their_means():
     rng = np.random.default_rng(0)
     values = rng.normal(size=(40, 5)) + rng.normal(size=5)
     donors = np.repeat(np.arange(8), 5)
-    replicates = summarise(made(values), donors)
-    mean, error, freedom = replicates.average(replicates.mean)
+    how = {"expression": made(values), "donors": donors, "limits": (-np.inf, np.inf)}
+    table = gene_statistics(made(values), names=list("ABCDE"), **how)
     per_donor = pd.DataFrame(values).groupby(donors).mean().to_numpy()
-    np.testing.assert_allclose(mean, per_donor.mean(axis=0), rtol=1e-12)
-    p_values = 2 * stats.t.sf(np.abs(mean / error), freedom)
-    np.testing.assert_allclose(p_values, stats.ttest_1samp(per_donor, 0).pvalue, rtol=1e-9)
+    np.testing.assert_allclose(table["shift"], per_donor.mean(axis=0), rtol=1e-12)
+    truth = stats.ttest_1samp(per_donor, 0).confidence_interval()
+    np.testing.assert_allclose(table[["shift_low", "shift_high"]].T, [truth.low, truth.high], rtol=1e-9)
 
 
 def test_a_stored_zero_is_a_cell_and_nothing_stored_is_none():
@@ -219,8 +221,9 @@ def test_false_discoveries_under_random_labels(kind):
     for seed in range(40):
         parts, donors, moved = labelled(seed, kind)
         centre, true = np.concatenate(parts).mean(axis=0), parts[0].mean(axis=0)
-        means = permuted_means(parts, donors, 99, seed)
-        p = permutation_p_values(moved @ unit(true, centre), unit(means[:, 0], centre) @ moved.T)
+        means, _, labellings = permuted_means(parts, donors, 99, seed)
+        assert labellings == pytest.approx({"cells": comb(240, 120), "donors": 924, "pairs": 2**12}[kind])
+        p = permutation_p_values(moved @ (true - centre), (means[:, 0] - centre) @ moved.T, labellings)
         p_values.append(p)
         found.append((false_discovery_rates(p) < 0.05).any())
     p_values = np.concatenate(p_values)
@@ -229,18 +232,40 @@ def test_false_discoveries_under_random_labels(kind):
     assert np.mean(found) < 0.15
 
 
+@pytest.mark.parametrize("by_donor", [False, True])
+def test_cells_that_move_away_from_themselves_do_not_go_to_a_random_goal(by_donor):
+    """A deletion brings a cell nearer to the middle, so that the edited cells approach all others: their own part is taken away."""
+    rng, p_values, naive, donor = np.random.default_rng(0), [], [], np.repeat(np.arange(12), 10)
+    for seed in range(60):
+        cells = rng.normal(size=(120, 8)) + (rng.normal(size=(12, 2, 8))[donor, np.arange(120) % 2] if by_donor else 0)
+        goal = rng.permutation(120) % 2 == 0
+        if by_donor:
+            goal = (np.arange(120) % 2 == 0) ^ (rng.random(12) < 0.5)[donor]
+        centre, parts = cells.mean(axis=0), [cells[goal], cells[~goal]]
+        donors = [donor[goal], donor[~goal]] if by_donor else None
+        means, kept, labellings = permuted_means(parts, donors, 100, seed)
+        moves = (rng.normal(size=(40, 1, 8)) / 20 - 0.3 * (parts[1] - centre)) * rng.random((40, len(parts[1]), 1))
+        moved, own = moves.mean(axis=1), (moves * (kept[:, 0] - centre)).sum(axis=2).mean(axis=1)
+        observed, null = moved @ (parts[0].mean(axis=0) - centre), (means[:, 0] - centre) @ moved.T
+        p_values.append(permutation_p_values(observed - own, null, labellings))
+        naive.append(permutation_p_values(observed, null, labellings))
+    raw, corrected = np.mean(np.array(naive) < 0.05), np.mean(np.array(p_values) < 0.05)
+    assert raw > 0.14 and corrected - 0.05 < (raw - 0.05) / 2
+
+
 def test_a_gene_that_goes_straight_to_the_goal_is_found():
     rng = np.random.default_rng(0)
     cells, goal = rng.normal(size=(400, 60)), np.zeros(60)
     goal[0] = 8.0
     parts = [cells[:200] + goal, cells[200:]]
     moved = rng.normal(size=(200, 60)) * np.abs(rng.standard_t(2, 200))[:, None]
-    moved[:10] = goal + rng.normal(size=(10, 60))
     centre = np.concatenate(parts).mean(axis=0)
-    means = permuted_means([part - part.mean(axis=0) for part in parts], None, 200, 0)
-    p = permutation_p_values(moved @ unit(parts[0].mean(axis=0), centre), unit(means[:, 0]) @ moved.T)
-    fdr = false_discovery_rates(p)
-    assert (fdr[:10] < 0.05).all() and (fdr[10:] < 0.05).sum() <= 1
+    moved -= np.outer(moved @ goal, goal) / (goal @ goal)  # the others go elsewhere
+    moved[:10] = goal + rng.normal(size=(10, 60))
+    means, _, labellings = permuted_means(parts, None, 200, 0)
+    way, ways = parts[0].mean(axis=0) - centre, means[:, 0] - centre
+    fdr = false_discovery_rates(permutation_p_values(moved @ way, ways @ moved.T, labellings))
+    assert (fdr[:10] < 0.05).all() and (fdr[10:] < 0.05).sum() <= 5
 
 
 def test_labels_are_permuted_by_donor():
@@ -253,11 +278,15 @@ def test_labels_are_permuted_by_donor():
     cells = [rng.normal(size=(5, 3)), rng.normal(size=(3, 3))]
     cells[0][1] = np.nan
     of = [np.array(list("aabbb")), np.array(list("aab"))]
-    for mean in permuted_means(cells, of, 20, 0)[:, 0]:
+    for mean in permuted_means(cells, of, 20, 0)[0][:, 0]:
         a, b = ((cells[0][:1], cells[1][:2]), (cells[0][2:], cells[1][2:]))
         ends = [np.concatenate([a[i], b[j]]).mean(axis=0) for i in (0, 1) for j in (0, 1)]
         assert np.isclose(ends, mean).all(axis=1).any()
-    assert permuted_means(cells, None, 7, 0).shape == (7, 2, 3)
+    means, kept, labellings = permuted_means(cells, None, 4000, 0)
+    assert means.shape == (4000, 2, 3) and kept.shape == (3, 2, 3) and round(labellings) == 35
+    every = np.concatenate([cells[0][[0, 2, 3, 4]], cells[1]])
+    np.testing.assert_allclose(kept[1, 0], np.delete(every, 5, axis=0).mean(axis=0))  # the goal, if this cell stays
+    assert np.abs(kept[1, 1] - (every[5] + 2 * np.delete(every, 5, axis=0).mean(axis=0)) / 3).max() < 1e-9
 
 
 def test_missing_p_values_are_no_tests():
@@ -362,21 +391,20 @@ def test_pairs_against_a_paired_t_test():
     combined = np.column_stack([single[:, 0] + single[:, 1], single[:, 0] + single[:, 2] + 1.0])
     combined += 0.3 * rng.normal(size=combined.shape)
     stored = rng.random(single.shape) < 0.8
-    table = pair_statistics(made(single, stored), made(combined), pairs, names=list("ABC"))
-    assert table["anchor"].tolist() == ["A", "A"] and table["gene"].tolist() == ["B", "C"]
+    table = pair_statistics(made(single, stored), made(combined), pairs)
     for k, (a, b) in enumerate(pairs):
         excess = (combined[:, k] - single[:, a] - single[:, b])[stored[:, a] & stored[:, b]]
         oracle = stats.ttest_1samp(excess, 0)
-        assert table["n_cells"][k] == len(excess) and table["combined_minus_sum"][k] == pytest.approx(excess.mean())
-        assert table["p_value"][k] == pytest.approx(oracle.pvalue)
-        low, high = oracle.confidence_interval()
-        assert (table["ci_low"][k], table["ci_high"][k]) == (pytest.approx(low), pytest.approx(high))
+        names = ["combined_minus_sum", *(f"combined_minus_sum_{name}" for name in ("p_value", "ci_low", "ci_high"))]
+        truth = [excess.mean(), oracle.pvalue, *oracle.confidence_interval()]
+        assert table.loc[k, names].tolist() == pytest.approx(truth)
     donors = rng.integers(0, 5, 40)
-    table = pair_statistics(made(single), made(combined), pairs, names=list("ABC"), donors=donors)
-    assert (table["n_donors"] == 5).all() and (table["replicates"] == "donors").all()
-    np.testing.assert_allclose(table["combined_shift"] - table["sum_of_shifts"], table["combined_minus_sum"], rtol=1e-9)
-    alone = pair_statistics(made(single), made(combined), pairs, names=list("ABC"), donors=np.zeros(40))
-    assert np.isnan(alone["p_value"][0]) and np.isfinite(alone["combined_shift"][0])
+    table = pair_statistics(made(single), made(combined), pairs, donors=donors)
+    excess = pd.DataFrame(combined - single[:, [0]] - single[:, 1:]).groupby(donors).mean()
+    np.testing.assert_allclose(table["combined_minus_sum_p_value"], stats.ttest_1samp(excess, 0).pvalue, rtol=1e-9)
+    np.testing.assert_allclose(table["anchor_shift"] + table["gene_shift"], table["sum_of_shifts"], rtol=1e-9)
+    alone = pair_statistics(made(single), made(combined), pairs, donors=np.zeros(40))
+    assert np.isnan(alone["combined_minus_sum_p_value"][0]) and np.isfinite(alone["combined_minus_sum"][0])
 
 
 # ---- the verb -------------------------------------------------------------------------------------------------------
@@ -435,7 +463,6 @@ WRONG = {
     "empty": ({"groupby": "cell_type", "group": "NK"}, "A06"),
     "no_table": ({"key": "mine"}, "A06"),
     "no_donors": ({"statistics": {"donor_key": "who"}}, "A06"),
-    "no_anchor": ({"statistic": "pairs"}, "A03"),
 }
 
 
@@ -448,23 +475,3 @@ def test_what_cannot_be_asked(shifted, arguments, code):
     del shifted.layers["scbin_shift"]
     with pytest.raises(ScbinInputError, match="A06"):
         scbin.tl.perturb_statistics(shifted)
-
-
-def test_pairs_with_an_anchor(shifted):
-    single = shifted.layers["scbin_shift"].toarray()[:50]
-    both = single[:, 1:4] + single[:, :1] + np.float32([0.0, 0.05, -0.02])
-    both += 0.001 * np.random.default_rng(1).normal(size=both.shape).astype(np.float32)
-    matrix = np.zeros((60, 40), dtype=np.float32)
-    matrix[:50, 1:4] = both
-    shifted.layers["both_shift"] = sparse.csr_matrix(matrix)
-    params = json.dumps({"mode": "delete", "anchor": ["GENE0"]})
-    shifted.uns["both_perturb"] = {"table": pd.DataFrame({"gene": ["x"], "shift": [0.1]}), "params": params}
-    how = {"statistic": "pairs", "anchored": "both_perturb", "statistics": {"donor_key": "donor"}}
-    scbin.tl.perturb_statistics(shifted, **how)
-    table = scbin.get.perturb_df(shifted, key="scbin_perturb_pairs", sort_by=None)
-    assert table["anchor"].tolist() == ["GENE0"] * 3 and table["gene"].tolist() == ["GENE1", "GENE2", "GENE3"]
-    np.testing.assert_allclose(table["combined_minus_sum"], [0.0, 0.05, -0.02], atol=1e-3)
-    assert (table["fdr"] < 0.01).tolist() == [False, True, True]
-    shifted.uns["both_perturb"]["params"] = json.dumps({"anchor": ["GENE39"]})
-    with pytest.raises(ScbinInputError, match=r"P01.*GENE39"):
-        scbin.tl.perturb_statistics(shifted, **how)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 SIGNIFICANT = 0.05
-RISING = ("p_value", "fdr", "gene", "anchor", "perturbed", "affected", "group")
+RISING = ("p_value", "fdr", "gene", "perturbed", "affected", "group")
 
 
 @checked
@@ -52,7 +52,7 @@ def perturb_df(
 
     Returns
     -------
-    A copy of the table. See :doc:`/perturbation` for its columns.
+    A copy of the table. See :doc:`/perturbation` for its columns; `attrs["what"]` says what it is.
 
     Raises
     ------
@@ -70,23 +70,23 @@ def perturb_df(
     """
     table, params = read_perturbation(adata, key)
     if group is not None:
-        groups = table["group"].astype(str) if "group" in table.columns else pd.Series(dtype=str)
-        if not (groups == str(group)).any():
-            known = ", ".join(repr(name) for name in dict.fromkeys(groups)) or "no groups"
+        groups = table["group"].astype(str) if "group" in table.columns else pd.Series("", index=table.index)
+        if group not in set(groups):
+            known = ", ".join(map(repr, dict.fromkeys(groups)))
             raise ScbinInputError("A06", f"the table has no group {group!r}. It has: {known}.")
-        table = table[(groups == str(group)).to_numpy()]
+        table = table[groups == group]
     if sort_by == "auto":
         order = () if "affected" in table.columns else ("alignment", "effect_size", "shift")
         sort_by = next((name for name in order if name in table.columns and table[name].notna().any()), None)
-    elif sort_by is not None and sort_by not in table.columns:
-        raise ScbinInputError(
-            "A06", f"the table has no column {sort_by!r}; it has {', '.join(map(repr, table.columns))}."
-        )
+    if sort_by not in (None, *table.columns):
+        known = ", ".join(map(repr, table.columns))
+        raise ScbinInputError("A06", f"the table has no column {sort_by!r}; it has {known}.")
     if "n_cells" in table.columns:
-        table = table[(table["n_cells"] >= min_cells).to_numpy()]
+        table = table[table["n_cells"] >= min_cells]
     if sort_by is not None:
         table = table.sort_values(sort_by, ascending=sort_by in RISING, kind="stable", na_position="last")
     table = table.reset_index(drop=True)
+    table.attrs["what"] = "association shift of a network that has seen no perturbation"
     return table if style == "scbin" else _geneformer(table, params, adata)
 
 
@@ -99,19 +99,21 @@ def read_perturbation(adata: AnnData, key: str | None = None) -> tuple[pd.DataFr
         raise ScbinInputError(
             "A06", f"adata.uns[{key!r}] holds no table of a perturbation. Run scbin.tl.perturb(adata, model) first."
         )
-    params = json.loads(str(entry.get("params", "{}")))
-    return table.copy(), params if isinstance(params, dict) else {}
+    try:
+        params = json.loads(str(entry.get("params", "{}")))
+    except ValueError:
+        params = None
+    if not isinstance(params, dict):
+        raise ScbinInputError("A04", f"adata.uns[{key!r}]['params'] is not what scbin wrote there. Perturb again.")
+    return table.copy(), params
 
 
 def pairs_of(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table of genes that were perturbed two by two ("A,B") as one of pairs; any other table as it is."""
-    if "anchor" in table.columns or "gene" not in table.columns:
+    """Return a table of genes that were perturbed two by two ("A,B") with both apart; any other table as it is."""
+    parts = table.get("gene", pd.Series(dtype=object)).astype(str).str.split(",")
+    if not len(parts) or (parts.str.len() != 2).any():
         return table
-    parts = table["gene"].astype(str).str.split(",")
-    if len(table) == 0 or not (parts.str.len() == 2).all():
-        return table
-    pairs = table.assign(anchor=parts.str[0].astype(object), gene=parts.str[1].astype(object))
-    return pairs if "combined_shift" in pairs.columns else pairs.assign(combined_shift=pairs["shift"])
+    return table.assign(anchor=parts.str[0], partner=parts.str[1], combined_shift=table["shift"])
 
 
 # ---- Geneformer's columns -------------------------------------------------------------------------------------------
@@ -124,61 +126,48 @@ def _geneformer(table: pd.DataFrame, params: Mapping[str, Any], adata: AnnData) 
     """
     if params.get("level", "cell") not in ("cell", "gene"):
         raise ScbinInputError("A03", f"Geneformer has no table for level={params['level']!r}. Use style='scbin'.")
-    columns, detections = set(table.columns), {"N_Detections": "n_cells"}
-    genes, order, rising = {"gene": ("Gene", "Gene_name", "Ensembl_ID")}, [], False
-    if {"anchor", "combined_shift"} <= columns:
-        genes = {"anchor": ("Anchor", "Anchor_name", "Anchor_Ensembl_ID"), **genes}
+    genes, goal = {"gene": ("Gene", "Gene_name", "Ensembl_ID")}, params.get("goal") is not None
+    if "combined_minus_sum" in table.columns and not goal:
+        table = pairs_of(table).assign(combined_minus_sum=-table["combined_minus_sum"])
+        genes = {"anchor": ("Anchor", "Anchor_name", "Anchor_Ensembl_ID"), "partner": genes["gene"]}
         names = {"-Anchor_shift": "anchor_shift", "-Test_token_shift": "gene_shift", "-Combo_shift": "combined_shift"}
-        names |= {"-Sum_of_indiv_shifts": "sum_of_shifts", "Combo_minus_sum_shift": "combined_minus_sum", **detections}
-        table = table.assign(combined_minus_sum=-table["combined_minus_sum"])
-    elif {"perturbed", "affected"} <= columns:
+        names |= {"-Sum_of_indiv_shifts": "sum_of_shifts", "Combo_minus_sum_shift": "combined_minus_sum"}
+    elif "affected" in table.columns:
         genes = {"perturbed": ("Perturbed", "Gene_name", "Ensembl_ID")}
         genes["affected"] = ("Affected", "Affected_gene_name", "Affected_Ensembl_ID")
-        names = {"-Cosine_sim_mean": "shift", "Cosine_sim_stdev": "sd", **detections}
-        table = table.sort_values("affected", key=lambda name: name != "cell", kind="stable", ignore_index=True)
-    elif "difference" in columns:
+        names = {"-Cosine_sim_mean": "shift", "Cosine_sim_stdev": "sd"}
+    elif "difference" in table.columns:
         names = {"Test_avg_shift": "shift", "Null_avg_shift": "null_shift", "Test_vs_null_avg_shift": "difference"}
         names |= {"Test_vs_null_pval": "p_value", "Test_vs_null_FDR": "fdr"}
         names |= {"N_Detections_test": "n_cells", "N_Detections_null": "n_cells_null"}
-        table, order = table.fillna({"p_value": 1.0, "fdr": 1.0}), ["Test_vs_null_avg_shift", "Test_vs_null_FDR"]
-    elif "impact" in columns:
-        names = {"-Test_avg_shift": "shift", "Impact_component": "impact", "Impact_component_percent": "impact_share"}
+    elif "impact" in table.columns:
         table = table.assign(impact=table["impact"].astype(int), impact_share=100 * table["impact_share"])
-        table = table.sort_values(["impact", "shift"], ascending=False, kind="stable", ignore_index=True)
-        names |= detections
-    elif params.get("goal") is None:
-        names = {
-            "-Test_avg_shift": "shift",
-            "Test_vs_random_pval": "p_value",
-            "Test_vs_random_FDR": "fdr",
-            **detections,
-        }
-        order, rising = ["Test_avg_shift", "Test_vs_random_FDR"], True
-    else:
+        names = {"-Test_avg_shift": "shift", "Impact_component": "impact", "Impact_component_percent": "impact_share"}
+    elif goal:
         others = [name[9:] for name in table.columns if name.startswith("shift_to_") and name != "shift_to_start"]
         names = {"Shift_to_goal_end": "shift", **{f"Shift_to_alt_end_{name}": f"shift_to_{name}" for name in others}}
         names |= {"Goal_end_vs_random_pval": "p_value"}
         names |= {f"Alt_end_vs_random_pval_{name}": f"p_value_{name}" for name in others} | {"Goal_end_FDR": "fdr"}
-        names |= {f"Alt_end_FDR_{name}": f"fdr_{name}" for name in others} | detections
-        order = ["Shift_to_goal_end", "Goal_end_FDR"]
+        names |= {f"Alt_end_FDR_{name}": f"fdr_{name}" for name in others}
+    else:
+        names = {"-Test_avg_shift": "shift", "Test_vs_random_pval": "p_value", "Test_vs_random_FDR": "fdr"}
+    names |= {} if "difference" in table.columns else {"N_Detections": "n_cells"}
     frame = pd.concat([_named(table[column].astype(str), adata, titles) for column, titles in genes.items()], axis=1)
     for new, old in names.items():
-        if old in columns:
+        if old in table.columns:
             frame[new.removeprefix("-")] = 1 - table[old] if new.startswith("-") else table[old]
-    if order and order[1] in frame.columns:
-        frame["Sig"] = (frame[order[1]] < SIGNIFICANT).astype(int)
-        frame = frame.sort_values(["Sig", *order], ascending=[False, rising, True], kind="stable", ignore_index=True)
+    if "fdr" in names.values() and "fdr" in table.columns:
+        frame["Sig"] = (table["fdr"] < SIGNIFICANT).astype(int)
     return frame
 
 
 def _named(genes: pd.Series, adata: AnnData, titles: tuple[str, str, str]) -> pd.DataFrame:
     """Return gene, symbol and Ensembl id, as far as `adata.var` tells; several genes in one row are joined by commas."""
     frame = pd.DataFrame({titles[0]: genes.astype(object)})
-    symbols, ids = (
-        ("gene_symbol", "gene_symbols", "feature_name", "gene_name"),
-        ("ensembl_id", "gene_ids", "gene_id", "feature_id"),
-    )
-    for title, candidates in zip(titles[1:], (symbols, ids), strict=True):
+    symbols = ("gene_symbol", "gene_symbols", "feature_name", "gene_name")
+    for title, candidates in zip(
+        titles[1:], (symbols, ("ensembl_id", "gene_ids", "gene_id", "feature_id")), strict=True
+    ):
         found = next((name for name in candidates if name in adata.var.columns), None)
         of = {} if found is None else dict(zip(adata.var_names, adata.var[found].astype(str), strict=True))
         frame[title] = [",".join(of.get(part, part) for part in name.split(",")) for name in genes]

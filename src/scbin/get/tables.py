@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from scbin import _docs, _keys
-from scbin._adata import read_tokens
+from scbin._adata import read_tokens, read_uns
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError, ScbinTypeError
 
@@ -47,7 +47,7 @@ def history_df(source: AnnData | pd.DataFrame | Any) -> pd.DataFrame:
     """
     history = getattr(source, "history", source)
     if hasattr(source, "uns"):
-        history = source.uns.get(_keys.UNS, {}).get(_keys.HISTORY, pd.DataFrame())
+        history = read_uns(source, _keys.HISTORY, pd.DataFrame)
     if not isinstance(history, pd.DataFrame):
         raise ScbinTypeError("A01", f"a Model or an AnnData is needed here, not a {type(source).__name__}.")
     if history.empty or not {"step", "loss"} <= set(history.columns):

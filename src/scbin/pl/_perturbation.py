@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pandas as pd
+from scipy.ndimage import gaussian_filter
 
 from scbin import _docs, _keys
 from scbin._adata import check_adata
@@ -18,16 +19,13 @@ from scbin.pl._embedding import embedding, read_embedding, umap_slot
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import pandas as pd
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-OTHER, BAND = "#b9bdc4", "#e9ebef"
+OTHER, BAND, BAND_LABEL = "#b9bdc4", "#e9ebef", "95 % of matched genes"
 WINDOW = 0.05  # share of the genes over which the band is smoothed
-MOST_GENES = 60  # on a side of a matrix
 GRID = 26  # arrows along the longer side of a map
-FEWEST_PER_ARROW = 3.0  # cells, by weight
-MOST_ARROWS = 1_500
+FEWEST_PER_ARROW = 2.0  # cells, by weight
 DONE = {"delete": "deleted", "overexpress": "overexpressed", "inhibit": "inhibited", "activate": "activated"}
 DONE["knock_down"] = "knocked down"
 VALUES = {"combined_minus_sum": "both together, beyond the sum of either", "combined_shift": "shift by both together"}
@@ -49,25 +47,15 @@ def perturbation(
 ) -> Axes:
     """Draw all perturbed genes in order of their shift, over the band in which genes of the same expression lie.
 
-    A dot is a gene; coloured ones have an FDR below `fdr`, open ones were screened and not computed exactly. Named genes carry a
-    confidence interval over donors, or over cells.
+    A dot is a gene; open ones were screened and not computed exactly. Named genes carry a confidence interval over donors, or
+    over cells.
 
     Parameters
     ----------
-    adata
-        Cells after `scbin.tl.perturb`.
-    key
-        Entry of `uns`. Default: `"scbin_perturb"`.
-    group
-        Which group of cells, where there are several.
+    {perturbed}
     value
         `"alignment"`, after a perturbation towards a goal, draws how straight each gene moves cells there, however far.
-    n_genes
-        How many genes to name at either end.
-    genes
-        Genes to name instead.
-    fdr
-        Genes below this false discovery rate are coloured.
+    {genes_named}
     {title}
     {ax}
 
@@ -84,26 +72,26 @@ def perturbation(
     >>> scbin.pl.perturbation(adata).get_xlabel()
     'genes, sorted by shift'
     """
-    shown = _Genes.read(adata, key, perturb_df(adata, key=key, group=group), value)
-    table, y = shown.table, shown.table[value].to_numpy(dtype=float)
-    x, last = np.arange(1, len(table) + 1), np.arange(len(table))[::-1][:n_genes]
-    chosen = shown.named(genes, np.arange(min(n_genes, len(y))), last[y[last] < 0])
-    ax = ax or _style.new_axes(6.4, 4.2)
-    has_band = value == "shift" and "null_low" in table.columns and bool(table["null_low"].notna().any())
-    if has_band:  # a running median: neighbours in shift differ in expression
-        half = max(3, int(WINDOW * len(table)))
+    table, params = _read(adata, key, group, value)
+    x, y = np.arange(1, len(table) + 1), table[value].to_numpy(dtype=float)
+    chosen = _chosen(table, genes, (x <= n_genes) | ((x > len(x) - n_genes) & (y < 0)))
+    ax = _style.new_axes(6.4, 4.2) if ax is None else ax
+    if value == "shift" and "null_low" in table.columns and table["null_low"].notna().any():
+        half = max(3, int(WINDOW * len(table)))  # a running median: neighbours in shift differ in expression
         limits = table[["null_low", "null_high"]].rolling(half, center=True, min_periods=1).median()
-        ax.fill_between(x, limits["null_low"], limits["null_high"], color=BAND, linewidth=0, zorder=0)
-    if shown.signed:
-        ax.axhline(0, color=_style.QUIET, linewidth=0.6, zorder=1)
+        ax.fill_between(x, *limits.T.to_numpy(), color=BAND, linewidth=0, zorder=0, label=BAND_LABEL)
     if value == "shift" and "shift_low" in table.columns:
-        low, high = (table[name].to_numpy(dtype=float)[chosen] for name in ("shift_low", "shift_high"))
-        ax.vlines(x[chosen], low, high, colors=list(shown.colours(fdr)[chosen]), linewidth=0.7, alpha=0.6)
-    label = _shift_label(shown.params) if value == "shift" else "alignment (cosine to the direction of the goal)"
+        ax.vlines(x[chosen], *table.loc[chosen, ["shift_low", "shift_high"]].T.to_numpy(), color=OTHER, linewidth=0.7)
+    if _signed(table, params):
+        ax.axhline(0, color=_style.QUIET, linewidth=0.6, zorder=1)
+    label = _shift_label(params) if value == "shift" else "alignment (cosine to the direction of the goal)"
     ax.set(xlabel=f"genes, sorted by {value}", ylabel=label)
-    shown.draw(ax, x, y, fdr, band=has_band)
+    ax.set_title(_done(params) if title is None else title, loc="left", parse_math=False)
+    _draw_genes(ax, table, params, x, y, fdr)
     ax.margins(x=0.03, y=0.16)
-    return shown.finish(ax, x, y, chosen, title, all_of_them=genes is not None)
+    names, inwards = table["gene"].tolist(), 0.06 * len(x)
+    _style.write_names(ax, names, x, y, chosen, always=genes is not None, inwards=inwards)
+    return ax
 
 
 @_docs.shared
@@ -119,22 +107,12 @@ def perturbation_volcano(
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw the effect of each perturbed gene, in standard deviations of genes alike, against its p value.
+    """Draw the effect of each perturbed gene, in standard deviations of matched genes, against its p value.
 
     Parameters
     ----------
-    adata
-        Cells after `scbin.tl.perturb`.
-    key
-        Entry of `uns`. Default: `"scbin_perturb"`.
-    group
-        Which group of cells, where there are several.
-    n_genes
-        How many of the genes with the smallest p values to name on either side.
-    genes
-        Genes to name instead.
-    fdr
-        Genes below this false discovery rate are coloured; a dashed line shows where it lies.
+    {perturbed}
+    {genes_named}
     {title}
     {ax}
 
@@ -150,26 +128,30 @@ def perturbation_volcano(
     >>> table["p_value"], table["fdr"] = [0.8, 1e-6, 0.3], [0.8, 3e-6, 0.45]
     >>> adata.uns["scbin_perturb"] = {"table": table, "params": "{}"}
     >>> scbin.pl.perturbation_volcano(adata).get_xlabel()
-    'effect size (SD of genes alike)'
+    'effect size (SD of matched genes)'
     """
-    shown = _Genes.read(adata, key, perturb_df(adata, key=key, group=group), "effect_size", "p_value", "fdr")
-    x, p_values, level = (shown.table[name].to_numpy(dtype=float) for name in ("effect_size", "p_value", "fdr"))
-    y, order = -np.log10(np.maximum(p_values, 1e-300)), np.argsort(p_values, kind="stable")
-    sides = (order[x[order] > 0][:n_genes], order[x[order] < 0][:n_genes])
-    chosen = shown.named(genes, *(side[level[side] < fdr] for side in sides))
+    table, params = _read(adata, key, group, "effect_size", "p_value", "fdr")
+    x, y = table["effect_size"].to_numpy(dtype=float), -np.log10(table["p_value"].to_numpy(dtype=float).clip(1e-300))
+    significant = (table["fdr"] < fdr).to_numpy()
+    place = table.groupby(x > 0)["p_value"].rank(method="first").to_numpy()
+    # where no gene passes, the likeliest ones are named all the same
+    chosen = _chosen(table, genes, (significant | ~significant.any()) & (place <= n_genes))
     ax = _style.new_axes(6.4, 4.2) if ax is None else ax
     ax.axvline(0, color=_style.QUIET, linewidth=0.6, zorder=1)
-    if (level < fdr).any():
-        line = float(y[level < fdr].min())
-        ax.axhline(line, color=_style.QUIET, linewidth=0.7, linestyle=(0, (4, 3)), zorder=1)
-        place: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "bottom"}
-        ax.text(0.99, line, f"FDR {fdr:g}", fontsize=7.5, color=_style.QUIET, **place)
-    replicates = f" ({shown.table['replicates'].iloc[0]} as replicates)" if "replicates" in shown.table.columns else ""
-    ax.set(xlabel="effect size (SD of genes alike)", ylabel=f"-log10 p{replicates}")
-    shown.draw(ax, x, y, fdr)
+    if significant.any():
+        line = float(y[significant].min())
+        ax.axhline(line, color=_style.QUIET, linewidth=0.7, linestyle="--", zorder=1)
+        ax.annotate(
+            f"FDR {fdr:g}", (0.99, line), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7.5
+        )
+    replicates = f" ({table['replicates'].iloc[0]} as replicates)" if "replicates" in table.columns else ""
+    ax.set(xlabel="effect size (SD of matched genes)", ylabel=f"-log10 p{replicates}")
+    ax.set_title(_done(params) if title is None else title, loc="left", parse_math=False)
+    _draw_genes(ax, table, params, x, y, fdr)
     ax.margins(x=0.08, y=0.08)
     ax.set_ylim(bottom=-0.02 * max(float(y.max()), 1.0))
-    return shown.finish(ax, x, y, chosen, title, all_of_them=genes is not None)
+    _style.write_names(ax, table["gene"].tolist(), x, y, chosen, always=genes is not None)
+    return ax
 
 
 @_docs.shared
@@ -177,31 +159,23 @@ def perturbation_volcano(
 def perturbation_matrix(
     adata: AnnData,
     *,
-    value: Literal["combined_minus_sum", "combined_shift"] | None = None,
     key: str | None = None,
     group: str | None = None,
+    value: Literal["combined_minus_sum", "combined_shift"] = "combined_minus_sum",
     fdr: float = SIGNIFICANT,
     cmap: str | None = None,
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw what pairs of genes do together: rows are anchors, columns their partners.
-
-    A ring marks pairs with an FDR below `fdr`. Genes are sorted by their mean value.
+    """Draw what pairs of genes do together: rows are anchors, columns their partners, sorted by their mean value.
 
     Parameters
     ----------
-    adata
-        Cells after `scbin.tl.perturb` of pairs of genes.
+    {perturbed}
     value
         `"combined_minus_sum"`: how much more the pair does than the sum of either alone; `"combined_shift"`: what it does.
-        Default: the former where the table has it.
-    key
-        Entry of `uns`. Default: `"scbin_perturb"`.
-    group
-        Which group of cells, where there are several.
     fdr
-        Of the difference from the sum of both, where the table has it.
+        A ring marks pairs whose difference from the sum of both has a false discovery rate below this.
     {cmap}
     {title}
     {ax}
@@ -214,7 +188,7 @@ def perturbation_matrix(
     --------
     >>> import anndata, numpy, pandas, scbin
     >>> adata = anndata.AnnData(numpy.ones((2, 3)))
-    >>> table = pandas.DataFrame({"anchor": ["A", "A"], "gene": ["B", "C"], "combined_minus_sum": [0.1, -0.2]})
+    >>> table = pandas.DataFrame({"gene": ["A,B", "A,C"], "shift": [0.3, 0.1], "combined_minus_sum": [0.1, -0.2]})
     >>> adata.uns["scbin_perturb"] = {"table": table, "params": "{}"}
     >>> ax = scbin.pl.perturbation_matrix(adata)
     >>> [label.get_text() for label in ax.get_xticklabels()]
@@ -222,34 +196,36 @@ def perturbation_matrix(
     """
     import seaborn as sns
 
-    every = pairs_of(perturb_df(adata, key=key, group=group, sort_by=None, min_cells=0))
-    value = value or ("combined_minus_sum" if "combined_minus_sum" in every.columns else "combined_shift")
-    shown = _Genes.read(adata, key, every, value)
-    level = next((name for name in (f"{value}_fdr", "fdr") if name in every.columns), None)
-    table = shown.table.assign(ring=False if level is None else shown.table[level] < fdr)
-    table = table[["anchor", "gene", value, "ring"]]
-    if set(table["anchor"]) & set(table["gene"]):  # all pairs of a list: the matrix is square and filled on both sides
-        table = table._append(table.rename(columns={"anchor": "gene", "gene": "anchor"}), ignore_index=True)
-    matrix = table.pivot_table(index="anchor", columns="gene", values=value, aggfunc="first")
+    table, params = _read(adata, key, group, value)
+    level = table.get("combined_minus_sum_fdr", pd.Series(np.nan, index=table.index))
+    table = table.assign(ring=(level < fdr) & (value == "combined_minus_sum"))
+    if set(table["anchor"]) & set(
+        table["partner"]
+    ):  # all pairs of a list: the matrix is square and filled on both sides
+        swapped = table.rename(columns={"anchor": "partner", "partner": "anchor"})
+        table = pd.concat([table, swapped], ignore_index=True)
+    matrix = table.pivot_table(index="anchor", columns="partner", values=value, aggfunc="first")
     rows, columns = (matrix.mean(axis=axis).sort_values(ascending=False, kind="stable").index for axis in (1, 0))
-    if max(matrix.shape) > MOST_GENES:
-        found = f"a matrix of {len(rows)} x {len(columns)} genes cannot be read; the most is {MOST_GENES}."
-        raise ScbinInputError("A02", f"{found} Perturb fewer pairs, or sort scbin.get.perturb_df(adata).")
     size = (max(4.8, 2.6 + 0.3 * len(columns)), 1.6 + 0.3 * len(rows))  # room for the title
     ax = _style.new_axes(*size) if ax is None else ax
-    limit = max(float(np.nanmax(np.abs(matrix))), 1e-12)
-    both_signs = value == "combined_minus_sum" or float(np.nanmin(matrix)) < 0
-    style: dict[str, Any] = {"square": True, "linewidths": 1.0, "cbar_kws": {"shrink": 0.6}, "vmax": limit}
-    style |= {"cmap": cmap or ("RdBu_r" if both_signs else "viridis"), "vmin": -limit if both_signs else 0}
-    sns.heatmap(matrix.loc[rows, columns], ax=ax, xticklabels=True, yticklabels=True, **style)
+    limit, both_signs = max(np.nanmax(np.abs(matrix)), 1e-12), value == "combined_minus_sum" or np.nanmin(matrix) < 0
+    colours = {
+        "cmap": cmap or ("RdBu_r" if both_signs else "viridis"),
+        "vmax": limit,
+        "vmin": -limit if both_signs else 0,
+    }
+    shape = {"square": True, "linewidths": 1.0, "cbar_kws": {"shrink": 0.6}}
+    sns.heatmap(matrix.loc[rows, columns], ax=ax, xticklabels=True, yticklabels=True, **colours, **shape)
     ax.set_facecolor("#dfe2e6")  # no such pair
     for label in [*ax.get_xticklabels(), *ax.get_yticklabels()]:
         label.set_parse_math(False)
+    ax.tick_params(axis="x", rotation=90)
+    ax.tick_params(axis="y", rotation=0)
     rings = table[table["ring"]]
-    at = (columns.get_indexer(rings["gene"]) + 0.5, rows.get_indexer(rings["anchor"]) + 0.5)
+    at = (columns.get_indexer(rings["partner"]) + 0.5, rows.get_indexer(rings["anchor"]) + 0.5)
     ax.scatter(*at, s=22, facecolors="none", edgecolors="black", linewidths=0.9)
     ax.set(xlabel=f"ring: FDR < {fdr:g}" if len(rings) else "", ylabel="")
-    text = f"{_done(shown.params).replace('Genes', 'Pairs')}\n{VALUES[value]}"
+    text = f"{_done(params).replace('Genes', 'Pairs')}\n{VALUES[value]}"
     ax.set_title(text if title is None else title, fontsize=10, loc="left", parse_math=False)
     return ax
 
@@ -262,15 +238,13 @@ def perturbation_map(
     color: str | None = None,
     key: str | None = None,
     basis: str = _keys.EMBEDDING,
-    arrows: Literal["grid", "cells"] = "grid",
-    scale: float | None = None,
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw on the UMAP where a perturbation moves the cells.
 
-    The neighbours of a cell in the embedding before and after the perturbation give two places on the map; the arrow leads from
-    one to the other. A cell that did not move has no arrow.
+    The neighbours of a cell in the embedding before and after the perturbation give two places on the map; arrows are the mean
+    way from one to the other around each point of a grid. They are drawn so that the longest span about two steps of the grid.
 
     Parameters
     ----------
@@ -280,11 +254,6 @@ def perturbation_map(
     key
         Entry of `uns` with the perturbation, whose vectors are drawn. Default: `"scbin_perturb"`.
     {basis}
-    arrows
-        `"grid"`: means over the cells around each point of a grid; `"cells"`: one arrow a cell (at most 1,500 of them).
-    scale
-        How many times as long as the shift to draw the arrows. Default: so that the longest spans about two steps of the grid;
-        the factor is written below the map.
     {title}
     {ax}
 
@@ -304,8 +273,6 @@ def perturbation_map(
     'Where the perturbation moves cells'
     """
     check_adata(adata)
-    if scale is not None and scale <= 0:
-        raise ScbinInputError("A02", f"scale is {scale}; it needs to be above 0.")
     before = read_embedding(adata, basis)
     slot = _keys.of_perturbation(_keys.PERTURB if key is None else key)[1]
     if slot not in adata.obsm:
@@ -313,44 +280,35 @@ def perturbation_map(
     after = np.asarray(adata.obsm[slot], dtype=np.float32)
     if after.shape != before.shape:
         raise ScbinInputError("A03", f"obsm[{slot!r}] is {after.shape}, the embedding {before.shape}: two models.")
-    ax, text = ax or _style.new_axes(5.6, 4.6), "Where the perturbation moves cells" if title is None else title
-    ax = embedding(adata, color=color, basis=basis, ax=ax, title=text)
-    coordinates = np.asarray(
-        adata.obsm[basis if before.shape[1] == 2 else umap_slot(adata, basis, before)], dtype=float
-    )
-    for dots in ax.collections:  # the cells are the ground that the arrows stand on
+    text = "Where the perturbation moves cells" if title is None else title
+    drawing: Any = embedding(adata, color=color, basis=basis, ax=ax or _style.new_axes(5.6, 4.6), title=text)
+    drawn = basis if before.shape[1] == 2 else umap_slot(adata, basis, before)
+    coordinates = np.asarray(adata.obsm[drawn], dtype=float)
+    for dots in drawing.collections:  # the cells are the ground that the arrows stand on
         dots.set(alpha=0.35, zorder=1)
-    places, steps = displacements(before, after, coordinates, ~np.isnan(after.sum(axis=1)))
-    if arrows == "grid":
-        places, steps = grid_means(places, steps, coordinates)
-    else:
-        some = np.random.default_rng(0).permutation(len(places))[:MOST_ARROWS]
-        places, steps = places[some], steps[some]
-    longest = float(np.quantile(np.linalg.norm(steps, axis=1), 0.98)) if len(steps) else 0.0
-    note = "no cell moves"
+    places, steps = grid_means(*displacements(before, after, coordinates), coordinates)
+    longest, note = float(np.quantile(np.linalg.norm(steps, axis=1), 0.98)) if len(steps) else 0.0, "no cell moves"
     if longest > 1e-9:
-        scale = 2.0 * _spacing(coordinates) / longest if scale is None else scale
-        head: dict[str, Any] = {"headwidth": 4.2, "headlength": 4.6, "minlength": 0.6, "zorder": 5}
-        width = 0.0026 if arrows == "grid" else 0.0013
-        ax.quiver(*places.T, *(scale * steps).T, angles="xy", scale_units="xy", scale=1, width=width, **head)
-        note = "arrows as long as the shift" if abs(scale - 1) < 0.05 else f"arrows {scale:.2g} times the shift"
-    ax.set_xlabel(f"{ax.get_xlabel()}\n{note}")
-    return ax
+        scale = 2.0 * float(np.ptp(coordinates[np.isfinite(coordinates).all(axis=1)], axis=0).max()) / GRID / longest
+        head: dict[str, Any] = {"headwidth": 4.2, "headlength": 4.6, "minlength": 0.6, "width": 0.0026, "zorder": 5}
+        drawing.quiver(*places.T, *(scale * steps).T, angles="xy", scale_units="xy", scale=1, **head)
+        note = f"arrows {scale:.2g} times the shift"
+    drawing.set_xlabel(f"{drawing.get_xlabel()}\n{note}")
+    return drawing
 
 
 def displacements(
-    before: np.ndarray, after: np.ndarray, coordinates: np.ndarray, moved: np.ndarray, n_neighbors: int = 30
+    before: np.ndarray, after: np.ndarray, coordinates: np.ndarray, n_neighbors: int = 30
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return place and step on the map (cells that moved, 2) of each perturbed cell.
+    """Return place and step on the map (cells that moved, 2) of each cell with a vector before and after.
 
     Both ends of a step are weighted means of the nearest cells, so it is smooth in the shift and zero without one.
     """
     from sklearn.neighbors import NearestNeighbors
 
-    laid_out = np.isfinite(coordinates).all(axis=1)
-    known = np.flatnonzero(np.isfinite(before).all(axis=1) & laid_out)
-    cells = np.intersect1d(known, np.flatnonzero(moved))
-    if len(known) < 3 or not len(cells):
+    known = np.flatnonzero(np.isfinite(before).all(axis=1) & np.isfinite(coordinates).all(axis=1))
+    cells = known[np.isfinite(after[known]).all(axis=1)]
+    if not len(cells):
         return np.empty((0, 2)), np.empty((0, 2))
     index = NearestNeighbors(n_neighbors=min(n_neighbors, len(known))).fit(before[known].astype(np.float64))
 
@@ -363,123 +321,78 @@ def displacements(
 
 
 def grid_means(places: np.ndarray, steps: np.ndarray, coordinates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Average steps around the points of a regular grid; points with hardly a cell around them are left out."""
-    if not len(places):
-        return places, steps
-    shown, spacing = coordinates[np.isfinite(coordinates).all(axis=1)], _spacing(coordinates)
-    axes = [np.arange(values.min(), values.max(), spacing) + spacing / 2 for values in shown.T]
-    points, parts = np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, 2), []
-    for part in np.array_split(points, max(1, len(points) // 100)):
-        weight = np.exp(-2.0 * ((part[:, None] - places) ** 2).sum(axis=2) / spacing**2)
-        parts.append(np.column_stack([weight.sum(axis=1), weight @ steps]))
-    total, sums = np.split(np.concatenate(parts), [1], axis=1)
-    crowded = total[:, 0] >= min(FEWEST_PER_ARROW, 0.5 * total.max())
-    return points[crowded], sums[crowded] / total[crowded]
-
-
-def _spacing(coordinates: np.ndarray) -> float:
-    """Return the distance of the points of the grid."""
-    return max(float((np.nanmax(coordinates, axis=0) - np.nanmin(coordinates, axis=0)).max()) / GRID, 1e-12)
+    """Average steps in the squares of a grid and those around; squares with hardly a cell are left out."""
+    low, high = np.nanmin(coordinates, axis=0), np.nanmax(coordinates, axis=0)
+    n_squares = np.ceil(GRID * (high - low) / (high - low).max()).astype(int)
+    edges: Any = [np.linspace(low[k], high[k], max(n_squares[k], 1) + 1) for k in (0, 1)]
+    sums = [
+        np.histogram2d(places[:, 0], places[:, 1], bins=edges, weights=weight)[0]
+        for weight in (np.ones(len(places)), *steps.T)
+    ]
+    total, *moved = (gaussian_filter(each, 0.6, mode="constant") for each in sums)
+    middles = np.meshgrid(*((edge[1:] + edge[:-1]) / 2 for edge in edges), indexing="ij")
+    crowded = (total > 0) & (total >= min(FEWEST_PER_ARROW, total.max() / 2))
+    return np.stack(middles, axis=-1)[crowded], np.stack(moved, axis=-1)[crowded] / total[crowded, None]
 
 
 # ---- what the plots share -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class _Genes:
-    """The genes of a plot: the rows of the table that have numbers, and how they were made."""
+def _read(adata: AnnData, key: str | None, group: str | None, *needed: str) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Return the rows of one group that have numbers in the columns needed, the largest of the first one first, and params."""
+    table = pairs_of(perturb_df(adata, key=key, group=group))
+    groups = table["group"].unique() if "group" in table.columns else []
+    if len(groups) > 1:
+        raise ScbinInputError("A03", f"there are {len(groups)} groups of cells; draw one: group={groups[0]!r}.")
+    missing = [column for column in needed if column not in table.columns]
+    if missing:
+        found = ", ".join(map(repr, table.columns))
+        raise ScbinInputError("A06", f"the plot needs the column {missing[0]!r}; the perturbation's table has {found}.")
+    shown = table.dropna(subset=list(needed))
+    if shown.empty:
+        raise ScbinInputError("P02", f"none of the {len(table)} rows has a number in all of {', '.join(needed)}.")
+    shown = shown.sort_values(needed[0], ascending=False, kind="stable", ignore_index=True)
+    return shown, read_perturbation(adata, key)[1]
 
-    table: pd.DataFrame
-    params: Mapping[str, Any]
 
-    @classmethod
-    def read(cls, adata: AnnData, key: str | None, table: pd.DataFrame, *needed: str) -> _Genes:
-        """Take the rows of one group of a table that have numbers in the columns needed, the largest of the first one first."""
-        groups = table["group"].astype(str).unique() if "group" in table.columns else []
-        if len(groups) > 1:
-            raise ScbinInputError("A03", f"there are {len(groups)} groups of cells; draw one: group={groups[0]!r}.")
-        missing = [column for column in needed if column not in table.columns]
-        if missing:
-            found = ", ".join(map(repr, table.columns))
-            raise ScbinInputError(
-                "A06", f"this plot needs the column {missing[0]!r}; the perturbation's table has {found}."
-            )
-        shown = table.dropna(subset=list(needed))
-        if shown.empty:
-            raise ScbinInputError("P02", f"none of the {len(table)} rows has a number in all of {', '.join(needed)}.")
-        shown = shown.sort_values(needed[0], ascending=False, kind="stable", ignore_index=True)
-        return cls(shown, read_perturbation(adata, key)[1])
+def _signed(table: pd.DataFrame, params: Mapping[str, Any]) -> bool:
+    """Whether shifts have a direction."""
+    return params.get("goal") is not None or bool((table["shift"] < -1e-6).any())
 
-    @property
-    def signed(self) -> bool:
-        """Whether shifts have a direction."""
-        return self.params.get("goal") is not None or bool((self.table["shift"] < -1e-6).any())
 
-    def named(self, genes: Sequence[str] | None, *default: np.ndarray) -> np.ndarray:
-        """Return the rows of the genes to name."""
-        unknown = sorted(set(genes or ()) - set(self.table["gene"]))
-        if unknown:
-            raise ScbinInputError("A06", f"{unknown[0]!r} is not among the {len(self.table):,} genes that are drawn.")
-        return np.unique(np.concatenate(default)) if genes is None else np.flatnonzero(self.table["gene"].isin(genes))
+def _chosen(table: pd.DataFrame, genes: Sequence[str] | None, default: np.ndarray) -> np.ndarray:
+    """Return the rows of the genes to name: those asked for, which must be there, or the default."""
+    unknown = sorted(set(genes or ()) - set(table["gene"]))
+    if unknown:
+        raise ScbinInputError("A06", f"{unknown[0]!r} is not among the {len(table):,} genes that are drawn.")
+    return np.flatnonzero(default if genes is None else table["gene"].isin(genes))
 
-    def colours(self, fdr: float) -> np.ndarray:
-        """Return a colour for each gene, by direction where it is significant."""
-        effect, level = self.table.get("effect_size", self.table["shift"]), self.table.get("fdr", np.nan)
-        return np.where(level < fdr, np.where(effect > 0, _style.MAIN, _style.SECOND), OTHER).astype(object)
 
-    def draw(self, ax: Axes, x: np.ndarray, y: np.ndarray, fdr: float, *, band: bool = False) -> None:
-        """Draw a dot for each gene, open where it was screened, and say beside the axes what the colours mean."""
-        from matplotlib.lines import Line2D
-        from matplotlib.patches import Patch
+def _draw_genes(
+    ax: Axes, table: pd.DataFrame, params: Mapping[str, Any], x: np.ndarray, y: np.ndarray, fdr: float
+) -> None:
+    """Draw a dot for each gene, open where it was screened, and say beside the axes what the colours mean."""
+    from matplotlib.lines import Line2D
 
-        colours, exact = self.colours(fdr), self.table.get("exact", self.table["gene"].notna()).to_numpy(dtype=bool)
-        for some, face in ((exact, colours), (~exact, np.full(len(x), "white", dtype=object))):
-            ax.scatter(
-                x[some], y[some], s=14, c=list(face[some]), edgecolors=list(colours[some]), linewidths=0.7, zorder=4
-            )
-        words = ("towards the goal", "away from the goal") if self.signed else ("further than genes alike", "less far")
-        dot: dict[str, Any] = {"marker": "o", "linestyle": "", "markersize": 5}
-        entries: dict[str, Any] = {}
-        for colour, word in zip((_style.MAIN, _style.SECOND, OTHER), (*words, "not significant"), strict=True):
-            if (colours == colour).any():
-                entries[f"{word}: {(colours == colour).sum():,}"] = Line2D([], [], color=colour, **dot)
-        if not exact.all():
-            entries["open: screened"] = Line2D([], [], color="white", markeredgecolor=_style.QUIET, **dot)
-        if band:
-            entries["95 % of genes alike"] = Patch(color=BAND)
-        _style.legend_beside(ax, list(entries.values()), list(entries))
-
-    def finish(
-        self, ax: Axes, x: np.ndarray, y: np.ndarray, chosen: np.ndarray, title: str | None, *, all_of_them: bool
-    ) -> Axes:
-        """Give the axes their title, and name some genes: those for which there is room, or all of them."""
-        from adjustText import adjust_text
-
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.set_title(_done(self.params) if title is None else title, loc="left", parse_math=False)
-        figure = ax.get_figure(root=True)
-        if figure is None or not len(chosen):
-            return ax
-        figure.draw_without_rendering()  # a layout engine settles the size of the axes when it draws
-        style: dict[str, Any] = {"fontsize": 7.5, "parse_math": False, "zorder": 6, "in_layout": False}
-        others, state = list(ax.texts), np.random.get_state()  # adjustText draws from the global generator
-        texts = [ax.text(x[i], y[i], _style.shorten(self.table["gene"].iloc[i], 18), **style) for i in chosen]
-        np.random.seed(0)
-        adjust_text(texts, x=x, y=y, objects=others or None, ax=ax, iter_lim=60, expand=(1.1, 1.3))
-        np.random.set_state(state)
-        taken = [text.get_window_extent() for text in others]
-        for text, i in zip(texts, chosen, strict=True):
-            box = text.get_window_extent()
-            if not all_of_them and any(box.overlaps(other) for other in taken):
-                text.remove()
-                continue
-            taken.append(box)
-            point = ax.transData.transform((x[i], y[i]))
-            nearest = np.clip(point, box.min, box.max)
-            if np.linalg.norm(nearest - point) > 5:
-                ends = ax.transData.inverted().transform([point, nearest])
-                ax.plot(*ends.T, color=_style.QUIET, linewidth=0.5, zorder=3, scalex=False, scaley=False)
-        return ax
+    signed = _signed(table, params)
+    found = (table.get("fdr", pd.Series(np.nan, index=table.index)) < fdr).to_numpy()
+    rises = (table.get("effect_size", table["shift"]) > 0).to_numpy()
+    exact = table.get("exact", table["gene"].notna()).to_numpy(dtype=bool)
+    kinds = {"towards the goal" if signed else "further than matched genes": (found & rises, _style.MAIN)}
+    kinds["away from the goal" if signed else "less far"] = (found & ~rises, _style.SECOND)
+    kinds["not significant"] = (~found, OTHER)
+    handles: dict[str, Any] = {}
+    dot: dict[str, Any] = {"marker": "o", "linestyle": "", "markersize": 5}
+    for word, (some, colour) in kinds.items():
+        face = np.where(exact[some], colour, "white")
+        ax.scatter(x[some], y[some], s=14, c=face, edgecolors=colour, linewidths=0.7, zorder=4)
+        if some.any():
+            handles[f"{word}: {some.sum():,}"] = Line2D([], [], color=colour, **dot)
+    if not exact.all():
+        handles["open: screened"] = Line2D([], [], color="white", markeredgecolor=_style.QUIET, **dot)
+    handles |= {str(area.get_label()): area for area in ax.collections if area.get_label() == BAND_LABEL}
+    _style.legend_beside(ax, list(handles.values()), list(handles))
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def _done(params: Mapping[str, Any]) -> str:

@@ -11,31 +11,22 @@ import pandas as pd
 from scipy import sparse
 
 from scbin import _docs, _keys
-from scbin._adata import check_adata, check_writable, copied, read_obs, read_tokens, write
+from scbin._adata import check_adata, check_writable, copied, gene_names, read_obs, read_tokens, write
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError
 from scbin.model import resolve_model
+from scbin.nn.embedding import token_expression
 from scbin.nn.run import Runner, at_rest
-from scbin.tl._edits import Plan, States, Statistics, config, gene_names, make_plan, perturbed_cells
-from scbin.tl._effects import (
-    CPU_PACK,
-    Job,
-    Level,
-    Method,
-    affected_genes,
-    in_column,
-    make_measure,
-    means_of,
-    permutation_p_values,
-    permuted_means,
-    run_effects,
-    unit,
-)
+from scbin.tl._edits import States, config, make_plan, perturbed_cells
+from scbin.tl._effects import Effects, Level, Measure, Method, affected_genes, in_column, means_of
 from scbin.tl._embed import corrected
 from scbin.tl._perturb_statistics import (
+    Statistics,
     false_discovery_rates,
     gene_statistics,
     pair_statistics,
+    permutation_p_values,
+    permuted_means,
 )
 from scbin.tokens.edits import Edit, GeneRows
 
@@ -46,8 +37,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from scbin.model import Model
-    from scbin.tl._effects import Effects, Measure
     from scbin.tokens.edits import Mode
+
+CPU_PACK = 6_144  # tokens: a pack whose hidden states stay in the cache of a core is measured faster than a larger one
 
 
 @_docs.shared
@@ -76,7 +68,8 @@ def perturb(
 
     By default every expressed gene is deleted in turn in every cell. An edit is a change of the cell's tokens, and the model reads
     the cell again: the effect is how its vector moves. With states, say diseased and healthy, the effect is how much closer
-    the vector comes to the mean of the goal's cells.
+    the vector comes to the mean of the goal's cells. This is the association shift of a network that has seen no perturbation;
+    :func:`scbin.tl.fit_perturbations` learns from measured ones.
 
     Parameters
     ----------
@@ -102,22 +95,20 @@ def perturb(
     states
         From which cells to which others, a mapping such as `{"key": "disease", "start": "ill", "goal": "healthy"}`: the column of
         `obs`, the state whose cells are perturbed (default: all cells in none of the others), the one they shall come to,
-        `alternatives` to compare with, and `centre`, the origin of the cosines: the mean of the cells of all `"states"` (the
-        default), of all `"cells"`, or `None`.
+        and `alternatives` to compare with. The origin of the cosines is the mean of the cells of all states.
     groupby
         Column of `obs` with groups of cells, for each of which the table has rows.
     method
         `"exact"`: every edit is a forward of the network. `"screen"`: the effects of all genes of a cell from one forward and a
         few gradients, a hundred times faster; the genes with the largest effects are then computed exactly, and the table says
         which. `"auto"`: exact up to 20,000 edits. `{"name": "screen", "verify": 0.2}` also says the share of genes to verify,
-        `max_edits` (10 million), `precision` (`"float32"`) or `token_budget`.
+        `max_edits` (10 million), `precision` or `token_budget`.
     statistics
         Fields of :class:`scbin.Statistics`, such as `{"donor_key": "donor"}`: donors as replicates, what genes are compared with,
         permutations of the states, confidence, seed.
     {tokens_key}
     {device}
-    progress
-        Say how long it will take, and show a progress bar.
+    {progress}
     key_added
         Names of the slots: `"x"` gives `layers["x_shift"]`, `obsm["X_x_perturbed"]` and `uns["x_perturb"]`. Default: `"scbin"`.
     {copy}
@@ -133,7 +124,8 @@ def perturb(
         For a list at once: where the cells lie afterwards (cells, size), beside `X_scbin`; NaN for cells that were not edited.
     `adata.uns['scbin_perturb']`
         `table`, one row per gene or set of genes (see :func:`scbin.get.perturb_df`), and `params`, how it was made, as JSON.
-        With `level="gene"` the table has a row per perturbed and affected gene. With `level="expression"` also `expression`
+        With `level="gene"` the table has a row per perturbed and affected gene, whose p value asks whether the edit moves it further than
+        other genes of the same expression in the same cells. With `level="expression"` also `expression`
         (rows of the table, genes of the model), the mean change of the log1p counts per 10,000, and the names `sets` and `genes`.
 
     Raises
@@ -162,11 +154,11 @@ def perturb(
     edit, how, judged = config(Edit, mode), config(Method, method), config(Statistics, statistics)
     ends: States | None = None if states is None else config(States, states)
     if combine < 1 or (level == "phenotype" and ends is None) or (level in ("gene", "expression") and ends is not None):
-        raise ScbinInputError(
-            "A03",
-            f"combine={combine}, level={level!r} and states={states!r} do not go together: level='phenotype' needs "
-            "states={'key': name of the phenotype}, 'gene' and 'expression' know no states, and combine is 1 or more.",
+        found = f"combine={combine}, level={level!r} and states={states!r} do not go together: level='phenotype' needs"
+        rule = (
+            "states={'key': name of the phenotype}, 'gene' and 'expression' know no states, and combine is 1 or more."
         )
+        raise ScbinInputError("A03", f"{found} {rule}")
     slot = _keys.PERTURB if key_added is None else f"{key_added}_perturb"
     layer, obsm = _keys.of_perturbation(slot)
     for kind, key in (("layers", layer), ("obsm", obsm), ("uns", slot)):
@@ -174,51 +166,47 @@ def perturb(
     adata = copied(adata) if copy else adata
     chosen = resolve_model(model, adata)
     rows, named = _rows(adata, chosen, tokens_key), gene_names(adata, chosen.vocabulary)
-    readable = rows.n_genes > 0
-    members = ends.members(adata, readable) if ends is not None and level == "cell" else ()
-    cells = perturbed_cells(adata, readable, groupby, ends, members)
-    requested = {"each": each, "anchor": anchor, "combine": combine, "max_edits": how.max_edits}
-    plan = make_plan(rows, named, cells, edit, genes, **requested)
-    names, group = np.array([None], dtype=object), np.where(np.isin(np.arange(adata.n_obs), cells), 0, -1)
-    if groupby is not None:
-        names, group[cells] = np.unique(read_obs(adata, groupby).iloc[cells].astype(str), return_inverse=True)
+    members = ends.members(adata, rows.n_genes > 0) if ends is not None and level == "cell" else ()
+    group, groups = perturbed_cells(adata, rows.n_genes > 0, groupby, ends, members)
+    donors = None if judged.donor_key is None else read_obs(adata, judged.donor_key).astype(object).to_numpy()
+    asked: dict[str, Any] = {"each": each, "anchor": anchor, "combine": combine, "max_edits": how.max_edits}
+    plan = make_plan(rows, named, edit, genes, group, donors=donors, **asked)
     with at_rest(chosen.network):
-        runner = Runner(chosen.network, device, how.precision)
+        runner = Runner(chosen.network, device, how.precision)  # the network stays on the device until the end
         budget = min(how.token_budget, CPU_PACK) if runner.device.type == "cpu" else how.token_budget
-        job = Job(plan, rows, edit, runner, budget, group, judged.donors(adata), judged.seed, progress)
-        measure = make_measure(chosen, rows, level, cells, ends, members, job.how)
-        alone: tuple[Plan, Effects] | None = None
+        options = {"device": str(runner.device), "precision": how.precision, "token_budget": budget}
+        measure = Measure(chosen, rows, level, np.flatnonzero(group >= 0), ends, members, **options)
+        if ends is not None and members and judged.n_permutations:
+            of_states = None if donors is None else [donors[of] for of in members]
+            permuted, kept, number = permuted_means(measure.ends, of_states, judged.n_permutations, judged.seed)
+            measure.expected = np.full((len(group), *kept.shape[1:]), np.nan)
+            measure.expected[members[1]] = kept - measure.centre
+        keep = level == "cell" and plan.together
+        effects = Effects(plan, measure, keep=keep, seed=judged.seed, progress=progress)
         if level == "gene":
-            effects, tables = affected_genes(job, named.names)
+            tables = affected_genes(effects, judged)
         else:
-            effects = run_effects(job, measure, how, keep=level == "cell" and plan.together)
-        if level == "cell" and plan.sets.shape[1] == 2 and len(plan.sets) > 1:
-            alone = _alone(job, measure, named.names)
-    if level != "gene":
-        tables = [_table(job, measure, effects, judged, k, alone) for k in range(len(names))]
-    if measure.goal is not None and ends is not None and judged.n_permutations:
-        donors = None if job.donors is None else [job.donors[of] for of in members]
-        permuted = permuted_means(measure.goal.vectors, donors, judged.n_permutations, judged.seed)
-        tables = [_permuted(table, measure, effects, ends, permuted, k) for k, table in enumerate(tables)]
+            alone = _alone(effects.run(how))
+            tables = [_table(effects, alone, judged, k) for k in range(len(groups))]
+    if ends is not None and measure.expected is not None:
+        tables = [_permuted(table, effects, ends, permuted, number, k) for k, table in enumerate(tables)]
     if groupby is not None:
-        tables = [
-            pd.concat({name: table}, names=["group"]).reset_index("group")
-            for name, table in zip(names, tables, strict=True)
-        ]
+        for name, table in zip(groups, tables, strict=True):
+            table.insert(0, "group", name)
     anchors = [anchor] if isinstance(anchor, str) else list(anchor or ())
     params = asdict(edit) | {"model": chosen.fingerprint, "level": level, "alternatives": []}
     params |= {} if ends is None else {name.replace("key", "state_key"): value for name, value in asdict(ends).items()}
     params |= {"groupby": groupby, "donor_key": judged.donor_key, "anchor": anchors, "seed": judged.seed}
-    params |= {"precision": how.precision, "method": effects.method, **effects.about}
+    params |= {"precision": str(runner.dtype).removeprefix("torch."), **effects.about}
     params |= {"n_edits": len(plan.cells), "n_cells": len(np.unique(plan.cells))}
     entry = {"table": pd.concat(tables, ignore_index=True), "params": json.dumps(params)}
     if level == "expression":
-        entry |= _expression(job, effects, named.names)
-    if (
-        (plan.sets.shape[1] == 1 or anchors)
-        and not plan.together
-        and len(np.unique(plan.sets[:, -1])) == len(plan.sets)
-    ):
+        change, where = effects.profile.astype(np.float32), np.tile(plan.sets, (len(groups), 1))
+        change[np.arange(len(change))[:, None], where] = np.nan  # what was edited is no effect
+        sets = np.array(plan.names * len(groups), dtype=object)
+        entry |= {"expression": change, "genes": np.array(named.names, dtype=object), "sets": sets}
+    by_gene = not plan.together and (plan.sets.shape[1] == 1 or anchors)
+    if by_gene and len(np.unique(plan.sets[:, -1])) == len(plan.sets):
         columns = named.columns[plan.genes[:, -1]]
         values = np.where(columns >= 0, effects.values[:, 0], np.nan)
         write(adata, "layers", layer, _stored(values, plan.cells, np.maximum(columns, 0), adata.shape))
@@ -228,16 +216,6 @@ def perturb(
         write(adata, "obsm", obsm, corrected(chosen.network, vectors, adata, chosen.training.get("batch_key")))
     write(adata, "uns", slot, entry)
     return adata if copy else None
-
-
-def _expression(job: Job, effects: Effects, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Return the mean change of the expected expression of all genes but the edited ones, by group and set."""
-    if effects.profile is None:
-        return {}
-    change, n_groups = effects.profile.astype(np.float32), job.n_slots // len(job.plan.sets)
-    change[np.arange(len(change))[:, None], np.tile(job.plan.sets, (n_groups, 1))] = np.nan
-    sets = np.array(job.plan.names * n_groups, dtype=object)
-    return {"expression": change, "genes": np.array(names, dtype=object), "sets": sets}
 
 
 def _rows(adata: AnnData, model: Model, tokens_key: str | None) -> GeneRows:
@@ -256,75 +234,62 @@ def _stored(values: np.ndarray, rows: np.ndarray, columns: np.ndarray, shape: tu
     return matrix
 
 
-def _table(
-    job: Job,
-    measure: Measure,
-    effects: Effects,
-    judged: Statistics,
-    group: int,
-    alone: tuple[Plan, Effects] | None,
-) -> pd.DataFrame:
-    """Return the statistics of every gene or set in the cells of a group; of pairs also what is beyond the sum of both genes."""
-    plan, rows, vocabulary = job.plan, job.rows, job.rows.vocabulary
-    cells = np.flatnonzero(job.group == group)
-    donors = None if job.donors is None else job.donors[cells]
-
-    def shifts_of(plan: Plan, effects: Effects) -> sparse.csr_matrix:
-        shape = (len(job.group), len(plan.sets))
-        return _stored(effects.values[:, 0], plan.cells, plan.which, shape)[cells]
-
-    tables, (at, genes) = vocabulary.tables(), np.divmod(rows.keys, len(vocabulary.genes))
-    values = tables.value_of_id[rows.tokens.data[rows.at]] * tables.value_of_position[rows.tokens.indices[rows.at]]
-    shape = (rows.tokens.shape[0], len(vocabulary.genes))
-    expression = sparse.csr_matrix((values * (rows.level > 0), (at, genes)), shape=shape)[cells]
-    of_set = (np.repeat(np.arange(len(plan.sets)), plan.sets.shape[1]), plan.sets.ravel())
-    in_set = sparse.csr_matrix((np.ones(plan.sets.size), of_set), shape=(len(plan.sets), shape[1]))
-    shifts = shifts_of(plan, effects)
-    table = gene_statistics(
-        shifts,
-        names=plan.names,
-        expression=sparse.csr_matrix(expression @ in_set.T),
-        donors=donors,
-        statistics=judged,
-        exact=effects.exact,
-        limits=measure.limits,
-    )
-    inside = job.group[plan.cells] == group
-    for k, name in enumerate(measure.names[1:], start=1):
-        table[name] = means_of(effects.values[inside, k], plan.which[inside], len(plan.sets))
-    if alone is not None:
-        pairs, single = np.searchsorted(alone[0].sets[:, 0], plan.sets), shifts_of(*alone)
-        how: dict[str, Any] = {"names": alone[0].names, "donors": donors, "confidence": judged.confidence}
-        found = pair_statistics(single, shifts, pairs, **how)
-        about = {name: f"combined_minus_sum_{name}" for name in ("ci_low", "ci_high", "p_value", "fdr")}
-        table = table.join(found[["sum_of_shifts", "combined_minus_sum", *about]].rename(columns=about))
-    return table
-
-
-def _alone(job: Job, measure: Measure, names: tuple[str, ...]) -> tuple[Plan, Effects]:
-    """Make the edits of each gene of the pairs alone, in the cells in which one of its pairs is edited."""
-    plan = job.plan
+def _alone(effects: Effects) -> Effects | None:
+    """Where cells are edited by pairs of genes, edit them by each gene of these pairs alone."""
+    plan = effects.plan
+    if effects.measure.level != "cell" or plan.sets.shape[1] != 2 or len(plan.sets) == 1:
+        return None
     single, place = np.unique(plan.sets, return_inverse=True)
     edits = np.unique(plan.cells[:, None] * len(single) + place.reshape(plan.sets.shape)[plan.which])
-    own = Plan.of(job.rows, names, single[:, None], *np.divmod(edits, len(single)))
-    return own, run_effects(replace(job, plan=own), measure, Method("exact"))
+    cells, which = np.divmod(edits, len(single))
+    own = replace(plan, sets=single[:, None], cells=cells, which=which)
+    return Effects(own, effects.measure, progress=effects.progress).run(Method("exact"))
+
+
+def _table(effects: Effects, alone: Effects | None, judged: Statistics, group: int) -> pd.DataFrame:
+    """Return the statistics of every gene or set in the cells of a group; of pairs also what is beyond the sum of both genes."""
+    plan, measure = effects.plan, effects.measure
+    cells, n_sets = np.flatnonzero(plan.group == group), len(plan.sets)
+    donors = None if plan.donors is None else plan.donors[cells]
+
+    def shifts_of(effects: Effects) -> sparse.csr_matrix:
+        plan = effects.plan
+        return _stored(effects.values[:, 0], plan.cells, plan.which, (len(plan.group), len(plan.sets)))[cells]
+
+    of_set = (plan.sets.ravel(), np.repeat(np.arange(n_sets), plan.sets.shape[1]))
+    in_set = sparse.csr_matrix((np.ones(plan.sets.size), of_set), shape=(len(plan.gene_names), n_sets))
+    expression = sparse.csr_matrix(token_expression(plan.rows.tokens[cells], plan.rows.vocabulary) @ in_set)
+    about: dict[str, Any] = {"expression": expression, "donors": donors, "statistics": judged}
+    about |= {"exact": effects.exact, "limits": measure.limits}
+    table = gene_statistics(shifts_of(effects), names=plan.names, **about)
+    inside = plan.group[plan.cells] == group
+    for k, name in enumerate(measure.names[1:], start=1):
+        table[name] = means_of(effects.values[inside, k], plan.which[inside], n_sets)
+    if alone is None:
+        return table
+    pairs = np.searchsorted(alone.plan.sets[:, 0], plan.sets)
+    how: dict[str, Any] = {"donors": donors, "confidence": judged.confidence}
+    return table.join(pair_statistics(shifts_of(alone), shifts_of(effects), pairs, **how))
 
 
 def _permuted(
-    table: pd.DataFrame, measure: Measure, effects: Effects, ends: States, permuted: np.ndarray, group: int
+    table: pd.DataFrame, effects: Effects, ends: States, permuted: np.ndarray, labellings: float, group: int
 ) -> pd.DataFrame:
     """Put the p values of permuted states in the place of those against other genes, for the goal and the alternatives.
 
-    The mean shift of a gene is the product of its mean movement with the direction of the state, so no edit is made again.
+    How far a gene moves cells towards a state is the product of its mean movement with the way to that state, so no edit is made
+    again. What a cell's own label adds to that, whatever the labels, is taken away.
     """
-    if effects.profile is None or measure.goal is None:
-        return table
-    moved, centre = effects.profile[group * len(table) : (group + 1) * len(table)], measure.goal.centre
+    measure, profile = effects.measure, effects.profile[group * len(table) : (group + 1) * len(table)]
+    moved, own = profile[:, : measure.width], profile[:, measure.width :]
     for k, name in enumerate(ends.names):
-        if k == 1:  # the start is no end
+        if k == 1 or measure.means is None:  # the start is no end
             continue
-        observed, null = moved @ unit(measure.goal.means[k], centre), unit(permuted[:, k], centre) @ moved.T
-        p_values, suffix = permutation_p_values(observed, null), "" if k == 0 else f"_{in_column(name)}"
+        observed, null = ((means[..., k, :] - measure.centre) @ moved.T for means in (measure.means, permuted))
+        p_values, suffix = (
+            permutation_p_values(observed - own[:, k], null, labellings),
+            "" if k == 0 else f"_{in_column(name)}",
+        )
         table[f"p_value{suffix}"], table[f"fdr{suffix}"] = p_values, false_discovery_rates(p_values)
         if k == 0:
             table["note"] = table["note"].where(np.isnan(p_values), "")

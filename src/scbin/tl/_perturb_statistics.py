@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
-from scipy import sparse, stats
+from scipy import sparse, special, stats
 from scipy.optimize import minimize_scalar
 
 from scbin import _docs, _keys
 from scbin._adata import check_adata, check_writable, copied, iter_blocks, read_obs, write
-from scbin._arguments import checked
-from scbin._errors import ScbinInputError, count
+from scbin._arguments import check_fields, checked
+from scbin._errors import ScbinInputError
 from scbin.get.perturbation import read_perturbation
-from scbin.tl._edits import Statistics, config
+from scbin.tl._edits import config
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from anndata import AnnData
 
-Statistic = Literal["matched", "mixture", "vs_null", "pairs"]
+Statistic = Literal["matched", "mixture", "vs_null"]
 N_NULL = 100  # genes of the same expression that a gene is compared with
 FEWEST_NULL = 5  # with fewer nobody knows how widely genes alike scatter
 NO_DONOR = ("", "nan", "none", "unknown")
@@ -33,26 +34,42 @@ TAILS = (1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 30.0, 1000.0)  # degrees of freedom that
 AS_LIKELY = 1.35  # log likelihood by which a heavier tail may fit worse and is still assumed: 90 % interval
 
 
-# ---- replicates: donors or cells ------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class Replicates:
-    """Mean shift of every gene in every replicate: rows are donors, or there is one row for all cells."""
+class Statistics:
+    """How the effects of genes are judged.
 
-    mean: np.ndarray  # (replicates, genes), NaN where the gene was edited in no cell
-    n_cells: np.ndarray  # (replicates, genes)
-    error: np.ndarray | None  # standard errors over the cells (genes,), or None: donors are the replicates
+    Parameters
+    ----------
+    donor_key
+        Column of `obs` with the donors, who are then the replicates. Default: cells are, which overstates how sure one can be.
+    null
+        What a gene is compared with: `"matched"`, genes of the same expression and detection, or names of tested genes.
+    n_permutations
+        Towards a goal, how often the states of the cells are permuted, by donor where there are donors: the p value says how
+        often a gene moves cells as far towards the goal of a random labelling. 0: it is compared with other genes instead.
+    confidence
+        Of the intervals.
+    seed
+        Of permutations, of genes drawn at random and of ties.
+    """
 
-    def average(self, values: np.ndarray, slope: np.ndarray | float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return mean, standard error and degrees of freedom of `values` (replicates, genes); each donor counts once.
+    donor_key: str | None = None
+    null: str | Sequence[str] = "matched"
+    n_permutations: int = 200
+    confidence: float = 0.95
+    seed: int = 0
 
-        Over cells the error is that of the shifts, times the `slope` of the values against them.
-        """
-        frame = pd.DataFrame(values)
-        n = frame.count().to_numpy() if self.error is None else self.n_cells[0]
-        error = frame.sem().to_numpy() if self.error is None else self.error * slope
-        return frame.mean().to_numpy(), error, np.where(n > 1, n - 1.0, np.nan)
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 0 < self.confidence < 1 or self.n_permutations < 0:
+            wrong = f"confidence={self.confidence} lies between 0 and 1, n_permutations is 0 or more."
+            raise ScbinInputError("A02", wrong)
+        if isinstance(self.null, str) and self.null != "matched":
+            wrong = f"null is {self.null!r}; choose 'matched', or pass a list of names of tested genes."
+            raise ScbinInputError("A02", wrong)
+
+
+# ---- replicates: donors or cells ------------------------------------------------------------------------------------
 
 
 def donor_codes(donors: np.ndarray | Sequence[str]) -> np.ndarray:
@@ -64,16 +81,20 @@ def donor_codes(donors: np.ndarray | Sequence[str]) -> np.ndarray:
     return pd.Categorical(names.where(~missing, None).map(str, na_action="ignore")).codes.astype(np.int64)
 
 
-def summarise(shifts: sparse.csr_matrix, donors: np.ndarray | Sequence[str] | None) -> Replicates:
-    """Average the stored shifts of each gene over each donor's cells, or over all cells; NaN is not counted."""
+def summarise(
+    shifts: sparse.csr_matrix, donors: np.ndarray | Sequence[str] | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return mean, standard error and number of the stored shifts of each gene in each donor's cells, or in one row in all.
+
+    What is not stored or NaN is not counted; the mean is NaN where nothing is, the error where there is one cell.
+    """
     codes = np.zeros(shifts.shape[0], dtype=np.int64) if donors is None else donor_codes(donors)
     donor, values = np.repeat(codes, np.diff(shifts.indptr)), shifts.data.astype(np.float64)
     used = np.isfinite(values) & (donor >= 0)
-    by_both = pd.Series(values[used]).groupby([donor[used], shifts.indices[used]])
+    by_both = pd.Series(values[used]).groupby([donor[used], shifts.indices[used]]).agg(["mean", "sem", "count"])
     shape = {"index": range(codes.max(initial=0) + 1), "columns": range(shifts.shape[1])}
-    mean, n = (found.unstack().reindex(**shape).to_numpy() for found in (by_both.mean(), by_both.count()))
-    error = by_both.sem().unstack().reindex(**shape).to_numpy()[0] if donors is None else None
-    return Replicates(mean, np.nan_to_num(n).astype(np.int64), error)
+    mean, error, n = (by_both[name].unstack().reindex(**shape).to_numpy() for name in by_both)
+    return mean, error, np.nan_to_num(n).astype(np.int64)
 
 
 # ---- the null -------------------------------------------------------------------------------------------------------
@@ -142,11 +163,85 @@ def false_discovery_rates(p_values: np.ndarray) -> np.ndarray:
     return fdr
 
 
+# ---- permuted states -------------------------------------------------------------------------------------------------
+
+
+def permuted_labels(donors: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return the labels of samples (each a donor and a label) permuted.
+
+    Donors with several labels swap theirs; the others pass theirs to other donors.
+    """
+    n_labels, new = np.bincount(donors)[donors], labels.copy()
+    for group in [n_labels == 1, *(donors == donor for donor in np.unique(donors[n_labels > 1]))]:
+        new[group] = rng.permutation(new[group])
+    return new
+
+
+def permuted_means(
+    vectors: Sequence[np.ndarray], donors: Sequence[np.ndarray] | None, n_permutations: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return the mean vectors of states whose labels are permuted (permutations, states, size); NaN vectors do not count.
+
+    With donors, the cells of a donor and a state keep together. Beside them: the means to expect for each cell of state 1 if its own
+    label stays (cells, states, size), for it pulls the means of the others away from itself, under any labels; and how many labellings
+    there are.
+    """
+    labels = np.repeat(np.arange(len(vectors)), [len(part) for part in vectors])
+    every, rng = np.concatenate(vectors).astype(np.float64), np.random.default_rng(seed)
+    codes = np.arange(len(labels)) if donors is None else donor_codes(np.concatenate(list(donors)))
+    known = np.isfinite(every).all(axis=1) & (codes >= 0)
+    _, sample = np.unique(np.stack([codes, labels])[:, known], axis=1, return_inverse=True)
+    sample = sample.reshape(-1)
+    first = np.flatnonzero(known)[np.unique(sample, return_index=True)[1]]
+    donor, label = np.unique(codes[first], return_inverse=True)[1], labels[first]
+    by_sample = sparse.csr_matrix((np.ones(len(sample)), (sample, np.arange(len(sample)))))
+    sums = by_sample @ np.column_stack(
+        [every[known], np.ones(len(sample))]
+    )  # (samples, size + 1), the number of cells last
+
+    def means(sums: np.ndarray) -> np.ndarray:
+        return sums[..., :-1] / np.maximum(sums[..., -1:], 1e-9)
+
+    result = np.empty((n_permutations, len(vectors), every.shape[1]))
+    for p in range(n_permutations):
+        where = (permuted_labels(donor, label, rng), np.arange(len(donor)))
+        result[p] = means(sparse.csr_matrix((np.ones(len(donor)), where), shape=(len(vectors), len(donor))) @ sums)
+    stratum = np.unique(np.where(np.bincount(donor)[donor] == 1, -1, donor), return_inverse=True)[1]
+    state, is_start = np.eye(len(vectors))[label], np.eye(len(vectors))[1]
+    size = np.bincount(stratum)[stratum][:, None]
+    within = sparse.csr_matrix((np.ones(len(stratum)), (stratum, np.arange(len(stratum)))))  # where labels are permuted
+    n_of, here = within @ state, (within @ state)[stratum]  # samples of each state
+    total = (within @ sums)[stratum]
+    rest = (here / size).T @ sums - (here / size)[:, :, None] * total[:, None]
+    own = ((here - is_start) / np.maximum(size - 1, 1))[:, :, None] * (total - sums)[:, None]
+    expected = np.full((len(labels), len(vectors), every.shape[1]), np.nan)
+    expected[known] = means(rest + own + is_start[:, None] * sums[:, None])[sample]
+    labellings = np.exp(special.gammaln(n_of.sum(axis=1) + 1).sum() - special.gammaln(n_of + 1).sum())
+    return result, expected[labels == 1], float(labellings)
+
+
+def permutation_p_values(observed: np.ndarray, permuted: np.ndarray, labellings: float = np.inf) -> np.ndarray:
+    """Return how often a shift (genes,) is reached under permuted labels (permutations, genes), two-sided.
+
+    Each gene is measured in its own standard deviation over the labellings, the true one among them, so that one that moves cells
+    far does not stand out for that; the scores under permuted labels of all genes are then one null distribution. No labelling, nor its
+    mirror, is rarer than one of all `labellings`.
+    """
+    every = np.concatenate([observed[None], permuted])
+    centred = every - every.mean(axis=0)
+    size = np.sqrt((centred**2).mean(axis=0))
+    scores = np.abs(centred) / np.where(size > 1e-12 * max(float(np.nanmax(size, initial=0)), 1e-300), size, np.nan)
+    null = np.sort(scores[1:][np.isfinite(scores[1:])])
+    reached = len(null) - np.searchsorted(null, scores[0] * (1 - 1e-9), side="left")
+    p_values = np.clip((reached + 1) / (len(null) + 1), min(2 / labellings, 1), 1)
+    return np.where(np.isfinite(scores[0]), p_values, np.nan)
+
+
 # ---- one row per gene -----------------------------------------------------------------------------------------------
 
 
 def gene_statistics(
-    shifts: sparse.csr_matrix,
+    shifts: sparse.csr_matrix | tuple[np.ndarray, np.ndarray, np.ndarray],
     *,
     names: Sequence[str] | np.ndarray,
     expression: sparse.csr_matrix,
@@ -162,19 +257,24 @@ def gene_statistics(
     of these differences over donors. The p value asks whether a random gene of the null set would lie as far out, against the
     empirical null of all scores, whose tails are as heavy as these genes'.
 
-    `shifts` are (cells, genes): what is stored was perturbed in that cell, also a stored zero; NaN counts as not perturbed.
+    `shifts` are (cells, genes): what is stored was perturbed in that cell, also a stored zero; NaN counts as not perturbed. Or they
+    are what :func:`summarise` makes of them.
     `expression` of the same cells and genes is what genes are matched by. `limits` are the smallest and largest shift that there can
     be; with 0 as the smallest, shifts are lengths and tests one-sided. By default they are those of cosines.
 
     The table has a row per gene: `gene`, `n_cells`, `n_donors`, `shift`, `effect_size` (distance to the null genes' median in their
-    standard deviations) with `ci_low` and `ci_high`, `p_value`, `fdr`, `exact`, `shift_low`, `shift_high`, `null_low`, `null_high` (where the null genes lie), `n_null`, `replicates` ("donors" or "cells") and `note`: why numbers are missing.
+    standard deviations) with `ci_low` and `ci_high`, `p_value`, `fdr`, `exact`, `shift_low`, `shift_high`, `null_low`, `null_high`
+    (where the null genes lie), `n_null`, `replicates` ("donors" or "cells") and `note`: why numbers are missing.
     """
-    names, chosen = np.asarray(names, dtype=object), statistics or Statistics()
-    replicates, known = summarise(shifts, donors), shifts.data[np.isfinite(shifts.data)]
-    if limits is None:  # a cosine's rounding may put a length just below zero
+    names, judged = np.asarray(names, dtype=object), statistics or Statistics()
+    means, errors, n_of = shifts if isinstance(shifts, tuple) else summarise(shifts, donors)
+    if limits is None and not isinstance(shifts, tuple):  # a cosine's rounding may put a length just below zero
+        known = shifts.data[np.isfinite(shifts.data)]
         limits = (-2.0, 2.0) if known.size and known.min() < -1e-6 else (0.0, 2.0)
-    signed, positive = limits[0] < 0, replicates.mean[replicates.mean > 0]
+    limits = limits or (0.0, 2.0)
+    signed, positive = limits[0] < 0, means[means > 0]
     floor = 1e-3 * float(np.median(positive)) if positive.size else 1.0  # shorter ones are none
+    wide = (1 + judged.confidence) / 2
 
     def forward(x: np.ndarray) -> np.ndarray:
         return x if signed else np.log(np.maximum(x, floor))
@@ -182,26 +282,34 @@ def gene_statistics(
     def back(y: np.ndarray) -> np.ndarray:
         return np.clip(y if signed else np.exp(y), *limits)
 
-    n, n_replicates = replicates.n_cells.sum(axis=0), (replicates.n_cells > 0).sum(axis=0)
-    others = null_genes(names, n > 0, expression, chosen.null, seed=chosen.seed)
-    values = forward(replicates.mean)
-    reference = np.stack([_over_null(row, others, _median) for row in values])
-    shift, shift_error, shift_freedom = replicates.average(replicates.mean)
+    def average(values: np.ndarray, slope: np.ndarray | float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return mean, standard error and half the interval; over cells the error is that of the shifts times a slope."""
+        frame = pd.DataFrame(values)
+        error, n = (
+            (errors[0] * slope, n_of[0]) if donors is None else (frame.sem().to_numpy(), frame.count().to_numpy())
+        )
+        return frame.mean().to_numpy(), error, stats.t.ppf(wide, np.where(n > 1, n - 1.0, np.nan)) * error
+
+    n, n_donors = n_of.sum(axis=0), (n_of > 0).sum(axis=0) * (donors is not None)
+    others = null_genes(names, n > 0, expression, judged.null, seed=judged.seed)
+    values = forward(means)
+    reference = np.stack([_median(_alike(row, others)) for row in values])
+    shift, _, shift_margin = average(means)
     slope = 1.0 if signed else 1 / np.maximum(shift, floor)
-    mean, error, freedom = replicates.average(values - reference, slope)
-    unit, n_null, p_values = _against_null(mean, error, others, chosen, signed)
-    margin = stats.t.ppf((1 + chosen.confidence) / 2, freedom) * error
-    shift_margin = stats.t.ppf((1 + chosen.confidence) / 2, shift_freedom) * shift_error * slope
-    centre, band = forward(shift) - mean, stats.norm.ppf((1 + chosen.confidence) / 2) * unit
-    word, are_donors = ("cell", False) if donors is None else ("donor", True)
-    reasons = {"perturbed in no cell" + (" of a known donor" if are_donors else ""): n == 0}
-    reasons[f"one {word} only: no scatter to judge by"] = (n_replicates if are_donors else n) == 1
-    reasons[f"fewer than {FEWEST_NULL} genes to compare with"] = n_null < FEWEST_NULL
-    reasons["nothing varies"] = np.ones(len(n), dtype=bool)
+    mean, error, margin = average(values - reference, slope)
+    unit, n_null, p_values = _against_null(mean, error, others, judged, signed)
+    centre, band = forward(shift) - mean, stats.norm.ppf(wide) * unit
+    word, n_replicates = ("cell", n) if donors is None else ("donor", n_donors)
+    reasons = {
+        "perturbed in no cell" + (" of a known donor" if donors is not None else ""): n == 0,
+        f"one {word} only: no scatter to judge by": n_replicates == 1,
+        f"fewer than {FEWEST_NULL} genes to compare with": n_null < FEWEST_NULL,
+        "nothing varies": n >= 0,
+    }
     columns = {
         "gene": names.astype(str).astype(object),
         "n_cells": n,
-        "n_donors": n_replicates * are_donors,
+        "n_donors": n_donors,
         "shift": shift,
         "effect_size": mean / unit,
         "ci_low": (mean - margin) / unit,
@@ -209,8 +317,8 @@ def gene_statistics(
         "p_value": p_values,
         "fdr": false_discovery_rates(p_values),
         "exact": np.broadcast_to(np.asarray(exact, dtype=bool), n.shape).copy(),
-        "shift_low": np.minimum(back(forward(shift) - shift_margin), shift),
-        "shift_high": np.maximum(back(forward(shift) + shift_margin), shift),
+        "shift_low": np.minimum(back(forward(shift) - shift_margin * slope), shift),
+        "shift_high": np.maximum(back(forward(shift) + shift_margin * slope), shift),
         "null_low": back(centre - band),
         "null_high": back(centre + band),
         "n_null": n_null,
@@ -221,25 +329,25 @@ def gene_statistics(
 
 
 def _against_null(
-    mean: np.ndarray, error: np.ndarray, others: np.ndarray, chosen: Statistics, signed: bool
+    mean: np.ndarray, error: np.ndarray, others: np.ndarray, judged: Statistics, signed: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the standard deviation and the number of each gene's null genes, and the p values (genes,)."""
-    spread, null_variance = _over_null(mean, others, _spread), np.nan_to_num(_over_null(error**2, others, _median))
-    n_null = _over_null(mean, others, lambda alike: np.isfinite(alike).sum(axis=1)).astype(np.int64)
+    alike = _alike(mean, others)
+    spread, null_variance = _spread(alike), np.nan_to_num(_median(_alike(error**2, others)))
+    n_null = np.isfinite(alike).sum(axis=1)
     unit = np.where((n_null >= FEWEST_NULL) & np.isfinite(mean) & (spread > 0), spread, np.nan)
     # the null genes' scatter holds their own errors already; a gene less certain than they are adds the rest
     more = np.where(np.isfinite(error), np.maximum(error**2 - null_variance, 0.0), np.nan)
     score = mean / np.sqrt(unit**2 * (1 + MEDIAN_VARIANCE / np.maximum(n_null, 1)) + more)
-    null = score if isinstance(chosen.null, str) else score[np.unique(others[others >= 0])]
+    null = score if isinstance(judged.null, str) else score[np.unique(others[others >= 0])]
     width, tail = fit_null(null if signed else null[null > 0])
     p_values = stats.t.sf(np.abs(score) / width, tail) * 2 if signed else stats.t.sf(score / width, tail)
     return unit, n_null, p_values
 
 
-def _over_null(values: np.ndarray, others: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Return a statistic of the values (genes,) of each gene's null genes, NaN for nobody, some millions at a time."""
-    padded = np.append(values, np.nan)
-    return np.concatenate([statistic(padded[part]) for part in np.array_split(others, 1 + others.size // 4_000_000)])
+def _alike(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the values (genes,) of each gene's null genes (genes, most), NaN for nobody."""
+    return np.append(values, np.nan)[others]
 
 
 def _median(values: np.ndarray) -> np.ndarray:
@@ -272,22 +380,21 @@ def vs_null(
     Without donors this is the rank-sum test over cells that Geneformer makes; with donors of both, Welch's t test over the donors'
     means, which does not take ten cells of one donor for ten witnesses.
     """
-    sides = [summarise(test, test_donors), summarise(null, null_donors)]
-    shift, null_shift = (side.average(side.mean)[0] for side in sides)
-    by_gene, p_values, over_cells = (test.tocsc(), null.tocsc()), np.full(test.shape[1], np.nan), test_donors is None
+    by_donor = test_donors is not None
+    compare = partial(stats.ttest_ind, equal_var=False) if by_donor else stats.ranksums
+    (means, _, n), (null_means, _, n_null) = summarise(test, test_donors), summarise(null, null_donors)
+    shift, null_shift = (pd.DataFrame(side).mean().to_numpy() for side in (means, null_means))
+    cells, null_cells, p_values = test.tocsc(), null.tocsc(), np.full(test.shape[1], np.nan)
     for gene in range(test.shape[1]):
-        samples = (
-            [matrix[:, [gene]].data for matrix in by_gene] if over_cells else [side.mean[:, gene] for side in sides]
-        )
-        samples = [sample[np.isfinite(sample)].astype(np.float64) for sample in samples]
-        if over_cells and min(map(len, samples)):
-            p_values[gene] = stats.ranksums(*samples).pvalue
-        elif not over_cells and min(map(len, samples)) > 1:
-            p_values[gene] = stats.ttest_ind(*samples, equal_var=False).pvalue
+        pair = (means[:, gene], null_means[:, gene])
+        pair = pair if by_donor else (cells[:, [gene]].data, null_cells[:, [gene]].data)
+        samples = [sample[np.isfinite(sample)].astype(np.float64) for sample in pair]
+        if min(map(len, samples)) > by_donor:
+            p_values[gene] = compare(*samples).pvalue
     columns = {"gene": np.asarray(names, dtype=object), "shift": shift, "null_shift": null_shift}
     columns |= {"difference": shift - null_shift, "p_value": p_values, "fdr": false_discovery_rates(p_values)}
-    columns |= {"n_cells": sides[0].n_cells.sum(axis=0), "n_cells_null": sides[1].n_cells.sum(axis=0)}
-    return pd.DataFrame({**columns, "replicates": "cells" if over_cells else "donors"})
+    columns |= {"n_cells": n.sum(axis=0), "n_cells_null": n_null.sum(axis=0)}
+    return pd.DataFrame({**columns, "replicates": "donors" if by_donor else "cells"})
 
 
 def mixture(shifts: sparse.csr_matrix, *, names: Sequence[str] | np.ndarray, seed: int = 0) -> pd.DataFrame:
@@ -298,8 +405,7 @@ def mixture(shifts: sparse.csr_matrix, *, names: Sequence[str] | np.ndarray, see
     """
     from sklearn.mixture import GaussianMixture
 
-    replicates = summarise(shifts, None)
-    mean, n = replicates.mean[0], replicates.n_cells[0]
+    (mean,), _, (n,) = summarise(shifts, None)
     known = np.isfinite(mean)
     if known.sum() < 4 or np.ptp(mean[known]) == 0:
         found = f"a mixture of two needs 4 genes with different shifts; here are {known.sum()}."
@@ -323,7 +429,6 @@ def pair_statistics(
     combined: sparse.csr_matrix,
     pairs: Sequence[tuple[int, int]] | np.ndarray,
     *,
-    names: Sequence[str] | np.ndarray,
     donors: np.ndarray | None = None,
     confidence: float = 0.95,
 ) -> pd.DataFrame:
@@ -332,29 +437,25 @@ def pair_statistics(
     `single` are shifts by single genes (cells, genes), `combined` by pairs (cells, pairs), `pairs` the columns of both genes. Only
     cells in which the pair and both genes were perturbed count, and each is compared with itself.
     """
-    names, chosen = np.asarray(names, dtype=str).astype(object), np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
-    parts = []
+    chosen, parts = np.asarray(pairs, dtype=np.int64).reshape(-1, 2), []
     for matrix in (single[:, chosen[:, 0]], single[:, chosen[:, 1]], combined):
         dense = np.full(matrix.shape, np.nan)  # a stored zero is a shift
         dense[np.repeat(np.arange(len(dense)), np.diff(matrix.indptr)), matrix.indices] = matrix.data
         parts.append(dense)
     excess = pd.DataFrame(parts[2] - parts[0] - parts[1])
-    frames = [excess, *(pd.DataFrame(part).where(excess.notna()) for part in parts)]
+    frames = [excess, *(pd.DataFrame(part).where(excess.notna()) for part in parts[:2])]
     if donors is not None:
         codes = donor_codes(donors)
         frames = [frame[codes >= 0].groupby(codes[codes >= 0]).mean() for frame in frames]
-    mean, anchor, gene, both = (frame.mean().to_numpy() for frame in frames)
+    mean, anchor, gene = (frame.mean().to_numpy() for frame in frames)
     error, n = frames[0].sem().to_numpy(), frames[0].count().to_numpy()
     freedom = np.where(n > 1, n - 1.0, np.nan)
     margin = stats.t.ppf((1 + confidence) / 2, freedom) * error
     p_values = 2 * stats.t.sf(np.abs(mean) / np.where(error > 0, error, np.nan), freedom)
-    n_cells = (excess if donors is None else excess[codes >= 0]).count().to_numpy()
-    columns = {"anchor": names[chosen[:, 0]], "gene": names[chosen[:, 1]], "n_cells": n_cells}
-    columns |= {"n_donors": n * (donors is not None), "anchor_shift": anchor, "gene_shift": gene}
-    columns |= {"sum_of_shifts": anchor + gene, "combined_shift": both, "combined_minus_sum": mean}
-    columns |= {"ci_low": mean - margin, "ci_high": mean + margin, "p_value": p_values}
-    columns["fdr"] = false_discovery_rates(p_values)
-    return pd.DataFrame({**columns, "replicates": "cells" if donors is None else "donors"})
+    columns = {"anchor_shift": anchor, "gene_shift": gene, "sum_of_shifts": anchor + gene, "combined_minus_sum": mean}
+    judged = {"ci_low": mean - margin, "ci_high": mean + margin, "p_value": p_values}
+    judged["fdr"] = false_discovery_rates(p_values)
+    return pd.DataFrame({**columns, **{f"combined_minus_sum_{name}": values for name, values in judged.items()}})
 
 
 # ---- the verb -------------------------------------------------------------------------------------------------------
@@ -369,7 +470,6 @@ def perturb_statistics(
     groupby: str | None = None,
     group: str | None = None,
     null_group: str | None = None,
-    anchored: str | None = None,
     statistics: Statistics | Mapping[str, Any] | None = None,
     key: str | None = None,
     key_added: str | None = None,
@@ -384,17 +484,13 @@ def perturb_statistics(
     statistic
         `"matched"`: each gene against genes of the same expression and detection. `"mixture"`: two Gaussians on the genes' mean
         cosines split those that move cells from those that do not; for shifts without a goal. `"vs_null"`: each gene's shifts in
-        the cells of `group` against those in `null_group`. `"pairs"`: whether an anchor and another gene together move cells more
-        than the sum of either alone; for this, perturb the genes and the anchor one by one, then the genes with `anchor=` and a
-        `key_added=` of its own, and name that in `anchored`.
+        the cells of `group` against those in `null_group`.
     groupby
         Column of `obs` with groups of cells.
     group
         The one group whose cells count. Default: all cells that were perturbed.
     null_group
         The group of null cells for `"vs_null"`. Default: all perturbed cells that are not in `group`.
-    anchored
-        Entry of `uns` of the perturbation with an anchor, for `"pairs"`.
     statistics
         A :class:`scbin.Statistics` or a mapping of its fields: donors, null genes, confidence. States are not permuted here.
     key
@@ -423,56 +519,35 @@ def perturb_statistics(
     2
     """
     check_adata(adata)
-    how: Statistics = config(Statistics, statistics)
+    judged: Statistics = config(Statistics, statistics)
     origin, params = read_perturbation(adata, key)
-    shifts, columns = _shifts(adata, key)
-    if (statistic == "pairs") != (anchored is not None):
-        wrong = "statistic='pairs' needs anchored=, the perturbation with an anchor; others do not."
-        raise ScbinInputError("A03", wrong)
-    cells, null_cells = _cells(adata, np.diff(shifts.indptr) > 0, statistic, groupby, group, null_group)
-    donors = how.donors(adata)
-    own, theirs = (None, None) if donors is None else (donors[cells], donors[null_cells])
     slot = f"{_keys.PERTURB if key is None else key}_{statistic}" if key_added is None else key_added
     check_writable(adata, "uns", slot)
-    names, mine = adata.var_names.to_numpy(dtype=str)[columns], shifts[cells]
-    if statistic == "matched":
-        expression = sparse.vstack([block.csr() for block in iter_blocks(adata)], format="csr")[cells][:, columns]
-        exact = (
-            True if "exact" not in origin else np.isin(names, origin["gene"][origin["exact"].astype(bool)].astype(str))
-        )
-        table = gene_statistics(mine, names=names, expression=expression, donors=own, statistics=how, exact=exact)
-    elif statistic == "mixture":
-        table = mixture(mine, names=names, seed=how.seed)
-    elif statistic == "vs_null":
-        table = vs_null(mine, shifts[null_cells], names=names, test_donors=own, null_donors=theirs)
-    else:
-        anchors = read_perturbation(adata, anchored)[1].get("anchor") or []
-        combined, partners = _shifts(adata, anchored)
-        found = pd.Index(names).get_indexer([*anchors, *adata.var_names[partners]])
-        kept = np.flatnonzero(found[len(anchors) :] >= 0)
-        if len(anchors) != 1 or found[0] < 0 or not len(kept):
-            wrong = f"adata.uns[{anchored!r}] was made with the anchors {anchors}; one is needed, and it and the other genes"
-            raise ScbinInputError("P01", f"{wrong} need to be perturbed one by one too.")
-        pairs = [(found[0], found[1 + i]) for i in kept]
-        both = combined[cells][:, kept]
-        table = pair_statistics(mine, both, pairs, names=names, donors=own, confidence=how.confidence)
-    adata = copied(adata) if copy else adata
-    asked = {"statistic": statistic, "groupby": groupby, "group": group, "null_group": null_group}
-    write(adata, "uns", slot, {"table": table, "params": json.dumps({**params, **asked, "donor_key": how.donor_key})})
-    return adata if copy else None
-
-
-def _shifts(adata: AnnData, key: str | None) -> tuple[sparse.csr_matrix, np.ndarray]:
-    """Return the shifts by the perturbed genes (cells, perturbed genes), stored zeros kept, and their columns."""
     layer = _keys.of_perturbation(_keys.PERTURB if key is None else key)[0]
     if layer not in adata.layers:
-        wrong = (
-            f"adata.layers has no {layer!r}: there are shifts of each cell only where genes were perturbed one by one."
-        )
-        raise ScbinInputError("A06", f"{wrong} Run scbin.tl.perturb(adata, model).")
-    shifts = sparse.csr_matrix(adata.layers[layer])
+        found = f"adata.layers has no {layer!r}, the shift of each cell by each single gene"
+        raise ScbinInputError("A06", f"{found}. Run scbin.tl.perturb(adata, model).")
+    shifts = sparse.csr_matrix(adata.layers[layer])  # its stored zeros are kept
     columns = np.unique(shifts.indices)
-    return shifts[:, columns], columns
+    shifts, names = shifts[:, columns], adata.var_names.to_numpy(dtype=str)[columns]
+    cells, null_cells = _cells(adata, np.diff(shifts.indptr) > 0, statistic, groupby, group, null_group)
+    donors = None if judged.donor_key is None else read_obs(adata, judged.donor_key).astype(object).to_numpy()
+    own, theirs = (None, None) if donors is None else (donors[cells], donors[null_cells])
+    if statistic == "mixture":
+        table = mixture(shifts[cells], names=names, seed=judged.seed)
+    elif statistic == "vs_null":
+        table = vs_null(shifts[cells], shifts[null_cells], names=names, test_donors=own, null_donors=theirs)
+    else:
+        exact: Any = True
+        if "exact" in origin:
+            exact = np.isin(names, origin["gene"][origin["exact"].astype(bool)].astype(str))
+        expression = sparse.vstack([block.csr() for block in iter_blocks(adata)], format="csr")[cells][:, columns]
+        about: dict[str, Any] = {"expression": expression, "donors": own, "statistics": judged, "exact": exact}
+        table = gene_statistics(shifts[cells], names=names, **about)
+    adata = copied(adata) if copy else adata
+    asked = {"statistic": statistic, "groupby": groupby, "group": group, "null_group": null_group}
+    write(adata, "uns", slot, {"table": table, "params": json.dumps(params | asked | {"donor_key": judged.donor_key})})
+    return adata if copy else None
 
 
 def _cells(
@@ -485,16 +560,10 @@ def _cells(
     if groupby is None:
         return np.flatnonzero(perturbed), np.empty(0, dtype=np.int64)
     labels = read_obs(adata, groupby).astype(object).map(str).to_numpy()
-    known = np.unique(labels[perturbed])
-    for name in (group, null):
-        if name is not None and name not in known:
-            listed = ", ".join(map(repr, known[:6].tolist()))
-            raise ScbinInputError(
-                "A06", f"no perturbed cell has {name!r} in adata.obs[{groupby!r}]; they have: {listed}."
-            )
+    test = perturbed & (labels == group)
     rest = perturbed & (labels != group if null is None else labels == null)
-    if statistic == "vs_null" and not rest.any():
-        raise ScbinInputError(
-            "P02", f"all {count(int(perturbed.sum()), 'perturbed cell')} are {group!r}: no null is left."
-        )
-    return np.flatnonzero(perturbed & (labels == group)), np.flatnonzero(rest)
+    if not test.any() or (statistic == "vs_null" and not rest.any()):
+        listed = ", ".join(map(repr, np.unique(labels[perturbed])[:6].tolist()))
+        found = f"group={group!r} or null_group={null!r} has no perturbed cell"
+        raise ScbinInputError("A06", f"{found}; those in adata.obs[{groupby!r}] that have some are: {listed}.")
+    return np.flatnonzero(test), np.flatnonzero(rest)
