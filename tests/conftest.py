@@ -25,10 +25,10 @@ WATCHED = frozenset(
     "socket.gethostbyname".split()
 )
 # who may do so when scbin calls it: Python importing a library, caches of compiled code, the search for fonts and for cores, and
-# dask, which copies the tasks it was given
+# dask, which copies the tasks it was given, and zarr, whose event loop wakes itself by a pair of sockets
 TRUSTED = (
     *("<frozen importlib", "/numba/core/caching.py", "/numba/core/serialize.py", "/matplotlib/font_manager.py"),
-    *("/loky/backend/context.py", "/dask/"),
+    *("/loky/backend/context.py", "/dask/", "/zarr/"),
 )
 _violations: list[str] = []
 

@@ -48,7 +48,8 @@ def test_a_backbone_of_ones_own(tokenized, toy_backbone, tmp_path):
     assert np.isfinite(tokenized.obsm["X_scbin"]).all()
     scbin.tl.embed(tokenized, model, key_added="again", **QUIET)
     np.testing.assert_array_equal(tokenized.obsm["again"], tokenized.obsm["X_scbin"])
-    scbin.tl.embed(tokenized, model, key_added="pooled", pooling="mean", layer=0, genes=True, **QUIET)
+    scbin.tl.embed(tokenized, model, key_added="pooled", pooling="mean", layer=0, **QUIET)
+    scbin.tl.embed_genes(tokenized, model, key_added="pooled_genes", layer=0, **QUIET)
     assert tokenized.obsm["pooled"].shape == (60, 16) and tokenized.varm["pooled_genes"].shape == (40, 16)
     model.save(tmp_path / "model")
     assert scbin.Model.load(tmp_path / "model").fingerprint == model.fingerprint
@@ -72,11 +73,9 @@ def test_tokens_of_ones_own(tokenized):
     how = {"preset": SHAPE, "max_steps": 3, **QUIET}
     model = scbin.tl.pretrain(elsewhere, **how)
     assert model.fingerprint == scbin.tl.pretrain(tokenized, **how).fingerprint
-    made = scbin.tl.embed(elsewhere, model, genes=True, **QUIET)
+    made = scbin.tl.embed(elsewhere, model, **QUIET)
     assert made.obs_names.tolist() == elsewhere.names.tolist()
     np.testing.assert_array_equal(made.obsm["X_scbin"], tokenized.obsm["X_scbin"])
-    scbin.tl.embed(tokenized, model, genes=True, **QUIET)
-    np.testing.assert_array_equal(made[:, tokenized.var_names].varm["scbin_genes"], tokenized.varm["scbin_genes"])
     assert scbin.tl.pretrain(elsewhere, **how, batch_key="batch").training["batch_key"] == "batch"
     with pytest.raises(scbin.ScbinInputError, match="A06"):
         scbin.tl.pretrain(elsewhere, **how, batch_key="donor")

@@ -5,23 +5,25 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from scbin._errors import (
+    ScbinError,
+    ScbinInputError,
+    ScbinInputWarning,
+    ScbinModelError,
+    ScbinTrainingError,
+    ScbinTrainingWarning,
+    ScbinTypeError,
+)
+
 __version__ = "0.2.0.dev0"
 
 if TYPE_CHECKING:
     from scbin import datasets, get, pl, pp, tl
-    from scbin._errors import (
-        ScbinError,
-        ScbinInputError,
-        ScbinInputWarning,
-        ScbinModelError,
-        ScbinTrainingError,
-        ScbinTrainingWarning,
-        ScbinTypeError,
-    )
+    from scbin.io.corpus import open_tokens
     from scbin.model import Model
     from scbin.nn.losses import Loss
     from scbin.nn.presets import Network
-    from scbin.tl._edits import Statistics
+    from scbin.tl._perturb_statistics import Statistics
     from scbin.tokens.rules import Tokenization
     from scbin.tokens.vocabulary import Vocabulary
     from scbin.train.labels import Finetuning
@@ -32,6 +34,7 @@ _ROOMS = ("datasets", "get", "pl", "pp", "tl")
 # loaded when first used: torch takes seconds, and `import scbin` shall not
 _CLASSES = {
     "Model": "scbin.model",
+    "open_tokens": "scbin.io.corpus",
     "Vocabulary": "scbin.tokens.vocabulary",
     "Tokenization": "scbin.tokens.rules",
     "Network": "scbin.nn.presets",
@@ -39,39 +42,13 @@ _CLASSES = {
     "Finetuning": "scbin.train.labels",
     "Masking": "scbin.train.masking",
     "Loss": "scbin.nn.losses",
-    "Statistics": "scbin.tl._edits",
-    "ScbinError": "scbin._errors",
-    "ScbinInputError": "scbin._errors",
-    "ScbinTypeError": "scbin._errors",
-    "ScbinModelError": "scbin._errors",
-    "ScbinTrainingError": "scbin._errors",
-    "ScbinInputWarning": "scbin._errors",
-    "ScbinTrainingWarning": "scbin._errors",
+    "Statistics": "scbin.tl._perturb_statistics",
 }
 
-__all__ = [
-    "Finetuning",
-    "Loss",
-    "Masking",
-    "Model",
-    "Network",
-    "ScbinError",
-    "ScbinInputError",
-    "ScbinInputWarning",
-    "ScbinModelError",
-    "ScbinTrainingError",
-    "ScbinTrainingWarning",
-    "ScbinTypeError",
-    "Statistics",
-    "Tokenization",
-    "Training",
-    "Vocabulary",
-    "datasets",
-    "get",
-    "pl",
-    "pp",
-    "tl",
-]
+__all__ = ["datasets", "get", "pl", "pp", "tl"]
+__all__ += ["Finetuning", "Loss", "Masking", "Model", "Network", "Statistics", "Tokenization", "Training", "Vocabulary"]
+__all__ += ["ScbinError", "ScbinInputError", "ScbinModelError", "ScbinTrainingError", "ScbinTypeError"]
+__all__ += ["ScbinInputWarning", "ScbinTrainingWarning", "open_tokens"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import sys
 import warnings
 from collections.abc import Hashable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 from anndata.abc import CSCDataset, CSRDataset
 from scipy import sparse
 
 from scbin import _keys
-from scbin._arguments import shown, texts
+from scbin._arguments import instances, shown, texts
 from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinTypeError, count
+from scbin.tokens.genes import strip_version
 from scbin.tokens.tokens import MemoryTokens, Tokens
+from scbin.tokens.values import Block
 from scbin.tokens.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-    import pandas as pd
-
+REPLACED = 0.05  # share of the genes in tokens without a value in the matrix, from which it is another one
 BLOCK = 500_000  # stored values per row block: a few megabytes, which a core holds close
 OWN = (_keys.TOKENS, _keys.EMBEDDING, "scbin_", "X_umap_", "X_scbin_")
 
@@ -40,14 +44,12 @@ def check_adata(adata: object) -> ad.AnnData:
         advice = {
             "MuData": 'pass one modality: mdata["rna"]',
             "list": "join them first: anndata.concat(adatas)",
-            "DataFrame": "wrap it: anndata.AnnData(frame)",
             "str": "read it first: anndata.read_h5ad(path)",
             "NoneType": "functions that change an AnnData in place return None; pass the AnnData itself",
         }
         kind = type(adata).__name__
-        kind = "str" if kind.endswith("Path") else kind
-        found = f"adata is a {type(adata).__name__}, not an AnnData"
-        raise ScbinTypeError("I55", f"{found}; {advice.get(kind, 'pass an AnnData')}.")
+        what = advice.get("str" if kind.endswith("Path") else kind, "pass an AnnData")
+        raise ScbinTypeError("I55", f"adata is a {kind}, not an AnnData; {what}.")
     if adata.n_vars == 0:
         raise ScbinInputError("I48", f"adata has no genes (its shape is {adata.shape}).")
     entry = adata.uns.get(_keys.UNS, {})
@@ -58,15 +60,30 @@ def check_adata(adata: object) -> ad.AnnData:
 
 
 def read_obs(adata: ad.AnnData, key: str) -> pd.Series:
-    """Return the column `key` of obs; if there is none, name the closest ones."""
+    """Return the column `key` of obs, or `"slot.column"` of a matrix in obsm; if there is none, name the closest ones."""
     if not isinstance(key, Hashable):
         raise ScbinTypeError("A01", f"{shown(key)} is no name of a column of adata.obs; pass one name.")
     if key in adata.obs.columns:
         return adata.obs[key]
+    if (column := obsm_column(adata, str(key))) is not None:
+        return column
     names = [str(name) for name in adata.obs.columns]
     close = difflib.get_close_matches(str(key), names, n=3, cutoff=0.0) or names[:3]
     found = ", ".join(repr(name) for name in close) or "none"
     raise ScbinInputError("A06", f"{key!r} is not a column of adata.obs. The closest ones are: {found}.")
+
+
+def obsm_column(adata: ad.AnnData, key: str) -> pd.Series | None:
+    """Return the column `"slot.column"` of a matrix in obsm, None where there is none."""
+    tables = (obsm_columns(adata, slot) for slot in adata.obsm if key.startswith(f"{slot}."))
+    return next((table[key] for table in tables if key in table), None)
+
+
+def obsm_columns(adata: ad.AnnData, slot: str) -> pd.DataFrame:
+    """Return the columns of a matrix in obsm, named `"slot.column"`: by its own names, or by number."""
+    matrix: Any = adata.obsm[slot]
+    table = pd.DataFrame(matrix.toarray() if sparse.issparse(matrix) else matrix).set_axis(adata.obs_names, axis=0)
+    return table.add_prefix(f"{slot}.")
 
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------
@@ -96,26 +113,50 @@ def read_tokens(data: ad.AnnData | Tokens, vocabulary: Vocabulary | None = None,
         fix = "Join with anndata.concat(adatas, uns_merge='same'), or tokenize again."
         raise ScbinInputError("V02", f"{found}. {fix}")
     _same_vocabulary(own, vocabulary)
-    column = _keys.of_tokens(_keys.ROW_VOCABULARY, key)
-    if column in adata.obs.columns:
-        of_rows = adata.obs[column].astype(str)
-        foreign = int((of_rows != own.sha256[:16]).sum())
-        if foreign:
-            found = "of several vocabularies" if of_rows.nunique() > 1 else "of another vocabulary"
-            found = f"{found} ({count(foreign, 'cell')} not of {own!r}), says obs[{column!r}]"
-            fix = "Tokenize the cells together, or each part with like=model."
-            raise ScbinInputError("V03", f"the rows of adata.obsm[{key!r}] are {found}. {fix}")
-    matrix = adata.obsm[key]
-    if matrix.shape[1:] != (own.n_positions,) or matrix.dtype.kind != "u":
-        found = f"adata.obsm[{key!r}] has the shape {matrix.shape} and the type {matrix.dtype}"
-        need = f"its vocabulary needs {own.n_positions:,} columns of {own.dtype}"
-        fix = "joining tables with different vocabularies cuts or widens it. Tokenize the joined data again."
-        raise ScbinInputError("V02", f"{found}, but {need}: {fix}")
-    matrix = sparse.csr_matrix(matrix)
-    matrix = matrix if matrix.has_sorted_indices else matrix.sorted_indices()
-    if matrix.nnz and int(matrix.data.max()) >= own.n_tokens:
-        raise ScbinInputError("V02", "some tokens have ids that the vocabulary does not know. Tokenize again.")
-    return MemoryTokens(matrix, own, adata.obs)
+    column = adata.obs.get(_keys.of_tokens(_keys.ROW_VOCABULARY, key))
+    foreign = 0 if column is None else int((column.astype(str) != own.sha256[:16]).sum())
+    if column is not None and foreign:
+        kind = "several vocabularies" if column.nunique(dropna=False) > 1 else "another vocabulary"
+        found = f"the rows of adata.obsm[{key!r}] are of {kind} ({count(foreign, 'cell')} not of {own!r})"
+        raise ScbinInputError("V03", f"{found}. Tokenize the cells together, or each part with like=model.")
+    matrix = sparse.csr_matrix(adata.obsm[key])
+    fits = matrix.shape[1] == own.n_positions and matrix.dtype.kind == "u"
+    if not fits or (matrix.nnz and int(matrix.data.max()) >= own.n_tokens):
+        found = f"adata.obsm[{key!r}] ({matrix.shape[1]:,} columns of {matrix.dtype}) does not fit its vocabulary"
+        need = f"{own.n_positions:,} columns of {own.dtype}, ids below {own.n_tokens:,}"
+        fix = "Tables with different vocabularies cannot be joined: tokenize the joined data again."
+        raise ScbinInputError("V02", f"{found} ({need}). {fix}")
+    tokens = MemoryTokens(matrix if matrix.has_sorted_indices else matrix.sorted_indices(), own, adata.obs)
+    _warn_if_replaced(adata, tokens, read_uns(adata, _keys.of_tokens(_keys.TOKENIZE, key), dict).get("layer", False))
+    return tokens
+
+
+def _warn_if_replaced(adata: ad.AnnData, tokens: MemoryTokens, layer: Any) -> None:
+    """Warn where the matrix has nothing at many places at which tokens say that a gene is expressed: other cells or counts.
+
+    Normalising, logs, scaling and leaving out cells or genes change nothing of that. It is looked at in up to a hundred cells, where
+    the matrix is in memory by rows and, by the record (`layer`, False without one), the one that was tokenized.
+    """
+    whole = adata._adata_ref if adata.is_view else adata
+    known = not adata.isbacked and (layer is None or (isinstance(layer, str) and layer in whole.layers))
+    matrix: Any = None if not known else whole.X if layer is None else whole.layers[layer]
+    by_rows = isinstance(matrix, np.ndarray) or (sparse.issparse(matrix) and matrix.format == "csr")
+    if not by_rows or matrix.dtype.char not in "?bBhHiIlLqQfd" or not matrix.dtype.isnative:  # others are not for scipy
+        return
+    vocabulary = tokens.vocabulary
+    rows = np.unique(np.linspace(0, max(adata.n_obs - 1, 0), min(100, adata.n_obs)).astype(np.int64))
+    part = tokens.take(rows)
+    said = vocabulary.is_gene_token(part.data) & (vocabulary.levels_of(part.data) > 0)
+    cells = np.repeat(np.arange(len(rows)), np.diff(part.indptr))[said]
+    columns = {name: k for k, name in enumerate(adata.var_names)}
+    column_of = np.array([columns.get(gene, -1) for gene in vocabulary.genes])
+    at = column_of[vocabulary.genes_at(part.data[said], part.indices[said])]
+    here = _rows_of(adata, rows)
+    values = sparse.csr_matrix(here.X if layer is None else here.layers[layer])[cells[at >= 0], at[at >= 0]]
+    if values.size and (share := float(np.mean(values == 0))) > REPLACED:
+        name = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+        found = f"{name} has zeros at {share:.0%} of the genes that the tokens of cells hold"
+        warn("V02", f"{found}: other cells or counts than were tokenized. If it was replaced, tokenize again.")
 
 
 def _same_vocabulary(own: Vocabulary, vocabulary: Vocabulary | None) -> None:
@@ -128,73 +169,44 @@ def _same_vocabulary(own: Vocabulary, vocabulary: Vocabulary | None) -> None:
 # ---- matrices by row blocks -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Block:
-    """Consecutive rows of a matrix as the kernels take them: CSR, int32 columns, int64 `indptr` from 0, float values."""
-
-    start: int
-    data: np.ndarray
-    indices: np.ndarray
-    indptr: np.ndarray
-    n_vars: int
-
-    @property
-    def n_rows(self) -> int:
-        """Number of rows."""
-        return len(self.indptr) - 1
-
-    def csr(self) -> sparse.csr_matrix:
-        """Return a canonical CSR matrix: sorted, no duplicates, no stored zeros. The source is not touched."""
-        matrix = sparse.csr_matrix((self.data, self.indices, self.indptr), shape=(self.n_rows, self.n_vars), copy=True)
-        matrix.has_canonical_format = False
-        matrix.sum_duplicates()
-        matrix.eliminate_zeros()
-        return matrix
-
-    def sorted(self) -> Block:
-        """Return the block with sorted, unique columns."""
-        matrix = self.csr()
-        return Block(self.start, matrix.data, matrix.indices, matrix.indptr.astype(np.int64), self.n_vars)
-
-
 def iter_blocks(adata: ad.AnnData, layer: str | None = None, *, block_values: int | None = None) -> Iterator[Block]:
     """Go through X or a layer of any container by consecutive rows: zeros, order and duplicates are left as they are stored.
 
     Nothing points outside the arrays: compiled loops would read other memory.
     """
     if adata.is_view:  # the parent's matrix is read a block at a time; a view of a backed view does not exist
-        parent, chosen = adata._adata_ref, np.arange(adata._adata_ref.n_obs)[adata._oidx]
         for start, stop in _cuts(adata.n_obs, adata.n_vars, block_values):
-            yield _block(matrix_of(parent[chosen[start:stop], adata._vidx], layer), start)
+            yield _block(start, matrix_of(_rows_of(adata, slice(start, stop)), layer))
         return
     matrix = matrix_of(adata, layer)
     n_rows, n_vars = matrix.shape
     if hasattr(matrix, "dask"):
-        if len(matrix.chunks[1]) > 1:
-            found = f"the dask matrix is chunked along the genes ({count(len(matrix.chunks[1]), 'chunk')})"
-            fix = "but cells are read whole. Rechunk it: adata.X = adata.X.rechunk((1000, -1))."
-            raise ScbinInputError("I16", f"{found}, {fix}")
-        starts = np.cumsum((0, *matrix.chunks[0]))
-        for i in range(len(matrix.chunks[0])):
-            yield _block(matrix.blocks[i, 0].compute(), int(starts[i]))
+        for start, stop in itertools.pairwise(np.cumsum((0, *matrix.chunks[0])).tolist()):
+            yield _block(start, matrix[start:stop].compute())
         return
     if sparse.issparse(matrix) and matrix.format == "csc":
-        _check_indptr(matrix.indptr, n_vars, min(len(matrix.indices), len(matrix.data)))
-        _check_indices(matrix.indices, n_rows, "row")
+        _check_sound(matrix, n_vars, n_rows)
         matrix = sparse.csr_matrix(matrix)
-    if isinstance(matrix, CSRDataset) or sparse.issparse(matrix):
-        stored: Any = SimpleNamespace(**matrix.group) if isinstance(matrix, CSRDataset) else matrix
-        data, indices, indptr = stored.data, stored.indices, stored.indptr[:]
-        _check_indptr(indptr, n_rows, min(data.shape[0], indices.shape[0]))
-        for start, stop in _cuts(n_rows, int(indptr[-1]) // max(1, n_rows), block_values):
-            bounds = indptr[start : stop + 1].astype(np.int64)
-            here = slice(int(bounds[0]), int(bounds[-1]))
-            yield _arrays(start, data[here], indices[here], bounds - bounds[0], n_vars)
+    if not isinstance(matrix, CSRDataset) and not sparse.issparse(matrix):  # dense, or by columns on disk
+        per_row = matrix.group["data"].shape[0] // max(1, n_rows) if isinstance(matrix, CSCDataset) else n_vars
+        for start, stop in _cuts(n_rows, per_row, block_values):
+            yield _block(start, matrix[start:stop])
         return
-    # dense, or by columns on disk
-    per_row = matrix.group["data"].shape[0] // max(1, n_rows) if isinstance(matrix, CSCDataset) else n_vars
-    for start, stop in _cuts(n_rows, per_row, block_values):
-        yield _block(matrix[start:stop], start)
+    stored: Any = SimpleNamespace(**matrix.group) if isinstance(matrix, CSRDataset) else matrix
+    indptr = stored.indptr[:].astype(np.int64)
+    for start, stop in _cuts(n_rows, int(indptr[-1]) // max(1, n_rows), block_values):
+        bounds = indptr[start : stop + 1]
+        here = slice(int(bounds[0]), int(bounds[-1]))
+        rows = {"data": stored.data[here], "indices": stored.indices[here], "indptr": bounds - bounds[0]}
+        yield _block(start, SimpleNamespace(**rows, shape=(stop - start, n_vars)))
+
+
+def _rows_of(adata: ad.AnnData, rows: Any) -> ad.AnnData:
+    """Return some rows of an AnnData as a view; of a view by way of its parent, by numbers: scipy stumbles over steps."""
+    if not adata.is_view:
+        return adata[rows]
+    parent = adata._adata_ref
+    return parent[np.arange(parent.n_obs)[adata._oidx][rows], np.arange(parent.n_vars)[adata._vidx]]
 
 
 def _cuts(n_rows: int, values_per_row: int, block_values: int | None) -> Iterator[tuple[int, int]]:
@@ -203,39 +215,30 @@ def _cuts(n_rows: int, values_per_row: int, block_values: int | None) -> Iterato
     return ((start, min(start + step, n_rows)) for start in range(0, n_rows, step))
 
 
-def _block(part: Any, start: int) -> Block:
-    """Return some rows of a container, in memory, as a block."""
-    if not sparse.issparse(part):
-        part = np.asarray(part)
-        _check_dtype(part)
-        if part.dtype.kind == "f" and (part.dtype.itemsize == 2 or not part.dtype.isnative):  # scipy takes neither
-            part = part.astype(np.float32 if part.dtype.itemsize <= 4 else np.float64)
-    part = sparse.csr_matrix(part)
-    _check_indptr(part.indptr, part.shape[0], min(len(part.indices), len(part.data)))
-    return _arrays(start, part.data, part.indices, part.indptr.astype(np.int64), part.shape[1])
-
-
-def _arrays(start: int, data: np.ndarray, indices: np.ndarray, indptr: np.ndarray, n_vars: int) -> Block:
-    """Narrow to the types that the kernels are compiled for: float32 where it holds every value, int32 columns."""
-    _check_indices(indices, n_vars, "column")
-    if data.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+def _block(start: int, rows: Any) -> Block:
+    """Return rows, dense or compressed, as the kernels take them: float32 where it holds every value, int32 columns."""
+    if not isinstance(rows, SimpleNamespace):
+        rows = rows if sparse.issparse(rows) else np.asarray(rows)
+        if rows.dtype.kind == "f" and rows.dtype not in (np.float32, np.float64):  # half or foreign, not for scipy
+            rows = rows.astype(np.float32 if rows.dtype.itemsize <= 4 else np.float64)
+        rows = sparse.csr_matrix(rows)
+    _check_sound(rows, *rows.shape)
+    data = rows.data
+    if data.dtype not in (np.float32, np.float64):
         small = data.dtype.itemsize <= 2 or not data.size or (data.dtype.kind != "f" and abs(data).max() < 2**24)
         data = data.astype(np.float32 if small else np.float64)
-    return Block(start, data, np.asarray(indices, dtype=np.int32), indptr, n_vars)
+    indices, indptr = np.asarray(rows.indices, dtype=np.int32), rows.indptr.astype(np.int64)
+    return Block(start, data, indices, indptr, rows.shape[1])
 
 
-def _check_indptr(indptr: np.ndarray, n_rows: int, n_stored: int) -> None:
-    """Refuse row offsets that do not rise from 0 to at most the number of stored values."""
-    rises = len(indptr) == n_rows + 1 and indptr[0] == 0 and bool(np.all(indptr[1:] >= indptr[:-1]))
-    if not rises or indptr[-1] > n_stored:
-        found = "its indptr does not rise from 0 to the number of stored values"
-        raise ScbinInputError("I43", f"the sparse matrix is damaged: {found}.")
-
-
-def _check_indices(indices: np.ndarray, n: int, what: str) -> None:
-    if len(indices) and not (0 <= indices.min() and indices.max() < n):
-        found = f"it has {what} indices from {indices.min()} to {indices.max()}, but {count(n, what)}"
-        raise ScbinInputError("I43", f"the sparse matrix is damaged: {found}.")
+def _check_sound(rows: Any, n: int, n_others: int) -> None:
+    """Refuse compressed rows that point outside of their arrays."""
+    indptr, indices = rows.indptr, rows.indices
+    rises = len(indptr) == n + 1 and indptr[0] == 0 and bool((indptr[1:] >= indptr[:-1]).all())
+    inside = not len(indices) or (indices.min() >= 0 and indices.max() < n_others)
+    if not (rises and inside and indptr[-1] <= min(len(indices), len(rows.data))):
+        found = "indptr does not rise from 0 to the number of stored values, or an index is out of range"
+        raise ScbinInputError("I43", f"the sparse matrix is damaged: its {found}.")
 
 
 def layer_names(adata: ad.AnnData) -> list[str]:
@@ -252,26 +255,13 @@ def matrix_of(adata: ad.AnnData, layer: str | None) -> Any:
     if matrix is None:
         raise ScbinInputError("I48", "adata.X is None: pass layer= with the name of the layer to read.")
     name = "X" if layer is None else f"layers[{layer!r}]"
-    fault = None
-    if isinstance(matrix, np.ma.MaskedArray):
-        fault = f"a masked array; fill the mask: {name}.filled(0)"
-    elif isinstance(matrix, np.matrix):
-        fault = f"a numpy matrix; use np.asarray({name})"
-    elif sparse.issparse(matrix) and matrix.format not in ("csr", "csc"):
-        fault = f"a sparse {matrix.format} matrix; use csr_matrix({name})"
-    elif not hasattr(matrix, "shape") or len(matrix.shape) != 2:
-        fault = f"a {type(matrix).__name__}, not a matrix; use csr_matrix({name})"
-    if fault is not None:
-        raise ScbinInputError("I13", f"{name} is {fault}.")
-    if not isinstance(matrix, CSRDataset | CSCDataset):
-        _check_dtype(matrix)
-    return matrix
-
-
-def _check_dtype(matrix: Any) -> None:
+    other = sparse.issparse(matrix) and matrix.format not in ("csr", "csc")
+    if other or isinstance(matrix, np.ma.MaskedArray | np.matrix) or len(getattr(matrix, "shape", ())) != 2:
+        fix = f"{name}.filled(0)" if isinstance(matrix, np.ma.MaskedArray) else f"csr_matrix({name})"
+        raise ScbinInputError("I13", f"{name} is a {type(matrix).__name__}, which is not read; use {fix}.")
     if matrix.dtype.kind not in "biuf":
-        found = f"the matrix has dtype {matrix.dtype}, which is no number type"
-        raise ScbinInputError("I13", f"{found}; use astype('float32').")
+        raise ScbinInputError("I13", f"{name} has dtype {matrix.dtype}, no number type; use astype('float32').")
+    return matrix
 
 
 def gene_columns(adata: ad.AnnData) -> np.ndarray:
@@ -280,6 +270,62 @@ def gene_columns(adata: ad.AnnData) -> np.ndarray:
     if "feature_types" in adata.var.columns:
         genes = adata.var["feature_types"].astype(str).to_numpy() == "Gene Expression"
     return genes if genes.any() else np.ones(adata.n_vars, dtype=bool)
+
+
+# ---- genes by name --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GeneNames:
+    """The genes of a model under the names that `adata` has for them."""
+
+    names: tuple[str, ...]  # of each gene of the model, as in var_names where it stands there
+    columns: np.ndarray  # (genes,) its column in adata, -1 where it has none
+    places: dict[str, int]  # every name that is understood, to the gene
+    unread: frozenset[str]  # names in adata that the model does not read
+
+    def resolve(self, wanted: str | Iterable[Any], what: str = "genes") -> list[int]:
+        """Return the genes that names mean, in order and once each; name the closest ones for a name that is unknown."""
+        wanted = [wanted] if isinstance(wanted, str) else list(wanted)
+        for name in wanted:
+            instances(str, "names of genes", **{what: name})
+        found = [self.places.get(name, self.places.get(strip_version(name), -1)) for name in wanted]
+        unknown = [name for name, place in zip(wanted, found, strict=True) if place < 0]
+        if unknown:
+            first = next((name for name in unknown if name in self.unread), unknown[0])
+            by_upper = {known.upper(): known for known in self.places}
+            close = [by_upper[match] for match in difflib.get_close_matches(first.upper(), by_upper)]
+            advice = f"Closest: {', '.join(map(repr, close)) or 'nothing'}."
+            if first in self.unread:
+                advice = "It is in adata: set it in var['highly_variable'] or raise n_genes, tokenize and train again."
+            raise ScbinInputError("A06", f"{first!r} is no gene of the model ({len(unknown):,} such names). {advice}")
+        return list(dict.fromkeys(found))
+
+
+def gene_names(adata: ad.AnnData, vocabulary: Vocabulary) -> GeneNames:
+    """Match the columns of `adata` with the genes of a model: by var_names, or by the column of `var` that fits best."""
+    index, aliases = {gene: k for k, gene in enumerate(vocabulary.genes)}, vocabulary.aliases
+
+    def genes_of(labels: Iterable[object]) -> np.ndarray:
+        names = [strip_version(label) if isinstance(label, str) else "" for label in labels]
+        known = (n if n in index else aliases.get(n, aliases.get(n.upper(), n.upper())) for n in names)
+        return np.array([index.get(name, -1) for name in known], dtype=np.int64)
+
+    shown_names = [str(name) for name in adata.var_names]
+    texts_of = [adata.var[column].astype(object) for column in adata.var if adata.var[column].dtype.kind not in "biufc"]
+    tried = [genes_of(shown_names)]
+    if (tried[0] >= 0).sum() < len(index):
+        tried += [genes_of(labels) for labels in texts_of]
+    best = max(tried, key=lambda genes: len(np.unique(genes[genes >= 0])))
+    columns = np.full(len(index), -1, dtype=np.int64)
+    known = np.flatnonzero(best >= 0)[::-1]
+    columns[best[known]] = known  # the first of several columns of one gene
+    places = {alias: index[gene] for alias, gene in aliases.items() if gene in index}
+    for labels in [*texts_of, shown_names]:
+        places |= {str(name): int(gene) for name, gene in zip(labels, best, strict=True) if gene >= 0}
+    places |= index
+    names = tuple(shown_names[c] if c >= 0 else gene for c, gene in zip(columns, vocabulary.genes, strict=True))
+    return GeneNames(names, columns, places, frozenset(set(shown_names) - set(places)))
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -315,9 +361,24 @@ def write_uns(adata: ad.AnnData, key: str, value: Any) -> None:
     adata.uns[_keys.UNS] = {**adata.uns.get(_keys.UNS, {}), key: value}
 
 
+def read_uns(adata: ad.AnnData, key: str, kind: Any) -> Any:
+    """Return `uns["scbin"][key]`, a `dict` or `list` (kept as JSON) or a table, or an empty one; refuse what is no such thing."""
+    entries = adata.uns.get(_keys.UNS, {})
+    found = entries.get(key) if isinstance(entries, Mapping) else entries
+    if found is None:
+        return kind()
+    if kind in (dict, list):
+        with suppress(ValueError, RecursionError):
+            found = json.loads(str(found))
+    if not isinstance(found, kind):
+        wrong = f"adata.uns['scbin'][{key!r}] ({shown(found)}) is not what scbin wrote there"
+        raise ScbinInputError("A04", f"{wrong}. Delete it, or call the function again that makes it.")
+    return found
+
+
 def _written(adata: ad.AnnData) -> list[str]:
     """Return the slots that scbin wrote under names that the user chose."""
-    return json.loads(str(adata.uns.get(_keys.UNS, {}).get(_keys.WRITTEN, "[]")))
+    return [slot for slot in read_uns(adata, _keys.WRITTEN, list) if isinstance(slot, str)]
 
 
 def make_real(adata: ad.AnnData) -> None:

@@ -10,6 +10,7 @@ import ast
 import functools
 import inspect
 import os
+import re
 import sys
 from dataclasses import fields
 from numbers import Integral, Real
@@ -69,44 +70,36 @@ def check_fields(config: Any) -> None:
         object.__setattr__(config, field.name, _checked(field.name, value, _rule(str(field.type), scope)))
 
 
-def _rule(annotation: str, scope: Mapping[str, Any]) -> list[Any] | None:
-    """Return the kinds and choices that an annotation allows, or `None` if it has a part that is not plain."""
+def _rule(annotation: str, scope: Mapping[str, Any]) -> list[Any]:
+    """Return what an annotation allows: names of kinds, "None" and choices (tuples); nothing if it has a part that is not plain."""
     rule: list[Any] = []
-    parts: list[ast.AST] = [ast.parse(annotation, mode="eval").body] if annotation else []
-    while parts:
-        part = parts.pop()
-        text = ast.unparse(part)
-        if isinstance(part, ast.BinOp):
-            parts += [part.right, part.left]
-        elif text in _PLAIN or text == "None":
-            rule.append(text)
-        elif text.startswith("Literal["):
-            rule.append(ast.literal_eval("(" + text[len("Literal[") : -1] + ",)"))
-        elif isinstance(part, ast.Name) and get_origin(scope.get(text)) is Literal:
-            rule.append(get_args(scope[text]))
+    for part in re.split(r" \| (?![^\[]*\])", annotation):  # not within the brackets of a Literal
+        if part in _PLAIN or part == "None":
+            rule.append(part)
+        elif part.startswith("Literal["):
+            rule.append(ast.literal_eval(f"({part[len('Literal[') : -1]},)"))
+        elif get_origin(scope.get(part)) is Literal:
+            rule.append(get_args(scope[part]))
         else:
-            return None
+            return []
     return rule
 
 
-def _checked(name: str, value: Any, rule: list[Any] | None) -> Any:
-    if not rule:
+def _checked(name: str, value: Any, rule: list[Any]) -> Any:
+    """Return a value that a rule allows, and raise for any other; without a rule everything is."""
+    kinds = [part for part in rule if part in _PLAIN]
+    choices = [choice for part in rule if isinstance(part, tuple) for choice in part]
+    if (
+        not rule
+        or (value is None and "None" in rule)
+        or any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices)
+        or any(isinstance(value, _PLAIN[k][0]) and (k == "bool" or not isinstance(value, bool)) for k in kinds)
+    ):
         return value
-    kinds = [part for part in rule if isinstance(part, str) and part != "None"]
-    choices_ = [choice for part in rule if isinstance(part, tuple) for choice in part]
-    if value is None and "None" in rule:
-        return value
-    if any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices_):
-        return value
-    for kind in kinds:
-        if isinstance(value, _PLAIN[kind][0]) and (kind == "bool" or not isinstance(value, bool)):
-            return value
-    if choices_ and not kinds:
-        listed = ", ".join(map(repr, choices_))
-        raise ScbinInputError("A02", f"{name} is {shown(value)}; choose one of {listed}.")
-    words = [_PLAIN[kind][1] for kind in dict.fromkeys(kinds)] + [repr(choice) for choice in choices_]
-    _refuse(name, value, " or ".join(dict.fromkeys(words)), "None" in rule)
-    return value
+    if choices and not kinds:
+        raise ScbinInputError("A02", f"{name} is {shown(value)}; choose one of {', '.join(map(repr, choices))}.")
+    words = " or ".join(dict.fromkeys([*(_PLAIN[kind][1] for kind in kinds), *map(repr, choices)]))
+    instances((), words, optional="None" in rule, **{name: value})
 
 
 def plain(value: Any) -> Any:
@@ -126,27 +119,21 @@ def texts(**arguments: object) -> None:
         _checked(name, value, ["str"])
 
 
-def instances(kind: type | tuple[type, ...], what: str, *, optional: bool = False, **arguments: object) -> None:
-    """Raise for the first argument that is not of a kind; `what` says in words what to pass."""
-    for name, value in arguments.items():
-        if not isinstance(value, kind):
-            _refuse(name, value, what, optional)
-
-
 def choices(allowed: Mapping[str, tuple[Any, ...]], **arguments: object) -> None:
     """Raise for the first argument that is not one of those `allowed` for its name."""
     for name, value in arguments.items():
         _checked(name, value, [allowed[name]])
 
 
+def instances(kind: type | tuple[type, ...], what: str, /, *, optional: bool = False, **arguments: object) -> None:
+    """Raise for the first argument that is not of a kind; `what` says in words what to pass."""
+    for name, value in arguments.items():
+        if not isinstance(value, kind) and not (value is None and optional):
+            found = shown(value) if value is None else f"{shown(value)} (a {type(value).__name__})"
+            raise ScbinTypeError("A01", f"{name} is {found}; pass {what}{', or None' if optional else ''}.")
+
+
 def shown(value: object) -> str:
     """Return a value as it would be typed, shortened."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _refuse(name: str, value: object, what: str, optional: bool) -> None:
-    if value is None and optional:
-        return
-    kind = "" if value is None else f" (a {type(value).__name__})"
-    raise ScbinTypeError("A01", f"{name} is {shown(value)}{kind}; pass {what}{', or None' if optional else ''}.")

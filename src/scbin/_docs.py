@@ -10,105 +10,44 @@ Documented = TypeVar("Documented")
 
 PARAMETERS = {
     # ---- data
-    "adata": """
-        adata
-            Cells by genes. It is changed in place.""",
-    "tokenized": """
-        adata
-            Tokenized cells, see :func:`scbin.pp.tokenize`.""",
-    "layer": """
-        layer
-            The layer to read instead of `X`.""",
-    "tokens_key": """
-        tokens_key
-            The slot of `obsm` with the tokens. Default: `"X_tokens"`.""",
-    "batch_key": """
-        batch_key
-            Column of `obs` that says which batch a cell is from (a study, a chemistry, a donor). What differs between batches
-            is then kept out of the cell's vector.""",
-    "genes": """
-        genes
-            Names of genes, as in `var_names`. Default: all that the model knows.""",
-    "phenotypes_shown": """
-        phenotypes
-            `"hide"` (the default) replaces every phenotype token by `[MASK]`, so that labels cannot leak into the result.
-            `"show"` lets the model read them.""",
+    "adata": "Cells by genes. It is changed in place.",
+    "tokenized": "adata\n    Tokenized cells, see :func:`scbin.pp.tokenize`.",
+    "layer": "The layer to read instead of `X`.",
+    "tokens_key": 'The slot of `obsm` with the tokens. Default: `"X_tokens"`.',
+    "phenotypes_shown": 'phenotypes\n    `"hide"` (the default) replaces every phenotype token by `[MASK]`, so that labels cannot\n'
+    '    leak into the result. `"show"` lets the model read them.',
     # ---- model and training
-    "model": """
-        model
-            A :class:`scbin.Model`, the path of its directory, or the id of a published one. Default: the model that was
-            trained on these cells.""",
-    "masking": """
-        masking
-            Which tokens are hidden, see :class:`scbin.Masking`.""",
-    "loss": """
-        loss
-            What is learned, and with which weights, see :class:`scbin.Loss`.""",
-    "training": """
-        training
-            Batches, learning rate and schedule, see :class:`scbin.Training`. Default: those of the model's preset.""",
-    "max_steps": """
-        max_steps
-            Stop after so many steps.""",
-    "save_dir": """
-        save_dir
-            Directory for checkpoints. A run that was stopped is continued from there, to the same weights.""",
+    "model": "A :class:`scbin.Model`, the path of its directory, or the id of a published one. Default: the model that was trained "
+    "on these cells.",
+    "training": "Batches, learning rate and schedule, see :class:`scbin.Training`. Default: those of the model's preset.",
+    "save_dir": "Directory for checkpoints. A run that was stopped is continued from there, to the same weights.",
     # ---- computing
-    "device": """
-        device
-            `"auto"` takes cuda, then mps, then cpu, and logs its choice.""",
-    "precision": """
-        precision
-            Type of the matrix products: `"float32"`, `"bfloat16"`, or `"auto"` for what is fastest on the device.""",
-    "token_budget": """
-        token_budget
-            Most tokens that go through the network at once. Lower it if memory is short.""",
-    "progress": """
-        progress
-            Show a progress bar.""",
-    "seed": """
-        seed
-            The same seed gives the same result.""",
+    "device": '`"auto"` takes cuda, then mps, then cpu, and logs its choice.',
+    "precision": 'Type of the matrix products: `"float32"`, `"bfloat16"`, or `"auto"`: bfloat16 on GPUs that have it, else float32.',
+    "token_budget": "Most tokens that go through the network at once. Lower it if memory is short.",
+    "progress": "Show a progress bar.",
+    "seed": "The same seed gives the same result.",
     # ---- what is written
-    "key_added": """
-        key_added
-            Name to store the result under instead of the default one.""",
-    "copy": """
-        copy
-            Return a changed copy instead of changing `adata`.""",
-    "returns_copy": """
-        Returns `None` if `copy=False`, else returns an `AnnData` object. Sets the following fields:""",
+    "key_added": "Name to store the result under instead of the default one.",
+    "copy": "Return a changed copy instead of changing `adata`.",
+    "returns_copy": "\nReturns `None` if `copy=False`, else returns an `AnnData` object. Sets the following fields:",
     # ---- predictions
-    "predictions": """
-        adata
-            Cells with predictions (:func:`scbin.tl.predict`).
-        target
-            What was predicted.
-        truth_key
-            Column of `obs` with the truth. Default: the one that is called as the target.
-        cells
-            `"test"`: those that `obs["scbin_split"]` calls test; `"all"`; `"auto"`: the test cells where there are any.""",
+    "predictions": "adata\n    Cells with predictions (:func:`scbin.tl.predict`).\ntarget\n    What was predicted.\n"
+    "truth_key\n    Column of `obs` with the truth. Default: the one that is called as the target.\n"
+    'cells\n    `"test"`: those that `obs["scbin_split"]` calls test; `"all"`; `"auto"`: the test cells where there are any.',
     # ---- plots
-    "color": """
-        color
-            A column of `obs` or a gene.""",
-    "basis": """
-        basis
-            The embedding in `obsm`.""",
-    "cmap": """
-        cmap
-            Colour map of matplotlib.""",
-    "size": """
-        size
-            Area of a dot in square points. Default: smaller the more cells there are.""",
-    "title": """
-        title
-            Text above the axes.""",
-    "ax": """
-        ax
-            The axes to draw in. Default: those of a new figure.""",
+    "color": "A column of `obs` or a gene.",
+    "basis": "The embedding in `obsm`.",
+    "perturbed": "adata\n    Cells after `scbin.tl.perturb`.\n"
+    'key\n    Entry of `uns` with the perturbation. Default: `"scbin_perturb"`.\n'
+    "group\n    Which group of cells, where there are several.",
+    "genes_named": "n_genes\n    How many genes to name at either end.\ngenes\n    Genes to name instead.\n"
+    "fdr\n    Genes below this false discovery rate are coloured.",
+    "cmap": "Colour map of matplotlib.",
+    "title": "Text above the axes.",
+    "ax": "The axes to draw in. Default: those of a new figure.",
 }
-"""Entries of numpydoc by name. The text is written into a docstring where a line holds nothing but `{name}`."""
+"""What a line `{name}` of a docstring becomes: an entry of that name with this text, or, where it has several lines, the text."""
 
 _PLACEHOLDER = re.compile(r"^([ \t]*)\{([a-z_]+)\}[ \t]*$", re.MULTILINE)
 
@@ -132,8 +71,12 @@ def shared(documented: Documented) -> Documented:
     """
 
     def entry(line: re.Match[str]) -> str:
-        indent, name = line.groups()  # a name that nobody knows stays, and a test finds it
-        return textwrap.indent(textwrap.dedent(PARAMETERS[name]).strip("\n"), indent) if name in PARAMETERS else line[0]
+        indent, name = line.groups()
+        if name not in PARAMETERS:  # it stays, and a test finds it
+            return line[0]
+        text = PARAMETERS[name]
+        body = text if "\n" in text else f"{name}\n{textwrap.indent(textwrap.fill(text, 110), '    ')}"
+        return textwrap.indent(body.strip("\n"), indent)
 
     item: Any = documented
     if item.__doc__:  # python -OO has none

@@ -20,6 +20,8 @@ CODES = {
     "M04": "a network does not fit what it shall read or do",
     "M05": "a model cannot be saved here",
     "M06": "the model was not trained for what is asked of it",
+    "F01": "a file is missing, cannot be read, or was changed meanwhile",
+    "F02": "a file cannot be written",
     "T01": "training had to stop: loss or gradient were not finite",
     "T02": "memory was short",
     "T03": "a checkpoint is damaged or belongs to another run",
@@ -39,7 +41,6 @@ CODES = {
     "I07": "counts that are not whole",
     "I08": "values too large to be counts",
     "I13": "a matrix of a kind that cannot be read",
-    "I16": "a dask matrix chunked along the genes",
     "I19": "cells without any count",
     "I20": "cells without a gene of the vocabulary",
     "I22": "gene names that occur twice",
@@ -67,12 +68,16 @@ CODES = {
 """Kinds of faults: the codes that errors and warnings carry, stable between versions."""
 
 
-class ScbinError(Exception):
-    """Base class of all errors scbin raises. `code` is one of `CODES` and stable between versions; the text is not."""
+class _Coded(Exception):
+    """Errors and warnings, each with a code at the beginning of its text."""
 
     def __init__(self, code: str, message: str):
         super().__init__(f"[{code}] {message}")
         self.code = code
+
+
+class ScbinError(_Coded):
+    """Base class of all errors scbin raises. `code` is one of `CODES` and stable between versions; the text is not."""
 
 
 class ScbinInputError(ScbinError, ValueError):
@@ -91,20 +96,12 @@ class ScbinTrainingError(ScbinError, RuntimeError):
     """Training had to stop. What was learned until the last checkpoint is kept."""
 
 
-class ScbinInputWarning(UserWarning):
+class ScbinInputWarning(_Coded, UserWarning):
     """The data are used, but something about them deserves a look. `code` as in the errors."""
 
-    def __init__(self, code: str, message: str):
-        super().__init__(f"[{code}] {message}")
-        self.code = code
 
-
-class ScbinTrainingWarning(UserWarning):
+class ScbinTrainingWarning(_Coded, UserWarning):
     """Training goes on, but not exactly as asked. `code` as in the errors."""
-
-    def __init__(self, code: str, message: str):
-        super().__init__(f"[{code}] {message}")
-        self.code = code
 
 
 def count(n: int, one: str, many: str | None = None) -> str:

@@ -84,14 +84,14 @@ def test_layer_and_pooling_over_the_models_own(trained):
 
 
 def test_pooled_vectors_are_means_of_plain_transformers_states(trained, quick):
-    """The weighted mean of the hidden states of stock BERT, cell by cell; and the mean of each gene's token."""
+    """The weighted mean of the hidden states of stock BERT, cell by cell."""
     adata = trained[0].copy()
     model = scbin.tl.pretrain(adata, **quick, backbone="bert")
     adata = adata[:, ::-1].copy()  # genes are found by name
-    scbin.tl.embed(adata, model, pooling="weighted", genes=True, **ARGUMENTS)
+    scbin.tl.embed(adata, model, pooling="weighted", **ARGUMENTS)
     tokens, vocabulary = adata.obsm["X_tokens"].tocsr().copy(), model.vocabulary
     tokens.data[np.isin(tokens.indices, [p.position for p in vocabulary.phenotypes])] = vocabulary.mask_id
-    found, cells = {gene: [] for gene in adata.var_names}, []
+    cells = []
     bert = copy.deepcopy(model.network.backbone.bert)
     bert.set_attn_implementation("eager")
     for row in tokens:
@@ -103,14 +103,7 @@ def test_pooled_vectors_are_means_of_plain_transformers_states(trained, quick):
             hidden = bert.bert(ids, position_ids=positions).last_hidden_state[0].numpy()
         weights = np.log1p(vocabulary.token_values[row.data])  # the tokens are counts
         cells.append((hidden * weights[:, None]).sum(0) / weights.sum())
-        for position, vector in zip(row.indices, hidden, strict=True):
-            if position in vocabulary.gene_positions:
-                found[vocabulary.genes[position - vocabulary.first_gene_position]].append(vector)
     np.testing.assert_allclose(adata.obsm["X_scbin"], cells, atol=1e-5)
-    assert adata.var["scbin_n_cells"].tolist() == [len(found[gene]) for gene in adata.var_names]
-    for gene, vector in zip(adata.var_names, adata.varm["scbin_genes"], strict=True):
-        expected = np.mean(found[gene], axis=0) if found[gene] else np.full(32, np.nan)
-        np.testing.assert_allclose(vector, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["h5ad", "zarr2", "zarr3"])
@@ -162,7 +155,8 @@ def test_views_and_backed_files(ready, trained, untouched, tmp_path):
 def test_few_cells(ready, trained, n_cells):
     scbin.tl.embed(ready, trained[1], **ARGUMENTS)
     few = ready[:n_cells].copy()
-    scbin.tl.embed(few, trained[1], genes=True, **ARGUMENTS)
+    scbin.tl.embed(few, trained[1], **ARGUMENTS)
+    scbin.tl.embed_genes(few, trained[1], **ARGUMENTS)
     np.testing.assert_allclose(few.obsm["X_scbin"], ready.obsm["X_scbin"][:n_cells], atol=1e-5)
     assert few.obsm["X_scbin"].shape == (n_cells, 30) and few.varm["scbin_genes"].shape == (40, 32)
 
@@ -251,7 +245,7 @@ def test_joined_cells_need_the_model_but_not_uns(ready, trained, new_session):
         *(("A02", {"precision": precision}) for precision in (32, "float8")),
         *(("A02", given) for given in ({"phenotypes": "some"}, {"device": "quantum"}, {"token_budget": 0})),
         *(("A01", {"layer": layer}) for layer in ("a", 1.0)),
-        *(("A01", {name: 1}) for name in ("copy", "genes", "progress", "tokens_key", "device")),
+        *(("A01", {name: 1}) for name in ("copy", "progress", "tokens_key", "device")),
         ("A01", {"token_budget": 2.5}),
         *(("A04", {"key_added": key}) for key in ("X_pca", "X_tokens")),
     ],

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import sys
 import warnings
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from scbin import _docs, _keys
-from scbin._adata import check_adata, layer_names, make_real, write, write_uns
+from scbin._adata import check_adata, make_real, read_uns, write, write_uns
 from scbin._arguments import texts
 from scbin._errors import ScbinInputError
 
@@ -23,14 +24,6 @@ if TYPE_CHECKING:
 FEWEST_FOR_UMAP = 10
 
 
-@overload
-def embedding(
-    adata: AnnData, *, color: str | None = None, basis: str = ..., ax: Axes | None = ..., **kwargs: Any
-) -> Axes: ...
-@overload
-def embedding(
-    adata: AnnData, *, color: Sequence[str], basis: str = ..., ax: None = ..., **kwargs: Any
-) -> list[Axes]: ...
 @_docs.shared
 def embedding(
     adata: AnnData,
@@ -86,8 +79,13 @@ def embedding(
     """
     check_adata(adata)
     several = color is not None and not isinstance(color, str)
-    colors = [] if color is None else list(color) if several and np.iterable(color) else [color]
-    _check_arguments(adata, colors, ax, several, kwargs)  # before the UMAP: a typo costs nothing
+    colors: Any = [] if color is None else color if several and np.iterable(color) else [color]
+    known = {*map(str, adata.obs.columns), *adata.var_names, *(adata.raw.var_names if adata.raw is not None else ())}
+    for key in colors:
+        texts(color=key)
+        if key not in known and "gene_symbols" not in kwargs:  # before the UMAP: a typo costs nothing
+            close = ", ".join(map(repr, difflib.get_close_matches(key, known, n=3, cutoff=0.0))) or "none"
+            raise ScbinInputError("A06", f"color={key!r} is no column of adata.obs and no gene. Closest: {close}.")
     make_real(adata)
     matrix = read_embedding(adata, basis)
     slot = basis if matrix.shape[1] == 2 else umap_slot(adata, basis, matrix)
@@ -107,26 +105,6 @@ def embedding(
         for text in [panel.title, *([] if legend is None else legend.get_texts())]:
             text.set_parse_math(False)  # labels are no formulas
     return axes if several else axes[0]
-
-
-def _check_arguments(adata: AnnData, colors: list[Any], ax: Axes | None, several: bool, kwargs: dict[str, Any]) -> None:
-    """Raise for arguments that scanpy would stumble over only after the UMAP."""
-    for name in {"show", "save", "return_fig"} & set(kwargs):
-        raise ScbinInputError("A03", f"{name}= is not taken: the axes are returned. Use ax.figure.savefig(...).")
-    if several and not colors:
-        raise ScbinInputError("A02", "color is an empty list. Name a column of obs or a gene, or leave it out.")
-    if ax is not None and len(colors) > 1:
-        raise ScbinInputError("A03", f"ax= takes one panel, but color= has {len(colors)}. Call once for each axes.")
-    layer, symbols = kwargs.get("layer"), kwargs.get("gene_symbols")
-    if layer is not None and layer not in adata.layers:
-        raise ScbinInputError("A06", f"there is no layer {layer!r}. Available: {', '.join(layer_names(adata))}.")
-    genes = adata.var_names if symbols not in adata.var else adata.var[symbols]
-    known = {*map(str, adata.obs.columns), *map(str, genes), *(adata.raw.var_names if adata.raw is not None else ())}
-    for key in colors:
-        texts(color=key)
-        if key not in known:
-            close = ", ".join(map(repr, difflib.get_close_matches(key, known, n=3, cutoff=0.0))) or "none"
-            raise ScbinInputError("A06", f"color={key!r} is no column of adata.obs and no gene. Closest: {close}.")
 
 
 def read_embedding(adata: AnnData, basis: str) -> np.ndarray:
@@ -154,7 +132,7 @@ def umap_slot(adata: AnnData, basis: str, matrix: np.ndarray) -> str:
     Fingerprints are kept per cell, not for the matrix, so that a subset of the cells keeps the coordinates it had.
     """
     slot = _keys.UMAP + ("" if basis == _keys.EMBEDDING else "_" + basis.removeprefix("X_").removeprefix("scbin_"))
-    record = adata.uns.get(_keys.UNS, {}).get(_keys.UMAP_RECORD, {})
+    record = read_uns(adata, _keys.UMAP_RECORD, dict)
     if slot in adata.obsm and slot in record:
         kept = np.asarray(adata.obsm[slot])
         if kept.shape == (len(matrix), 2) and np.isin(_fingerprints(kept, matrix), np.asarray(record[slot])).all():
@@ -179,11 +157,27 @@ def compute_umap(matrix: np.ndarray, *, n_neighbors: int = 15, seed: int = 0) ->
 
     cells = AnnData(matrix[finite])  # an object of our own: neighbours and UMAP of the user's stay as they are
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # remarks of scanpy on its own insides, for instance when cells are equal
+        warnings.simplefilter(
+            "ignore"
+        )  # remarks of scanpy and umap on their own insides, for instance when cells are equal
+        import_umap()
         sc.pp.neighbors(cells, n_neighbors=min(n_neighbors, cells.n_obs - 1), use_rep="X", random_state=seed)
         sc.tl.umap(cells, random_state=seed)
     coordinates[finite] = cells.obsm["X_umap"]
     return coordinates
+
+
+def import_umap() -> None:
+    """Import umap so that what it compiles is kept on disk: all later processes have it ready, 14 CPU-seconds earlier."""
+    import numba
+
+    compiler = numba.njit
+    if "umap.umap_" not in sys.modules:
+        numba.njit = lambda *given, **options: compiler(*given, **{"cache": True, **options})
+        try:
+            import umap.umap_  # noqa: F401
+        finally:
+            numba.njit = compiler
 
 
 def _fingerprints(coordinates: np.ndarray, matrix: np.ndarray) -> np.ndarray:

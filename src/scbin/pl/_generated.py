@@ -45,7 +45,8 @@ def generated(
         Column of both `obs`, such as the phenotype that was asked for. Real cells are pale dots, generated ones rings.
     basis
         The embedding, in `obsm` of both.
-    {size}
+    size
+        Area of a dot in square points. Default: smaller the more cells there are.
     title
         Text above the axes. Default: `color`.
     {seed}
@@ -89,7 +90,7 @@ def generated(
     if color is not None:
         labels = pd.concat([read_obs(cells, color).astype("object") for cells in both])
         codes, known = pd.factorize(labels.where(labels.isna(), labels.astype(str)), sort=True)
-        palette = _style.palette(len(known))
+        palette = _style.colours_of(both[0], color, list(known))
         colours = np.array([*palette, _style.MISSING], dtype=object)[codes]  # -1: missing
         dots |= {name: {"color": colour} for name, colour in zip(known, palette, strict=True)}
 

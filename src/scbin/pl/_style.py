@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from anndata import AnnData
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.legend import Legend
@@ -53,3 +56,44 @@ def legend_beside(ax: Axes, handles: Sequence[Artist], labels: Sequence[str]) ->
         text.set_parse_math(False)
         text.set_text(shorten(label))
     return legend
+
+
+def colours_of(adata: AnnData, column: str, values: Sequence[str]) -> list[str]:
+    """Return the colours of the values of a column of `obs`: those that scanpy keeps in `uns` where it has them all, else new ones."""
+    categories = map(str, adata.obs[column].astype("category").cat.categories)
+    kept = dict(zip(categories, adata.uns.get(f"{column}_colors", ()), strict=False))
+    return [str(kept[value]) for value in values] if kept.keys() >= set(values) else palette(len(values))
+
+
+def write_names(
+    ax: Axes,
+    names: Sequence[str],
+    x: np.ndarray,
+    y: np.ndarray,
+    rows: np.ndarray,
+    *,
+    always: bool = False,
+    inwards: float = 0.0,
+) -> None:
+    """Name some dots, apart from each other: those for which there is room, or all of them; `inwards` moves names to the middle."""
+    from adjustText import adjust_text
+
+    figure: Any = ax.get_figure(root=True)
+    figure.draw_without_rendering()  # a layout engine settles the size of the axes when it draws
+    style: dict[str, Any] = {"fontsize": 7.5, "parse_math": False, "zorder": 6, "in_layout": False}
+    others, state = list(ax.texts), np.random.get_state()  # adjustText draws from the global generator
+    start = x + inwards * np.sign(np.mean(ax.get_xlim()) - x)
+    texts = [ax.text(start[i], y[i], shorten(names[i], 18), **style) for i in rows]
+    np.random.seed(0)
+    adjust_text(texts, x=x, y=y, objects=others or None, ax=ax, iter_lim=60, expand=(1.1, 1.3))
+    np.random.set_state(state)
+    taken = [text.get_window_extent() for text in others]
+    for text, i in zip(texts, rows, strict=True):
+        box = text.get_window_extent()
+        if not always and any(box.overlaps(other) for other in taken):
+            text.remove()
+            continue
+        taken.append(box)
+        point = ax.transData.transform((x[i], y[i]))
+        ends = ax.transData.inverted().transform([point, np.clip(point, box.min, box.max)])
+        ax.plot(*ends.T, color=QUIET, linewidth=0.5, zorder=3, scalex=False, scaley=False)

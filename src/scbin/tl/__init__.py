@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
+from scbin.tl._age_gap import age_gap
+from scbin.tl._attention import attention
 from scbin.tl._embed import embed
 from scbin.tl._evaluate import evaluate
+from scbin.tl._evaluate_perturbations import evaluate_perturbations
 from scbin.tl._finetune import finetune
+from scbin.tl._fit_perturbations import fit_perturbations
+from scbin.tl._gene_association import gene_association
+from scbin.tl._gene_network import gene_network
 from scbin.tl._generate import generate
+from scbin.tl._genes import embed_genes, embed_phenotypes
 from scbin.tl._impute import impute
 from scbin.tl._perturb import perturb
 from scbin.tl._perturb_statistics import perturb_statistics
 from scbin.tl._predict import predict
+from scbin.tl._predict_perturbations import predict_perturbations
 from scbin.tl._pretrain import pretrain
+from scbin.tl._roll_up import roll_up
 from scbin.tl._search import search
 from scbin.tl._split import split
+from scbin.tl._vector_distances import vector_distances
 
 __all__ = [
+    "age_gap",
+    "attention",
     "embed",
+    "embed_genes",
+    "embed_phenotypes",
     "evaluate",
+    "evaluate_perturbations",
     "finetune",
+    "fit_perturbations",
+    "gene_association",
+    "gene_network",
     "generate",
     "impute",
     "perturb",
     "perturb_statistics",
     "predict",
+    "predict_perturbations",
     "pretrain",
+    "roll_up",
     "search",
     "split",
+    "vector_distances",
 ]

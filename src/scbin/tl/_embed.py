@@ -18,14 +18,15 @@ from scbin.model import resolve_model
 from scbin.nn.backbone import layer_number
 from scbin.nn.network import CellNetwork
 from scbin.nn.run import embed as embed_tokens
-from scbin.nn.run import run
 from scbin.nn.vector import PooledVector
-from scbin.tl._edits import gene_names
+from scbin.tl._by_file import by_file
 from scbin.tl._labels import MaskedPhenotypes, has_column, obs_column
 
 if TYPE_CHECKING:
     import os
+    from pathlib import Path
 
+    from scbin.io.corpus import Paths
     from scbin.model import Model
     from scbin.nn.device import Precision
     from scbin.nn.vector import Pooling
@@ -33,27 +34,27 @@ if TYPE_CHECKING:
 
 
 @_docs.shared
+@by_file
 @checked
 def embed(
-    adata: ad.AnnData | Tokens,
+    adata: ad.AnnData | Tokens | Paths,
     model: Model | str | os.PathLike[str] | None = None,
     *,
     pooling: Pooling | None = None,
     layer: int | None = None,
     phenotypes: Literal["hide", "show"] = "hide",
-    genes: bool = False,
     tokens_key: str | None = None,
     device: str = "auto",
-    precision: Precision = "float32",
+    precision: Precision = "auto",
     token_budget: int = 32_768,
     progress: bool = True,
     key_added: str | None = None,
     copy: bool = False,
-) -> ad.AnnData | None:
+) -> ad.AnnData | list[Path] | None:
     """Give every cell its vector, for neighbours, UMAP, clustering or a classifier.
 
     The vector of a cell depends on its tokens and the model alone: not on the other cells, their order, the token budget or,
-    to 1e-5 in float32, the device. Where the model was trained with a `batch_key`, it depends on the cell's batch too, if `obs` has
+    to 1e-5 with `precision="float32"`, the device. Where the model was trained with a `batch_key`, it depends on the cell's batch too, if `obs` has
     that column.
 
     Parameters
@@ -69,8 +70,6 @@ def embed(
         Instead of the model's own vector, the pooled hidden states of a layer: -1 the last one, -2 the one before (Geneformer's
         habit), 0 the embeddings.
     {phenotypes_shown}
-    genes
-        Give every gene its vector too: the mean of its token's hidden states over the cells that express it.
     {tokens_key}
     {device}
     {precision}
@@ -81,15 +80,13 @@ def embed(
 
     Returns
     -------
+    For files (see :func:`scbin.open_tokens`) the paths of those written: for each an AnnData of the same name in the folder `scbin`
+    beside it, with obs and var of the file and the fields of `obs` and `obsm` below. Else:
+
     {returns_copy}
 
     `adata.obsm["X_scbin"]`
         One float32 vector per cell; NaN for cells without tokens (see `obs["scbin_status"]`).
-    `adata.varm["scbin_genes"]`
-        With `genes=True`: one float32 vector per gene (genes, hidden size); NaN for genes that the model does not read or no cell
-        expresses. With `key_added` it is called `f"{key_added}_genes"`.
-    `adata.var["scbin_n_cells"]`
-        With it: how many cells that mean is over.
     `adata.uns["scbin"]["embed"]`
         How it was made, as JSON.
 
@@ -117,39 +114,20 @@ def embed(
     chosen = resolve_model(model, in_adata)
     tokens = read_tokens(adata, chosen.vocabulary, tokens_key)
     key = embedding_key(in_adata, key_added)
-    gene_key = _keys.GENES if key_added is None else f"{key_added}_genes"
-    if in_adata is not None and genes:
-        check_writable(in_adata, "varm", gene_key)
-        check_writable(in_adata, "var", _keys.N_CELLS)
     shown: Any = MaskedPhenotypes(tokens) if phenotypes == "hide" else tokens
     how: dict[str, Any] = {"device": device, "precision": precision, "token_budget": token_budget, "progress": progress}
 
     network = _with_vector(chosen, pooling, layer)
     vectors = corrected(network, embed_tokens(network, shown, **how), adata, chosen.training.get("batch_key"))
-    of_genes = mean_gene_vectors(network, shown, **how) if genes else None
 
     if in_adata is None:
         target = ad.AnnData(obs=pd.DataFrame(index=pd.Index(tokens.names).astype(str)))
-        if of_genes is not None:
-            target = ad.AnnData(obs=target.obs, var=pd.DataFrame(index=list(chosen.vocabulary.genes)))
     else:
         target = copied(in_adata) if copy else in_adata
-    if of_genes is not None:
-        columns = gene_names(target, chosen.vocabulary).columns
-        in_var = np.full((target.n_vars, of_genes[0].shape[1]), np.nan, dtype=np.float32)
-        counts = np.zeros(target.n_vars, dtype=np.int64)
-        in_var[columns[columns >= 0]], counts[columns[columns >= 0]] = (part[columns >= 0] for part in of_genes)
-        write(target, "varm", gene_key, in_var)
-        write(target, "var", _keys.N_CELLS, counts)
     write(target, "obsm", key, vectors)
-    own = network is chosen.network
-    params = {
-        "model": chosen.fingerprint,
-        "pooling": getattr(network.vector, "pooling", None),
-        "layer": network.vector.layer,
-    }
-    params |= {"phenotypes": phenotypes, "own_vector": own, "precision": precision}
-    write_uns(target, _keys.EMBED, json.dumps(params))
+    how_made = {"pooling": getattr(network.vector, "pooling", None), "layer": network.vector.layer}
+    how_made |= {"own_vector": network is chosen.network, "phenotypes": phenotypes, "precision": precision}
+    write_uns(target, _keys.EMBED, json.dumps({"model": chosen.fingerprint, **how_made}))
     return target if copy or in_adata is None else None
 
 
@@ -185,22 +163,6 @@ def corrected(
     with torch.inference_mode():
         moved[filled] = correction(torch.from_numpy(vectors[filled]), torch.from_numpy(own[filled])).numpy()
     return moved
-
-
-def mean_gene_vectors(network: CellNetwork, tokens: Tokens, **how: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean hidden state of each gene's token over the cells that express it (genes, hidden), and their number (genes,)."""
-    vocabulary = tokens.vocabulary
-    sums = torch.zeros(len(vocabulary.genes), network.backbone.hidden_size, dtype=torch.float64)
-    counts = np.zeros(len(vocabulary.genes), dtype=np.int64)
-    layer: Any = network.vector.layer
-    for pack, hidden in run(network, tokens, layer=layer, label="embedding genes", **how):
-        ids, positions = pack.input_ids.cpu().numpy(), pack.position_ids.cpu().numpy()
-        at = np.flatnonzero(vocabulary.is_gene_token(ids))
-        of = vocabulary.genes_at(ids[at], positions[at])
-        sums.index_add_(0, torch.from_numpy(of), hidden[torch.from_numpy(at).to(hidden.device)].cpu().double())
-        counts += np.bincount(of, minlength=len(counts))
-    means = np.where(counts[:, None] > 0, sums.numpy() / np.maximum(counts, 1)[:, None], np.nan)
-    return means.astype(np.float32), counts
 
 
 def embedding_key(adata: ad.AnnData | None, key_added: str | None) -> str:

@@ -16,12 +16,11 @@ from tqdm.auto import tqdm
 
 import scbin
 from scbin import _docs, _keys
-from scbin._adata import check_adata, iter_blocks, read_obs, warn, write_uns
-from scbin._arguments import checked, plain
-from scbin._errors import ScbinInputError, ScbinTypeError
+from scbin._adata import check_adata, gene_names, iter_blocks, read_obs, warn, write_uns
+from scbin._arguments import checked, instances, plain
+from scbin._errors import ScbinInputError
 from scbin.model import resolve_model
 from scbin.nn.density import Density, expected_shares
-from scbin.tl._edits import gene_names
 from scbin.tl._embed import embed
 from scbin.tokens.encoding import Encoder
 from scbin.tokens.phenotypes import age_labels, labels_of, text_of
@@ -122,26 +121,24 @@ def generate(
     for name, (value, smallest) in least.items():
         if value is not None and not smallest <= value < np.inf:
             raise ScbinInputError("A02", f"{name} is {value}; it needs to be at least {smallest}.")
-    if (like is None) != (balance is None):
-        raise ScbinInputError("A03", "like= and balance= go together: like=adata, balance='cell_type'.")
-    if n_cells is None and balance is None:
-        raise ScbinInputError("A03", "say how many cells to generate: n_cells=100.")
+    if (like is None) != (balance is None) or (n_cells is None and balance is None):
+        raise ScbinInputError(
+            "A03", "pass n_cells=100, or like= and balance= together: like=adata, balance='cell_type'."
+        )
     model = resolve_model(model)
-    vocabulary, head = model.vocabulary, model.network.counts
-    density: Any = model.network.density
-    why = None
+    vocabulary, head, density = model.vocabulary, model.network.counts, model.network.density
+    why = ""
     if vocabulary.unit == "order":
         why = 'reads genes by rank, which does not say how much is expressed. Tokenize with encoding="bins"'
     elif not vocabulary.phenotypes:
         why = "knows no phenotypes, so it cannot be told what to generate. Tokenize with phenotypes=['cell_type']"
     elif head is None or not isinstance(density, Density):
         why = "has no count head or no density of its training cells: it was published by others or fine-tuned"
-    if why is not None or head is None:
+    if why or head is None or not isinstance(density, Density):
         raise ScbinInputError("M06", f"this model {why}, and use the model that scbin.tl.pretrain returns.")
     if depth is not None and vocabulary.unit != "counts":
-        raise ScbinInputError(
-            "A03", f"this model reads {vocabulary.unit} values, which have no depth; leave depth out."
-        )
+        what = f"this model reads {vocabulary.unit} values, which have no depth"
+        raise ScbinInputError("A03", f"{what}; leave depth out.")
     wanted = _wanted(phenotypes, n_cells, like, balance, vocabulary, density)
     generators = [np.random.default_rng([seed, number]) for number in range(len(wanted))]
     vectors, log_depth, values = density.draw(wanted, generators)
@@ -174,54 +171,50 @@ def generate(
 
 
 def _wanted(
-    phenotypes: Any, n_cells: int | None, like: AnnData | None, balance: str | None, vocabulary: Vocabulary,
+    phenotypes: Any,
+    n_cells: int | None,
+    like: AnnData | None,
+    balance: str | None,
+    vocabulary: Vocabulary,
     density: Density,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """Return the number of the wanted value of each phenotype (cells, phenotypes), -1 where it is open."""
-    if phenotypes is not None and not isinstance(phenotypes, Mapping):
-        what = "pass a value by phenotype: {'cell_type': 'B cell'}"
-        raise ScbinTypeError("A01", f"phenotypes is a {type(phenotypes).__name__}; {what}.")
+    asked = {} if phenotypes is None else phenotypes
+    instances(Mapping, "a value by phenotype: {'cell_type': 'B cell'}", phenotypes=asked)
     known: dict[str, dict[str, int]] = {}  # the values that training cells had, with their numbers
     for phenotype, column in zip(vocabulary.phenotypes, density.values.cpu().numpy().T, strict=True):
         known[phenotype.name] = {value: k for k, value in enumerate(phenotype.values) if k in column}
-    names, row = list(known), np.full(len(known), -1)
-    for name in (*(phenotypes or {}), *(() if balance is None else (balance,))):
+    row = np.full(len(known), -1)
+    for name in (*asked, *([] if balance is None else [balance])):
         if name not in known:
-            raise ScbinInputError("A06", f"{name!r} is no phenotype of this model. It knows: {_closest(name, names)}.")
-    for name, value in (phenotypes or {}).items():
+            listed = ", ".join(map(repr, known))
+            raise ScbinInputError("A06", f"{name!r} is no phenotype of this model. It knows: {listed}.")
+    for name, value in asked.items():
         number = known[name].get(text_of(value) or "")
         if number is None:
-            close = _closest(value, list(known[name]))
+            close = ", ".join(map(repr, difflib.get_close_matches(str(value), known[name], n=5, cutoff=0.0)))
             raise ScbinInputError("A06", f"the model saw no cell with {name} {str(value)!r}. Close to it: {close}.")
-        row[names.index(name)] = number
+        row[list(known).index(name)] = number
     if like is None or balance is None:
         return np.repeat(row[None], n_cells or 0, axis=0)
 
-    if balance in (phenotypes or {}):
+    if balance in asked:
         raise ScbinInputError("A03", f"{balance!r} is what is balanced; leave it out of phenotypes.")
     labels, width = labels_of(read_obs(check_adata(like), balance), balance), vocabulary.phenotype(balance).age_groups
     counts = pd.Series(labels if width is None else age_labels(labels, width)[0]).value_counts()
     new = [value for value in counts.index if value not in known[balance]]
-    if len(new) == len(counts):
-        raise ScbinInputError("A06", f"the model saw none of the values of like.obs[{balance!r}].")
-    if new:
+    if new and len(new) < len(counts):
         listed = ", ".join(map(repr, new[:5]))
         warn("I36", f"no cells are generated for {balance} {listed}: the model never saw them.")
     counts = counts.drop(new)
-    full = int(counts.max()) if n_cells is None else n_cells
+    full = int(counts.max() if n_cells is None and len(counts) else n_cells or 0)
     rows = np.repeat(row[None], len(counts), axis=0)
-    rows[:, names.index(balance)] = [known[balance][value] for value in counts.index]
+    rows[:, list(known).index(balance)] = [known[balance][value] for value in counts.index]
     rows = np.repeat(rows, np.maximum(0, full - counts.to_numpy()), axis=0)
     if not len(rows):
-        raise ScbinInputError("A02", f"every {balance} has at least {full} cells already; there is nothing to add.")
+        what = f"the model knows no {balance} with fewer than {full} cells"
+        raise ScbinInputError("A02", f"{what}; there is nothing to add.")
     return rows
-
-
-def _closest(name: object, names: Sequence[str]) -> str:
-    """List the names most like one, or the first ones."""
-    by_lower = {known.lower(): known for known in names}
-    near = difflib.get_close_matches(str(name).lower(), list(by_lower), n=5, cutoff=0.3)
-    return ", ".join(repr(known) for known in ([by_lower[match] for match in near] or names[:5])) or "none"
 
 
 def _expression(

@@ -11,14 +11,13 @@ from scipy import sparse
 from tqdm.auto import tqdm
 
 from scbin import _docs, _keys
-from scbin._adata import check_adata, check_writable, copied, read_tokens, write, write_uns
+from scbin._adata import check_adata, check_writable, copied, gene_names, read_tokens, write, write_uns
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError
 from scbin.model import resolve_model
 from scbin.nn.density import expected_shares
 from scbin.nn.embedding import token_expression
 from scbin.nn.run import embed as embed_tokens
-from scbin.tl._edits import gene_names
 from scbin.tl._labels import MaskedPhenotypes
 from scbin.tokens.tokens import MemoryTokens
 
@@ -63,7 +62,8 @@ def impute(
     ----------
     {tokenized}
     {model}
-    {genes}
+    genes
+        Names of genes, as in `var_names`. Default: all that the model knows.
     observed
         For genes that a cell does express: `"keep"` their value, or `"hide"` them and put the expectation there too. Genes
         are left out a tenth at a time, so that no gene contributes to its own number; this takes ten times as long.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from scbin import _docs, _keys
 from scbin._adata import read_tokens, warn, write, write_uns
 from scbin._arguments import checked, instances
 from scbin._errors import ScbinInputError, count
+from scbin.io.corpus import opened
 from scbin.io.directory import replaces_model
 from scbin.model import Model, remember
 from scbin.nn.batches import BatchCorrection
@@ -28,12 +28,14 @@ from scbin.nn.run import embed as embed_tokens
 from scbin.tl._embed import corrected, embedding_key
 from scbin.tl._labels import MaskedPhenotypes, obs_column
 from scbin.tl._leakage import remembered_cells
+from scbin.tokens.tokens import MemoryTokens
 from scbin.train.distributed import is_first_process, joined_world
+from scbin.train.history import stage
 from scbin.train.loop import split_cells, train
 from scbin.train.masking import Masking
 from scbin.train.pretraining import Pretraining
 from scbin.train.settings import Training
-from scbin.train.start import start
+from scbin.train.start import MOST_CELLS, start
 from scbin.train.task import Task
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
+    from scbin.io.corpus import Paths
     from scbin.tokens.tokens import Tokens
 
 _log = logging.getLogger(__name__)
@@ -49,7 +52,7 @@ _log = logging.getLogger(__name__)
 @_docs.shared
 @checked
 def pretrain(
-    adata: ad.AnnData | Tokens,
+    adata: ad.AnnData | Tokens | Paths,
     *,
     preset: str | Network = "auto",
     backbone: str = "mlp",
@@ -76,8 +79,8 @@ def pretrain(
     Parameters
     ----------
     adata
-        Tokenized cells, see :func:`scbin.pp.tokenize`. Tokens that are not in an AnnData (:class:`scbin.tokens.tokens.Tokens`) are
-        trained on too; then nothing is written.
+        Tokenized cells, see :func:`scbin.pp.tokenize`. Files of them (:func:`scbin.open_tokens`), their paths, or any other
+        :class:`scbin.tokens.tokens.Tokens` are trained on too; then nothing is written.
     preset
         Size and optimiser settings by name: `"tiny"` (a minute or two on a laptop), `"small"`, `"base"` (for a GPU), or those of
         published systems such as `"geneformer-v1-6l"`; or a :class:`scbin.Network`. `"auto"` chooses by the number of cells.
@@ -85,13 +88,18 @@ def pretrain(
         What reads the tokens: `"mlp"`, a network on the expression of all genes together; `"latent"`, latent queries that attend to
         the gene tokens; `"bert"`, stock BERT. Their vectors were measured to be equally good, at 3 (`"latent"`) and 25 (`"bert"`)
         times the cost of the first. A kind of your own: `scbin.nn.backbone.BACKBONES`.
-    {batch_key}
-    {masking}
-    {loss}
+    batch_key
+        Column of `obs` that says which batch a cell is from (a study, a chemistry, a donor). What differs between batches is then
+        kept out of the cell's vector.
+    masking
+        Which tokens are hidden, see :class:`scbin.Masking`.
+    loss
+        What is learned, and with which weights, see :class:`scbin.Loss`.
     task
         What to learn, if it is a :class:`scbin.train.task.Task` of your own; `masking` and `loss` are then yours too.
     {training}
-    {max_steps}
+    max_steps
+        Stop after so many steps.
     {tokens_key}
     {key_added}
     {save_dir}
@@ -141,6 +149,7 @@ def pretrain(
         training = replace(training, max_steps=max_steps)
     if not 0 <= seed < 2**63:
         raise ScbinInputError("A02", f"seed is {seed}; it needs to be a whole number from 0 to below 2**63.")
+    adata = opened(adata, tokens_key)
     in_adata = adata if isinstance(adata, ad.AnnData) else None
     tokens = read_tokens(adata, key=tokens_key)
     key = embedding_key(in_adata, key_added)
@@ -154,37 +163,49 @@ def pretrain(
     shape = preset if isinstance(preset, Network) else preset_named(name)
     _warn_if_too_large(shape, n_cells)
     cells, held_out = split_cells(tokens, training, seed)
-    training = _filled(training, shape, len(cells))
+    training = training.for_preset(name, len(cells))
 
     network = build_network(tokens.vocabulary, shape, backbone, batches=batches or ("all",), seed=seed)
     layer = network.vector.layer if network.vector.latents else None
     own = Pretraining(tokens.vocabulary, masking, loss, batches=codes, layer=layer)
-    start(network, own, tokens, cells, codes, seed=seed)
+    with joined_world(training.timeout) as world:  # computed once; the trainer gives the weights to all processes
+        if world.is_first:
+            with stage("principal components of the cells", shown=progress):
+                start(network, own, tokens, cells, codes, seed=seed)
+        own.zero_positions = world.gather(own.zero_positions)[0]
     learned: Any = own if task is None else task
     history = train(
         network, learned, tokens, training, cells=cells, held_out=held_out, save_dir=save_dir, device=device, seed=seed,
         progress=progress,
     )  # fmt: skip
     with joined_world(training.timeout) as world:
+        n_trained, remembered = len(cells), remembered_cells(tokens, cells)
+        if in_adata is None and len(cells) > MOST_CELLS:  # the model remembers a few; no others need a vector now
+            some = np.sort(np.random.default_rng(seed).choice(cells, MOST_CELLS, replace=False))
+            tokens, cells, codes = (
+                MemoryTokens(tokens.take(some), tokens.vocabulary),
+                np.arange(len(some)),
+                codes if codes is None else codes[some],
+            )
         rows, where = np.arange(tokens.n_cells), str(world.device(device))
         options: dict[str, Any] = {"device": where, "precision": "float32", "token_budget": training.token_budget}
         hidden: Any = MaskedPhenotypes(tokens)
         vectors = embed_tokens(network, hidden, rows=world.share(rows), **options)[world.share(rows)]
-        vectors = world.gather(vectors, len(rows))
+        vectors = np.concatenate(world.gather(vectors))
     if network.counts is not None:
         network.density = Density.fit(tokens, vectors, cells=cells, seed=seed)
     if codes is not None:
         network.batches = BatchCorrection.fit(vectors[cells], codes[cells], batches, seed=seed)
-        vectors = corrected(network, vectors, adata, batch_key)
+        vectors = vectors if in_adata is None else corrected(network, vectors, adata, batch_key)
 
-    at_start, in_the_end = _held_out_losses(history, kept=training.patience is not None)
+    at_start, in_the_end, line = _summary(history, getattr(learned, "watched", None), training.patience)
     model = Model(
         network,
         tokens.vocabulary,
         {
             "preset": name,
             "backbone": backbone,
-            "n_cells": len(cells),
+            "n_cells": n_trained,
             "steps": int(history["step"].max()) if len(history) else 0,
             "epochs": int(history["epoch"].max()) + 1 if len(history) else 0,
             "network": asdict(shape),
@@ -195,12 +216,11 @@ def pretrain(
             "batch_key": batch_key,
             "start": at_start,
             "end": in_the_end,
-            "cells": remembered_cells(tokens, cells),
+            "cells": remembered,
         },
         history,
     )
     if is_first_process():
-        line = _summary(history, at_start, in_the_end, getattr(learned, "watched", None), training)
         _log.info(line)
         if progress:
             print(line)
@@ -217,59 +237,38 @@ def pretrain(
     return model
 
 
-def _filled(training: Training, shape: Network, n_cells: int) -> Training:
-    """Return the settings with those of the preset where nothing was chosen."""
-    names = ("cells_per_step", "learning_rate", "schedule", "warmup", "weight_decay", "precision", "rates")
-    filled: Any = training.filled(**{name: getattr(shape, name) for name in names}, clip=shape.clip or math.inf)
-    return filled.filled(epochs=replace(shape, cells_per_step=filled.cells_per_step).epochs_for(n_cells))
-
-
 def _batches(data: ad.AnnData | Tokens, batch_key: str | None) -> tuple[list[str], np.ndarray | None]:
     """Return the names of the batches and the number of each cell's (cells,); cells without one count as one more batch."""
     if batch_key is None:
         return [], None
-    names, codes, counts = np.unique(
-        obs_column(data, batch_key).astype(str).to_numpy(), return_inverse=True, return_counts=True
-    )
+    labels = obs_column(data, batch_key).astype(str).to_numpy()
+    names, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     if len(names) < 2 or counts.min() < 2:
-        least = f"; {names[counts.argmin()]!r} has {count(int(counts.min()), 'cell')}" if len(names) > 1 else ""
-        raise ScbinInputError(
-            "A03",
-            f"obs[{batch_key!r}] has {count(len(names), 'batch', 'batches')}{least}. It takes two batches or more of at least "
-            "2 cells each; leave batch_key out where there is nothing to bring together.",
-        )
-    return [str(name) for name in names], codes.astype(np.int64)
+        found = f"obs[{batch_key!r}] has {count(len(names), 'batch', 'batches')}, the smallest of {count(int(counts.min()), 'cell')}"
+        fix = "It takes two or more of at least 2 cells each; leave batch_key out where there is nothing to bring together."
+        raise ScbinInputError("A03", f"{found}. {fix}")
+    return names.tolist(), codes.astype(np.int64)
 
 
 def _warn_if_too_large(shape: Network, n_cells: int) -> None:
     """Warn where even twice the cells would be too few for the network."""
-    enough = preset_named(preset_for(2 * n_cells))
-    if shape.n_encoder_weights > enough.n_encoder_weights:
-        warn(
-            "T05",
-            f"{count(n_cells, 'cell')} with tokens are few for a network of {shape.n_encoder_weights:,} weights in its layers; it "
-            f"may learn less than a smaller one. preset={preset_for(n_cells)!r} fits them.",
-        )
+    n_weights, enough = shape.n_encoder_weights, preset_named(preset_for(2 * n_cells)).n_encoder_weights
+    if n_weights > enough:
+        what = f"{count(n_cells, 'cell')} with tokens are few for a network of {n_weights:,} weights in its layers"
+        warn("T05", f"{what}; a smaller one may learn more: preset={preset_for(n_cells)!r} fits them.")
 
 
-def _held_out_losses(history: pd.DataFrame, *, kept: bool) -> tuple[float | None, float | None]:
-    """Return the watched loss on held-out cells at the start and of the weights that were kept, `None` without such cells."""
-    if "validation" not in history:
-        return None, None
-    values = history["validation"].dropna()
-    return float(values.iloc[0]), float(values.min() if kept else values.iloc[-1])
-
-
-def _summary(
-    history: pd.DataFrame, at_start: float | None, in_the_end: float | None, watched: str | None, training: Training
-) -> str:
-    """Say in one line whether training helped on cells that it has not seen."""
+def _summary(history: pd.DataFrame, watched: str | None, patience: Any) -> tuple[float | None, float | None, str]:
+    """Return the watched loss on held-out cells at the start and of the weights that were kept, and whether training helped."""
     steps = count(int(history["step"].max()) if len(history) else 0, "step")
-    if at_start is None or in_the_end is None:
-        return f"trained for {steps}; no cells were held out to say whether it helped."
+    if "validation" not in history:
+        return None, None, f"trained for {steps}; no cells were held out to say whether it helped."
+    losses = history["validation"].dropna()
+    first, last = float(losses.iloc[0]), float(losses.iloc[-1])
+    kept = last if patience is None else float(losses.min())
     what = f"log likelihood of held-out cells ({watched or 'all losses'})"
-    if in_the_end < at_start:
-        return f"{what}: {-at_start:.4f} at the start, {-in_the_end:.4f} after training ({steps})."
-    last = float(history["validation"].dropna().iloc[-1])
-    which = "the weights of the start were kept" if training.patience is not None else "they were kept all the same"
-    return f"Training did not help: {what} was {-at_start:.4f} at the start and {-last:.4f} after {steps}; {which}."
+    if kept < first:
+        return first, kept, f"{what}: {-first:.4f} at the start, {-kept:.4f} after training ({steps})."
+    which = "they were kept all the same" if patience is None else "the weights of the start were kept"
+    line = f"Training did not help: {what} was {-first:.4f} at the start and {-last:.4f} after {steps}; {which}."
+    return first, kept, line
