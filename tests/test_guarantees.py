@@ -545,7 +545,7 @@ def fuzz_vocabularies(n: str) -> None:
                 if isinstance(part[key], dict | list) and rng.random() < 0.6:
                     part = part[key]
                     continue
-                part[key] = odd[rng.integers(len(odd))]
+                part[key] = copy.deepcopy(odd[rng.integers(len(odd))])
                 break
         text = json.dumps(fields)
         if rng.random() < 0.2:

@@ -101,7 +101,7 @@ def test_the_probe_is_the_mean_of_logistic_regressions_of_scikit_learn(ready, tr
         features = np.hstack([z * weight] * (weight > 0) + [x] * genes)[known]
         theirs = LogisticRegression(C=strength, max_iter=2000, tol=1e-6).fit(features, labels)
         logs.append(theirs.predict_log_proba(features))
-    assert len(logs) == (3 if settings.expression else 1)
+    assert found["reads"] in ([[0, True]], [[0, True], [3, True], [1, False]]) if settings.expression else [[1, False]]
     scbin.tl.predict(ready, model, **HOW)
     ours = ready.obsm["scbin_cell_type_probability"][known] ** float(model.network.labels.temperature[0])
     np.testing.assert_allclose(ours / ours.sum(1, keepdims=True), softmax(np.mean(logs, axis=0), axis=1), atol=0.01)

@@ -31,10 +31,8 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 COUNT_LAYERS = ("counts", "raw_counts", "raw")
 WARN_OVERLAP, LEAST_OVERLAP = 0.8, 0.2
-ALL_COUNTS, OTHER_TOTALS = (
-    0.999,
-    2.0,
-)  # share of the counts that is all; ratio of two shares that is no matter of tissue
+# share of the counts that is all; ratio of two shares from which bins move by more than half a bin
+ALL_COUNTS, OTHER_TOTALS = 0.999, 1.3
 STATUS = ["ok", "empty", "no_vocab_gene"]
 
 

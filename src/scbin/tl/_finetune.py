@@ -96,7 +96,7 @@ def finetune(
     """Teach a model the labels of cells (their type, the age of a donor) or of genes.
 
     The head starts from a linear probe: the mean of scikit-learn's logistic (or ridge) regressions on the log expression of each gene,
-    on the cell's vector, and on both, the regularization of each chosen by cross-validation, by donor where donors are kept apart. Then network and head are
+    on the cell's vector, and on both, or the first alone where that is better. Everything is chosen by cross-validation, by donor where donors are kept apart. Then network and head are
     trained together, with some genes of every cell left out at random. That is kept only where held-out cells say so: where their
     loss is better by more than two standard errors. One line says what came out, beside the same probe without the network.
     Phenotype tokens are masked, so that no label leaks through its own token.
@@ -342,6 +342,18 @@ def _changeable(network: Any, freeze: Any, lora: bool | Mapping[str, Any], seed:
 # ---- cells and genes ------------------------------------------------------------------------------------------------
 
 
+def _cross_validated(probes: Sequence[Probe], kind: Kind) -> tuple[float, float]:
+    """Return the cross-validated loss of the mean of some probes, and the temperature, or factor of a number, that it then has."""
+    said, truth = np.mean([probe.held_out for probe in probes], axis=0), probes[0].truth
+    if not len(truth):
+        return np.nan, 1.0
+    if kind == "class":
+        scale = fitted_temperature(said, truth)
+        return float(log_loss_of(said / scale, truth).mean()), scale
+    scale = float(said[:, 0] @ truth / max(float((said**2).sum()), 1e-12))  # each is drawn to 0 by its penalty
+    return float(np.square(truth - said[:, 0] * scale).mean()), scale
+
+
 @dataclass(eq=False)
 class _Items:
     """Labelled cells or genes, one row each, with the head that learns them: probes for its start, losses of held-out ones."""
@@ -363,24 +375,26 @@ class _Items:
     scales: list[float] = field(default_factory=list)  # by target: temperature, or factor of a number
 
     def probe(self) -> np.ndarray:
-        """Fit the probes of each target, whose mean it shall be; return what those without the network say of held-out items."""
+        """Fit the probes of each target and keep their mean, or the one without the network; return what that says of held-out items."""
         outputs = []
         for number, target in enumerate(self.head.targets):
             fitted = {reads: self._fit(number, ~self.held_out, reads) for reads in dict.fromkeys([_ALONE, *self.reads])}
-            alone, self.probes = fitted[_ALONE], [*self.probes, {reads: fitted[reads] for reads in self.reads}]
-            outputs.append(alone.outputs(self._features(self.held_out, _ALONE)))
-            said, truth = np.mean([fitted[reads].held_out for reads in self.reads], axis=0), alone.truth
-            if target.kind == "class":
-                self.scales.append(fitted_temperature(said, truth))
-                losses = [float(log_loss_of(each, truth).mean()) for each in (alone.held_out, said / self.scales[-1])]
-            else:  # a mean of several, each drawn to 0 by its penalty, says too little
-                self.scales.append(float(said[:, 0] @ truth / max(float((said**2).sum()), 1e-12)))
-                losses = [
-                    float(np.square(truth - each[:, 0]).mean()) for each in (alone.held_out, said * self.scales[-1])
-                ]
-            strengths = [fitted[reads].strength for reads in self.reads]
-            found = {"without_network": losses[0], "cross_validated_loss": losses[1]}
-            self.report[target.name] = {"reads": [list(reads) for reads in self.reads], "strengths": strengths, **found}
+            outputs.append(fitted[_ALONE].outputs(self._features(self.held_out, _ALONE)))
+            ways = [self.reads, [_ALONE]] if _ALONE in self.reads else [self.reads]
+            found = [_cross_validated([fitted[reads] for reads in way], target.kind) for way in ways]
+            best = int(np.nanargmin([loss for loss, _ in found])) if np.isfinite(found[0][0]) else 0
+            self.probes.append({reads: fitted[reads] for reads in ways[best]})
+            self.scales.append(found[best][1])
+            strengths = [probe.strength for probe in self.probes[-1].values()]
+            losses = {
+                "without_network": _cross_validated([fitted[_ALONE]], target.kind)[0],
+                "cross_validated_loss": found[best][0],
+            }
+            self.report[target.name] = {
+                "reads": [list(reads) for reads in ways[best]],
+                "strengths": strengths,
+                **losses,
+            }
         return np.hstack(outputs)
 
     def refit(self) -> None:

@@ -125,8 +125,8 @@ def _by_logits(model: Model, asked: MaskedCells, options: dict[str, Any]) -> tup
             logits = (
                 backbone.logits(states, int(starts[0]), int(starts[0]) + n, ids=ids if differ else None).float().cpu()
             )
-        if drops_zeros:  # all masked genes are expressed
-            logits[:, 0] = -torch.inf
+            if drops_zeros:  # all masked genes are expressed
+                logits[:, 0] = -torch.inf
         scores = logits.log_softmax(dim=1).numpy()
         best[own], logs[own] = scores.argmax(axis=1), scores[np.arange(len(own)), asked.levels[own]]
     return best, logs

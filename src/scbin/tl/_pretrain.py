@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from scbin.io.corpus import Paths
+    from scbin.nn.network import CellNetwork
     from scbin.tokens.tokens import Tokens
 
 _log = logging.getLogger(__name__)
@@ -178,20 +179,12 @@ def pretrain(
         network, learned, tokens, training, cells=cells, held_out=held_out, save_dir=save_dir, device=device, seed=seed,
         progress=progress,
     )  # fmt: skip
-    with joined_world(training.timeout) as world:
-        n_trained, remembered = len(cells), remembered_cells(tokens, cells)
-        if in_adata is None and len(cells) > MOST_CELLS:  # the model remembers a few; no others need a vector now
-            some = np.sort(np.random.default_rng(seed).choice(cells, MOST_CELLS, replace=False))
-            tokens, cells, codes = (
-                MemoryTokens(tokens.take(some), tokens.vocabulary),
-                np.arange(len(some)),
-                codes if codes is None else codes[some],
-            )
-        rows, where = np.arange(tokens.n_cells), str(world.device(device))
-        options: dict[str, Any] = {"device": where, "precision": "float32", "token_budget": training.token_budget}
-        hidden: Any = MaskedPhenotypes(tokens)
-        vectors = embed_tokens(network, hidden, rows=world.share(rows), **options)[world.share(rows)]
-        vectors = np.concatenate(world.gather(vectors))
+    n_trained, remembered = len(cells), remembered_cells(tokens, cells)
+    if in_adata is None and len(cells) > MOST_CELLS:  # the model remembers a few; no others need a vector now
+        some = np.sort(np.random.default_rng(seed).choice(cells, MOST_CELLS, replace=False))
+        tokens, cells = MemoryTokens(tokens.take(some), tokens.vocabulary), np.arange(len(some))
+        codes = None if codes is None else codes[some]
+    vectors = _embedded(network, tokens, training, device)
     if network.counts is not None:
         network.density = Density.fit(tokens, vectors, cells=cells, seed=seed)
     if codes is not None:
@@ -235,6 +228,16 @@ def pretrain(
         write_uns(in_adata, _keys.MODEL_ID, identifier)
         write_uns(in_adata, _keys.MODEL_PATH, "" if save_dir is None else str(Path(save_dir).resolve() / "model"))
     return model
+
+
+def _embedded(network: CellNetwork, tokens: Tokens, training: Training, device: str) -> np.ndarray:
+    """Return the vectors of all cells (cells, size), phenotypes hidden; every process embeds a part of them."""
+    with joined_world(training.timeout) as world:
+        rows, hidden = np.arange(tokens.n_cells), MaskedPhenotypes(tokens)
+        options: dict[str, Any] = {"device": str(world.device(device)), "token_budget": training.token_budget}
+        own = world.share(rows)
+        vectors = embed_tokens(network, hidden, rows=own, precision="float32", **options)[own]
+        return np.concatenate(world.gather(vectors))
 
 
 def _batches(data: ad.AnnData | Tokens, batch_key: str | None) -> tuple[list[str], np.ndarray | None]:

@@ -111,7 +111,7 @@ def is_first_process() -> bool:
 
 
 @contextmanager
-def joined_world(timeout: float = 30.0) -> Iterator[World]:
+def joined_world(timeout: float = 10.0) -> Iterator[World]:
     """Join the processes that `torchrun` (or any launcher with its environment variables) started; else be alone.
 
     A process group that exists already is used, if it has gloo for the CPU. One that is made here stays until the process ends: the processes cannot meet a

@@ -65,7 +65,7 @@ class Training:
     checkpoint_every
         Steps between checkpoints, of which the newest two stay. Default: once per epoch.
     timeout
-        Minutes that a process waits for the others before it gives up.
+        Minutes that a process waits for the others before it gives up: longer than the slowest step, epoch end or save.
     callbacks
         Functions called with the record of every step and of every validation, a dict with at least `step`: `(wandb.log,)`
         sends them to Weights & Biases. One that raises ends the run.
@@ -92,7 +92,7 @@ class Training:
     validate_every: int | None = None
     patience: int | None = 4
     checkpoint_every: int | None = None
-    timeout: float = 30.0
+    timeout: float = 10.0
     callbacks: tuple[Callable[[Mapping[str, float]], None], ...] = ()
 
     def __post_init__(self) -> None:
