@@ -56,8 +56,15 @@ autodoc_typehints_format = "short"
 always_use_bars_union = True
 typehints_defaults = "braces"
 napoleon_google_docstring = False
-# without types in docstrings, what stands under Returns is text
-napoleon_custom_sections = ["Returns"]
+
+
+# without types in docstrings, what stands under Returns is text, not a list of types
+def returns(self: NumpyDocstring, section: str) -> list[str]:
+    lines = self._dedent(self._consume_to_next_section())
+    return [*self._format_block(":returns: ", lines[lines[0] == ":" :]), ""]  # the colon is sphinx_autodoc_typehints'
+
+
+NumpyDocstring._parse_returns_section = returns
 # nor is what stands before the first colon of a property its type
 NumpyDocstring._parse_attribute_docstring = lambda self: self._consume_to_end()
 
@@ -69,4 +76,8 @@ suppress_warnings = ["mystnb.unknown_mime_type"]
 html_theme = "sphinx_book_theme"
 html_title = "scbin"
 html_static_path = ["_static"]
-html_theme_options = {"show_toc_level": 2, "path_to_docs": "docs"}
+html_theme_options = {
+    "show_toc_level": 2,
+    "path_to_docs": "docs",
+    "navbar_persistent": [],  # the search field is in the sidebar
+}
