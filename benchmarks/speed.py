@@ -222,7 +222,7 @@ def embedding(quick: bool, rounds: int, _: Path | None) -> None:
     sides = {
         "padded, sorted by length, float32": lambda: padded.vectors(tokens.matrix),
         "scbin, float32": lambda: embed(network, tokens, device="cpu", precision="float32"),
-        "scbin, auto precision": lambda: embed(network, tokens, device="cpu"),
+        "scbin, bfloat16": lambda: embed(network, tokens, device="cpu", precision="bfloat16"),
     }
     first, second, _ = (call() for call in sides.values())
     off = np.abs(first - second).max()
