@@ -86,7 +86,7 @@ def kill(n_kills, directory):
     print(json.dumps(counts))
 
 
-def distributed(out, n_steps, cells_per_step, save_dir, stop_after="0"):
+def distributed(out, n_steps, cells_per_step, save_dir, stop_after="0", timeout="10"):
     """One process of a run; the first writes what was learned, or asks all to stop after some steps."""
 
     def stop(row):
@@ -97,7 +97,7 @@ def distributed(out, n_steps, cells_per_step, save_dir, stop_after="0"):
     network = small.bert() if save_dir == "-" else small.network()
     network, history = small.run(
         network, epochs=100, max_steps=int(n_steps), cells_per_step=int(cells_per_step), learning_rate=1e-3,
-        save_dir=None if save_dir == "-" else save_dir, checkpoint_every=1, callbacks=[stop],
+        save_dir=None if save_dir == "-" else save_dir, checkpoint_every=1, callbacks=[stop], timeout=float(timeout),
     )  # fmt: skip
     if os.environ.get("RANK", "0") == "0":
         weights = torch.cat([p.detach().reshape(-1) for p in network.parameters()]).numpy()

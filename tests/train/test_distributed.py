@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -57,27 +58,47 @@ def test_a_process_without_cells(tmp_path):
     assert np.abs(two["weights"] - one["weights"]).max() < 1e-5
 
 
-@pytest.mark.slow
-def test_a_signal_to_one_process_stops_all_and_saves(tmp_path):
-    """Two processes without a launcher; the second alone is told to stop, both leave with the status of a requeue."""
+@contextmanager
+def two_ranks(tmp_path, *more):
+    """Two processes without a launcher, after their first checkpoint."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = [sys.executable, SCRIPT, "distributed", tmp_path / "out.npz", "100000", "32", tmp_path / "run"]
+    command = [sys.executable, SCRIPT, "distributed", tmp_path / "out.npz", "100000", "32", tmp_path / "run", *more]
     ranks = []
     for rank in ("0", "1"):
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ranks.append(
-            subprocess.Popen(command, env={**os.environ, **world, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
-        )
-    for _ in range(600):
-        if list((tmp_path / "run").glob("step-*")):
-            break
-        time.sleep(0.1)
-    ranks[1].send_signal(signal.SIGTERM)
-    errors = [process.communicate(timeout=60)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [EXIT_RESUMABLE, EXIT_RESUMABLE], errors
+        environment = {**os.environ, **world, "OMP_NUM_THREADS": "1"}
+        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE))
+    try:
+        for _ in range(600):
+            if list((tmp_path / "run").glob("step-*")):
+                break
+            time.sleep(0.1)
+        yield ranks
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_and_saves(tmp_path):
+    """The second process alone is told to stop; both leave with the status of a requeue."""
+    with two_ranks(tmp_path) as ranks:
+        ranks[1].send_signal(signal.SIGTERM)
+        errors = [process.communicate(timeout=60)[1] for process in ranks]
+        assert [process.returncode for process in ranks] == [EXIT_RESUMABLE, EXIT_RESUMABLE], errors
     assert verify_directory(max((tmp_path / "run").glob("step-*"))) is None
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_given_up(tmp_path):
+    """The first process ends by itself, after the minutes that the user set, and its checkpoint is sound."""
+    with two_ranks(tmp_path, "0", "0.1") as ranks:
+        ranks[1].send_signal(signal.SIGSTOP)
+        assert b"Timed out" in ranks[0].communicate(timeout=60)[1] and ranks[0].returncode not in (0, EXIT_RESUMABLE)
+    assert any(verify_directory(path) is None for path in (tmp_path / "run").glob("step-*"))
 
 
 def test_alone_everything_stays_as_it_is():
