@@ -218,7 +218,9 @@ class Plan:
                 raise ScbinInputError("I32", f"{found}; {cause} {fix}")
             warn("I32", f"{found}; {cause}")
         bins = self.vocabulary.bins
-        if shares is not None and totals > 0 and bins is not None and bins.reads == "log1p" and bins.per != "cell":
+        if shares is None or len(set(shares)) == 1:  # not known, as of published models
+            return {"overlap_counts": counts, "overlap_genes": round(genes, 6)}
+        if totals > 0 and bins is not None and bins.reads == "log1p" and bins.per != "cell":
             self._compare_totals(matched / totals, float(np.asarray(shares)[found_genes].sum()), sum(shares))
         return {"overlap_counts": counts, "overlap_genes": round(genes, 6)}
 
