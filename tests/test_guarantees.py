@@ -243,6 +243,7 @@ def fork_after_use() -> None:
     truth = scbin.tl.embed(adata, model, copy=True, **HOW).obsm["X_scbin"]
     child = os.fork()
     if child == 0:
+        signal.alarm(60)  # rather than wait for ever
         own = toy_cells()
         scbin.pp.tokenize(own, like=model)
         scbin.tl.embed(own, model, **HOW)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 Precision = Literal["auto", "float32", "bfloat16"]
+_PROCESS = os.getpid()
 _log = logging.getLogger(__name__)
 
 
@@ -27,6 +29,8 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     device(type='cpu')
     """
     instances((str, torch.device), "a text, such as 'cuda'", device=device)
+    if os.getpid() != _PROCESS:  # OpenMP's threads do not survive a fork: torch would wait for them for ever
+        torch.set_num_threads(1)
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if str(device) == "auto":
         name = next(name for name, here in present.items() if here)
