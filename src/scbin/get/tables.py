@@ -97,7 +97,7 @@ def tokens_df(adata: AnnData | Tokens, cell: int | str = 0, *, tokens_key: str |
     >>> adata = scbin.datasets.pbmc68k_reduced()
     >>> scbin.pp.tokenize(adata, encoding="rank")
     >>> scbin.get.tokens_df(adata)["text"].tolist()[:2]
-    ['[CLS]', '[START]']
+    ['[CLS]', '[DEPTH 609]']
     """
     tokens = read_tokens(adata, key=tokens_key)
     row, vocabulary = tokens.take(np.array([cell_number(cell, tokens)])).sorted_indices(), tokens.vocabulary

@@ -360,7 +360,7 @@ def open_tokens(paths: Paths, *, tokens_key: str | None = None) -> FileTokens:
     >>> paths = scbin.pp.tokenize(folder / "cells.h5ad", out=folder / "corpus")
     >>> tokens = scbin.open_tokens(paths)
     >>> tokens.n_cells, tokens.take([5, 3]).shape
-    (700, (2, 768))
+    (700, (2, 769))
     """
     return FileTokens(expand(paths), key=_keys.TOKENS if tokens_key is None else tokens_key)
 

@@ -134,7 +134,7 @@ def tokenize(
     >>> adata = scbin.datasets.pbmc68k_reduced()
     >>> scbin.pp.tokenize(adata, phenotypes={"cell_type": "bulk_labels"})
     >>> adata.obsm["X_tokens"].shape
-    (700, 769)
+    (700, 770)
     """
     asked = (encoding, rule, phenotypes, like, layer, values, gene_key, n_genes, flavor, mask_var, tokenization)
     key, files = _keys.TOKENS if key_added is None else key_added, is_paths(adata)
@@ -198,7 +198,7 @@ def iter_tokens(
     >>> scbin.pp.tokenize(adata)
     >>> vocabulary = scbin.Vocabulary.from_json(adata.uns["scbin"]["vocabulary"])
     >>> [part.shape for part in scbin.pp.iter_tokens(adata, like=vocabulary)]
-    [(700, 768)]
+    [(700, 769)]
     """
     check_adata(adata)
     if like is None:

@@ -99,7 +99,7 @@ def fit_perturbations(
     >>> import scbin
     >>> adata = scbin.datasets.perturbseq(n_perturbations=10, n_cells=800, n_genes=100)
     >>> scbin.tl.fit_perturbations(adata, batch_key="batch")
-    >>> scbin.get.perturbations_df(adata)["reproducible"].sum() > 5
+    >>> bool(scbin.get.perturbations_df(adata)["reproducible"].sum() > 5)
     True
     """
     check_adata(adata)

@@ -59,9 +59,9 @@ class Tokenization:
     --------
     >>> import scbin
     >>> adata = scbin.datasets.pbmc68k_reduced()
-    >>> scbin.pp.tokenize(adata, rule="linear", tokenization=Tokenization(n_bins=10, zeros="keep"))
+    >>> scbin.pp.tokenize(adata, tokenization=Tokenization(n_bins=10, zeros="keep"))
     >>> adata.obsm["X_tokens"].shape
-    (700, 768)
+    (700, 769)
     """
 
     n_bins: int = 20
