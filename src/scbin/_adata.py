@@ -114,7 +114,7 @@ def read_tokens(data: ad.AnnData | Tokens, vocabulary: Vocabulary | None = None,
         raise ScbinInputError("V02", f"{found}. {fix}")
     _same_vocabulary(own, vocabulary)
     column = adata.obs.get(_keys.of_tokens(_keys.ROW_VOCABULARY, key))
-    foreign = 0 if column is None else int((column.astype(str) != own.sha256[:16]).sum())
+    foreign = 0 if column is None else int((column.astype(str) != own.mark).sum())
     if column is not None and foreign:
         kind = "several vocabularies" if column.nunique(dropna=False) > 1 else "another vocabulary"
         found = f"the rows of adata.obsm[{key!r}] are of {kind} ({count(foreign, 'cell')} not of {own!r})"
@@ -353,6 +353,21 @@ def write(adata: ad.AnnData, slot: str, key: str, value: Any) -> None:
         others = [name for name in _written(adata) if name != f"{slot}/{key}"]
         written = others if value is None else [*others, f"{slot}/{key}"]
         write_uns(adata, _keys.WRITTEN, json.dumps(sorted(written)))
+
+
+def write_tokens(
+    adata: ad.AnnData,
+    tokens: sparse.csr_matrix,
+    vocabulary: Vocabulary,
+    status: pd.Categorical,
+    key: str = _keys.TOKENS,
+) -> None:
+    """Write token rows with the status of each, and their vocabulary, whole and as a mark of every row."""
+    marks = pd.Categorical([vocabulary.mark] * adata.n_obs)
+    write(adata, "obsm", key, tokens)
+    write(adata, "obs", _keys.STATUS, status)
+    write(adata, "obs", _keys.of_tokens(_keys.ROW_VOCABULARY, key), marks)
+    write_uns(adata, _keys.of_tokens(_keys.VOCABULARY, key), vocabulary.to_json())
 
 
 def write_uns(adata: ad.AnnData, key: str, value: Any) -> None:

@@ -73,7 +73,7 @@ class _Coded(Exception):
 
     def __init__(self, code: str, message: str):
         super().__init__(f"[{code}] {message}")
-        self.code = code
+        self.code, self.message = code, message
 
 
 class ScbinError(_Coded):

@@ -10,9 +10,7 @@ UMAP = "X_umap_scbin"  # obsm, float32 (cells, 2)
 STATUS = "scbin_status"  # obs, categorical: "ok", "empty", "no_vocab_gene"
 UNS = "scbin"  # uns, one entry per verb, and:
 VOCABULARY = "vocabulary"  # uns["scbin"]["vocabulary"], one JSON string
-ROW_VOCABULARY = (
-    "scbin_vocabulary"  # obs, categorical: first 16 digits of the fingerprint of the vocabulary of each row
-)
+ROW_VOCABULARY = "scbin_vocabulary"  # obs, categorical: fingerprint of the vocabulary of each row, its first 16 digits
 HISTORY = "pretrain_history"  # uns["scbin"]["pretrain_history"], a table
 PRETRAIN = "pretrain"  # uns["scbin"]["pretrain"], how the model was trained, one JSON string
 EMBED = "embed"  # uns["scbin"]["embed"], how the embedding was made, one JSON string

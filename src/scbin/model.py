@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
+    from scbin.nn.counts import CountHead
     from scbin.nn.network import CellNetwork
     from scbin.nn.vector import Pooling
     from scbin.tokens.vocabulary import Vocabulary
@@ -281,6 +282,16 @@ def remember(identifier: str, model: Model) -> None:
     _session[identifier] = model
     while len(_session) > 4:
         del _session[next(iter(_session))]
+
+
+def count_head(model: Model, fix: str) -> CountHead:
+    """Return the count head of a model that has one and reads how much is expressed; `fix` says what to do where not."""
+    head: CountHead | None = model.network.counts
+    if head is None or model.vocabulary.unit == "order":
+        reads_ranks = model.vocabulary.unit == "order"
+        lacks = "reads genes by rank, not how much is expressed" if reads_ranks else "has no count head"
+        raise ScbinInputError("M06", f"this model {lacks}. {fix}")
+    return head
 
 
 def resolve_model(model: Model | str | os.PathLike[str] | None, adata: AnnData | None = None) -> Model:

@@ -15,6 +15,7 @@ from scbin.nn.labels import GeneHead, LabelHead, Target, gene_outputs, label_out
 from scbin.nn.network import build_network
 from scbin.nn.packs import pack_rows
 from scbin.nn.presets import Network
+from scbin.tl._genes import mean_gene_vectors
 from scbin.tokens.tokens import MemoryTokens
 from scbin.tokens.vocabulary import Vocabulary
 
@@ -121,7 +122,7 @@ def test_gene_outputs_are_means_over_tokens(tokens):
     head.features.normal_(), head.vector_mean.normal_(), torch.nn.init.normal_(head.genes)
     network = network_with(tokens, head)
     found = gene_outputs(network, tokens, device="cpu", token_budget=20)
-    hidden = gene_outputs(network, tokens, device="cpu", hidden_states=True)
+    hidden, _ = mean_gene_vectors(network, tokens, network.vector.layer, device="cpu")
     with torch.no_grad():  # the head is linear, so the mean of the outputs is the output of the mean
         expected = head(torch.from_numpy(hidden).float(), torch.arange(20)).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -31,10 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-ROWS, WINDOW = (
-    128,
-    768,
-)  # rows of a block, which is read at once; blocks among which the cells of an epoch are mixed, at most
+ROWS = 128  # of a block, which is read at once
+WINDOW = 768  # blocks among which the cells of an epoch are mixed, at most
 SPARE = 80  # blocks that are held beyond these: one that is not done may not be asked for in dozens of steps
 HELD = 50_000_000  # tokens that are in memory, and by which there are fewer of these blocks where rows are long
 OPEN_FILES, VALUES = 64, 4_000_000  # at a time; tokens that are written at once
@@ -96,7 +94,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except ScbinInputError as error:
-        raise ScbinInputError(error.code, f"{path}: {str(error).split('] ', 1)[-1]}") from error
+        raise ScbinInputError(error.code, f"{path}: {error.message}") from error
     except ScbinError:
         raise
     except FileNotFoundError as error:
@@ -213,7 +211,7 @@ class FileTokens:
         column = _keys.of_tokens(_keys.ROW_VOCABULARY, self.key)
         if column in group["obs"]:
             of_rows = pd.Series(read_elem(group["obs"][column])).astype(str).unique()
-            if (of_rows != self.vocabulary.sha256[:16]).any():
+            if (of_rows != self.vocabulary.mark).any():
                 raise ScbinInputError("V03", f"some rows are of another vocabulary, says obs[{column!r}].")
         shape = tuple(int(n) for n in group["obsm"][self.key].attrs["shape"])
         if shape[1] != self.vocabulary.n_positions:

@@ -227,20 +227,16 @@ def label_outputs(network: Any, tokens: Tokens, **options: Any) -> np.ndarray:
     return result
 
 
-def gene_outputs(network: Any, tokens: Tokens, *, hidden_states: bool = False, **options: Any) -> np.ndarray:
-    """Return the mean outputs of the head for each gene over its tokens (genes, outputs), NaN for genes without any.
-
-    With `hidden_states` the mean hidden states instead (genes, hidden).
-    """
+def gene_outputs(network: Any, tokens: Tokens, **options: Any) -> np.ndarray:
+    """Return the mean outputs of the head for each gene over its tokens (genes, outputs), NaN for genes without any."""
     head: Any = network.labels
-    n_genes, width = len(head.features), len(head.vector_mean) if hidden_states else head.n_outputs
-    sums, counts = np.zeros((n_genes, width)), np.zeros(n_genes)
+    n_genes = len(head.features)
+    sums, counts = np.zeros((n_genes, head.n_outputs)), np.zeros(n_genes)
     for pack, hidden in run(network, tokens, layer=network.vector.layer, label="reading genes", **options):
         with torch.inference_mode():
             genes = genes_of(head.tokens, pack)
-            hidden, genes = hidden[genes >= 0], genes[genes >= 0]
-            picked = hidden if hidden_states else head(hidden, genes)
-            own = picked.new_zeros(sums.shape, dtype=torch.float32).index_add_(0, genes, picked.float())
+            outputs, genes = head(hidden[genes >= 0], genes[genes >= 0]), genes[genes >= 0]
+            own = outputs.new_zeros(sums.shape).index_add_(0, genes, outputs)
         counts += np.bincount(genes.cpu().numpy(), minlength=n_genes)
         sums += own.double().cpu().numpy()
     return np.divide(sums, counts[:, None], out=np.full_like(sums, np.nan), where=counts[:, None] > 0)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from scbin.nn.network import CellNetwork
     from scbin.nn.packs import Pack
     from scbin.tokens.tokens import Tokens
+    from scbin.tokens.vocabulary import Vocabulary
 
 _STRETCH = 16_384  # rows
 
@@ -89,6 +90,13 @@ def run(
                 pack = pack_rows(tokens.take(cells), cells, runner.device)
                 with torch.no_grad():  # in inference mode nothing would be kept
                     yield pack, None if layer is None else runner(pack, layer)
+
+
+def gene_tokens(pack: Pack, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return which tokens of a pack speak of genes, of which genes, and in which cells (n,)."""
+    ids, positions = pack.input_ids.cpu().numpy(), pack.position_ids.cpu().numpy()
+    at = np.flatnonzero(vocabulary.is_gene_token(ids))
+    return at, vocabulary.genes_at(ids[at], positions[at]), pack.cells[pack.rows.cpu().numpy()[at]]
 
 
 def embed(network: CellNetwork, tokens: Tokens, **options: Any) -> np.ndarray:

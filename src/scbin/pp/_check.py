@@ -56,9 +56,9 @@ def check(adata: AnnData, *, quiet: bool = False, **arguments: Any) -> pd.DataFr
                 counts, genes = record["overlap_counts"], record["overlap_genes"]
                 rows.append(("ok", "", f"in the vocabulary: {counts:.0%} of the counts, {genes:.0%} of the genes."))
         except ScbinInputError as error:
-            rows.append(("error", error.code, str(error).split("] ", 1)[-1]))
+            rows.append(("error", error.code, error.message))
     found = [w.message for w in caught if isinstance(w.message, ScbinInputWarning)]
-    rows += [("warning", message.code, str(message).split("] ", 1)[-1]) for message in found]
+    rows += [("warning", message.code, message.message) for message in found]
     if not quiet:
         shape = f"{count(adata.n_obs, 'cell')} x {count(adata.n_vars, 'gene')}" if hasattr(adata, "n_obs") else ""
         print(shape or type(adata).__name__)

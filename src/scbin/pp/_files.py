@@ -21,7 +21,7 @@ from scbin import _keys
 from scbin._adata import check_adata, iter_blocks, matrix_of, read_obs, warn
 from scbin._errors import ScbinInputError, ScbinInputWarning, count
 from scbin.io.corpus import committed, expand, naming, open_cells, reading, stamp, write_shard
-from scbin.pp._plan import LEAST_OVERLAP, STATUS, prepare
+from scbin.pp._plan import LEAST_OVERLAP, STATUS, WITHOUT_TOKENS, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,10 +53,7 @@ def tokenize_files(paths: Paths, out: Any, key: str, request: Request, workers: 
     for (code, text), n in told.items():
         warn(code, text if n == 1 else f"{text} ({n} files)")
     counts: Counter[str] = sum((each["status"] for each in done), Counter())
-    for code, status, what in (
-        ("I19", "empty", "no counts at all"),
-        ("I20", "no_vocab_gene", "no gene of the vocabulary"),
-    ):
+    for status, (code, what) in WITHOUT_TOKENS.items():
         if counts[status]:
             warn(
                 code, f"{count(counts[status], 'cell has', 'cells have')} {what}; they keep their rows, without tokens."
@@ -197,7 +194,7 @@ def tokenize_file(source: Path, target: Path, *, key: str, request: Request) -> 
 
             def rows() -> Iterator[sparse.csr_matrix]:
                 for part in plan.encode():
-                    codes.append(np.where(part.totals <= 0, 1, np.where(np.diff(part.tokens.indptr) == 0, 2, 0)))
+                    codes.append(part.status)
                     seen.update(
                         totals=part.totals.sum(),
                         matched=part.matched.sum(),
@@ -213,7 +210,7 @@ def tokenize_file(source: Path, target: Path, *, key: str, request: Request) -> 
                 record = plan.record | {"cells": adata.n_obs, "tokens": int(seen["tokens"]), **coverage, **about}
                 obs = adata.obs.assign(**{
                     _keys.STATUS: status,
-                    _keys.of_tokens(_keys.ROW_VOCABULARY, key): pd.Categorical([plan.vocabulary.sha256[:16]] * adata.n_obs),
+                    _keys.of_tokens(_keys.ROW_VOCABULARY, key): pd.Categorical([plan.vocabulary.mark] * adata.n_obs),
                 })  # fmt: skip
                 entries = {_keys.VOCABULARY: plan.vocabulary.to_json(), _keys.TOKENIZE: json.dumps(record)}
                 uns = {_keys.UNS: {_keys.of_tokens(name, key): text for name, text in entries.items()}}
@@ -224,9 +221,9 @@ def tokenize_file(source: Path, target: Path, *, key: str, request: Request) -> 
                 if tuple(about["stamp"]) != stamp(source):
                     raise ScbinInputError("F01", "the file was changed while it was read. Tokenize it again.")
         found = [w.message for w in caught if isinstance(w.message, ScbinInputWarning)]
-        result["warnings"] = [(w.code, str(w).split("] ", 1)[-1]) for w in found]
+        result["warnings"] = [(w.code, w.message) for w in found]
     except ScbinInputError as error:
-        result["error"] = (error.code, str(error).split("] ", 1)[-1])
+        result["error"] = (error.code, error.message)
     return result
 
 

@@ -34,6 +34,7 @@ WARN_OVERLAP, LEAST_OVERLAP = 0.8, 0.2
 # share of the counts that is all; ratio of two shares from which bins move by more than half a bin
 ALL_COUNTS, OTHER_TOTALS = 0.999, 1.3
 STATUS = ["ok", "empty", "no_vocab_gene"]
+WITHOUT_TOKENS = {"empty": ("I19", "no counts at all"), "no_vocab_gene": ("I20", "no gene of the vocabulary")}
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,7 @@ class Source:
             hint = self.suggest_counts()
             if hint is None and error.code == "I03":
                 hint = self._suggest(layer_names(self.adata), lambda x: x >= 0, "has no negative values", "read it")
-            text = str(error).split("] ", 1)[1]
-            raise ScbinInputError(error.code, text if hint is None else f"{text} {hint}") from None
+            raise ScbinInputError(error.code, error.message if hint is None else f"{error.message} {hint}") from None
 
     def suggest_counts(self) -> str | None:
         """Name a layer, or `.raw`, that holds whole, non-negative numbers, if there is one beside this matrix."""
@@ -171,13 +171,11 @@ class Plan:
 
     def finish(self, encoded: Sequence[Encoded]) -> tuple[sparse.csr_matrix, pd.Categorical, dict[str, Any], list[str]]:
         """Join the blocks; return the tokens, the status of each cell, the record of the run and what to log of it."""
-        joined = [
-            np.concatenate([[], *(getattr(part, name) for part in encoded)]) for name in ("totals", "matched", "cut")
-        ]
-        totals, matched, cut = joined
+        names = ("totals", "matched", "cut", "status")
+        totals, matched, cut, codes = (np.concatenate([[], *(getattr(part, n) for part in encoded)]) for n in names)
+        codes = codes.astype(np.int64)
         none = sparse.csr_matrix((0, self.vocabulary.n_positions), dtype=self.vocabulary.dtype)
         tokens = sparse.vstack([none, *(part.tokens for part in encoded)], format="csr")
-        codes = np.where(totals <= 0, 1, np.where(np.diff(tokens.indptr) == 0, 2, 0))
         record = {
             **self.record,
             "cells": len(codes),
@@ -187,11 +185,11 @@ class Plan:
             "counts_in_vocabulary": _share(matched.sum(), totals.sum()),
             **self.check_coverage(matched.sum(), totals.sum(), sum(part.rounded for part in encoded)),
         }
-        for code, number, what in (("I19", 1, "no counts at all"), ("I20", 2, "no gene of the vocabulary")):
-            cells = np.flatnonzero(codes == number)
+        for status, (code, what) in WITHOUT_TOKENS.items():
+            cells = np.flatnonzero(codes == STATUS.index(status))
             if len(cells):
-                names = ", ".join(map(repr, self.source.adata.obs_names[cells[:3]])) + " ..." * (len(cells) > 3)
-                found = f"{count(len(cells), 'cell has', 'cells have')} {what} ({names})"
+                first = ", ".join(map(repr, self.source.adata.obs_names[cells[:3]])) + " ..." * (len(cells) > 3)
+                found = f"{count(len(cells), 'cell has', 'cells have')} {what} ({first})"
                 kept = "it keeps its row" if len(cells) == 1 else "they keep their rows"
                 warn(
                     code, f"{found}; {kept} without tokens. sc.pp.filter_cells(adata, min_genes=1) removes empty ones."

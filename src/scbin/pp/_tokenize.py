@@ -6,11 +6,10 @@ import json
 import logging
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from anndata import AnnData
 
 from scbin import _docs, _keys
-from scbin._adata import check_adata, check_writable, copied, write, write_uns
+from scbin._adata import check_adata, check_writable, copied, write_tokens, write_uns
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError, ScbinTypeError
 from scbin.io.corpus import is_paths
@@ -149,11 +148,7 @@ def tokenize(
     plan = prepare(adata, Request(*asked))
     tokens, status, record, lines = plan.finish(list(plan.encode()))
     target = copied(adata) if copy else adata
-    write(target, "obsm", key, tokens)
-    write(target, "obs", _keys.STATUS, status)
-    fingerprints = pd.Categorical([plan.vocabulary.sha256[:16]] * adata.n_obs)
-    write(target, "obs", _keys.of_tokens(_keys.ROW_VOCABULARY, key), fingerprints)
-    write_uns(target, _keys.of_tokens(_keys.VOCABULARY, key), plan.vocabulary.to_json())
+    write_tokens(target, tokens, plan.vocabulary, status, key)
     write_uns(target, _keys.of_tokens(_keys.TOKENIZE, key), json.dumps(record))
     for line in lines:
         logger.info(line)

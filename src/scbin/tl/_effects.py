@@ -19,7 +19,7 @@ from scbin._errors import ScbinInputError, count
 from scbin.nn.density import expected_shares
 from scbin.nn.embedding import token_expression
 from scbin.nn.gates import Screen, can_screen
-from scbin.nn.run import Runner, embed, run
+from scbin.nn.run import Runner, embed, gene_tokens, run
 from scbin.tl._perturb_statistics import donor_codes, gene_statistics
 from scbin.tl._predict import predictions, record_of
 from scbin.tokens.edits import edit_rows, shortened
@@ -396,10 +396,9 @@ def gene_vectors(measure: Measure, tokens: sparse.csr_matrix) -> tuple[np.ndarra
     for pack, hidden in run(
         network, MemoryTokens(tokens, vocabulary), layer=network.vector.layer or -1, **measure.options
     ):
-        ids, positions = pack.input_ids.cpu().numpy(), pack.position_ids.cpu().numpy()
-        at = np.flatnonzero(vocabulary.is_gene_token(ids))
+        at, gene, row = gene_tokens(pack, vocabulary)
         vectors.append(hidden[torch.from_numpy(at).to(hidden.device)].float().cpu().numpy())
-        rows.append(pack.cells[pack.rows.cpu().numpy()[at]])
-        genes.append(vocabulary.genes_at(ids[at], positions[at]))
+        rows.append(row)
+        genes.append(gene)
     none = np.zeros(0, dtype=np.int64)
     return np.concatenate(vectors), np.concatenate([none, *rows]), np.concatenate([none, *genes])

@@ -31,6 +31,7 @@ from scbin.nn.labels import LARGEST, GeneHead, LabelHead, Target, gene_outputs, 
 from scbin.nn.network import build_network
 from scbin.nn.presets import preset_for
 from scbin.nn.run import embed
+from scbin.tl._genes import mean_gene_vectors
 from scbin.tl._labels import (
     MaskedPhenotypes,
     cell_labels,
@@ -514,7 +515,7 @@ def _genes(
     targets, size = [Target(column.name, "class", column.classes)], network.backbone.hidden_size
     network.labels = head = GeneHead(tokens.vocabulary, size, targets, n_features=features.shape[1])
     head.features.copy_(torch.from_numpy(features))
-    hidden = gene_outputs(network, tokens, hidden_states=True, rows=cells, **options).astype(np.float32)
+    hidden, _ = mean_gene_vectors(network, tokens, network.vector.layer, rows=cells, **options)
     rows = np.flatnonzero(column.known & np.isfinite(hidden).all(axis=1))
     held_out = hold_out(column.codes(rows), settings.validation, seed=seed)
     if len(np.unique(column.codes(rows[~held_out]))) < 2:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
-from scipy.stats import false_discovery_control
 
 from scbin import _docs, _keys
 from scbin._adata import check_adata, copied, gene_names, read_tokens, warn, write
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError, ScbinTypeError, count
 from scbin.model import resolve_model
-from scbin.tl._genes import mean_gene_vectors
+from scbin.tl._genes import fixed_gene_vectors, mean_gene_vectors
+from scbin.tl._perturb_statistics import false_discovery_rates
 from scbin.tl._responses import Sums, control_features, narrow, reproducibility, sum_cells
 from scbin.tl._screen import Cells, read_cells
 from scbin.tokens.tokens import MemoryTokens
@@ -174,8 +174,7 @@ def _gene_vectors(adata: AnnData, model: Model, rows: np.ndarray) -> pd.DataFram
     """Return the vectors of the genes of a model by name: loadings of its count head, else mean hidden states in control cells."""
     network, vocabulary = model.network, model.vocabulary
     if network.counts is not None:
-        head: Any = network.counts
-        vectors = (head.loadings * head.scale).detach().cpu().numpy()
+        vectors = fixed_gene_vectors(model, "loadings")
     else:
         tokens = read_tokens(adata, vocabulary)
         vectors, _ = mean_gene_vectors(network, MemoryTokens(tokens.take(rows), vocabulary), network.vector.layer)
@@ -196,9 +195,7 @@ def _table(cells: Cells, sums: Sums, genes: np.ndarray, min_cells: int, seed: in
     own, changes = own_genes(cells.names, genes), sums.changes()
     r, p_value = reproducibility(sums, own, seed)
     r, p_value = (np.where(n_cells < min_cells, np.nan, x) for x in (r, p_value))
-    fdr, known = np.full(len(r), np.nan), np.isfinite(p_value)
-    if known.any():
-        fdr[known] = false_discovery_control(p_value[known])
+    fdr = false_discovery_rates(p_value)
     both = 2 * np.clip(r, 0, 1) / (1 + np.clip(r, 0, 1))  # Spearman-Brown: of all cells, from that of halves
     frame = {"perturbation": list(cells.names), "n_targets": [len(each) for each in targets], "status": status}
     frame |= {"n_cells": n_cells}

@@ -13,7 +13,7 @@ from scbin import _docs
 from scbin._adata import check_adata, gene_names, read_obs, read_tokens
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError
-from scbin.model import resolve_model
+from scbin.model import count_head, resolve_model
 from scbin.nn.density import expected_shares
 from scbin.nn.run import embed as embed_tokens
 from scbin.tl._genes import groups_of
@@ -98,8 +98,7 @@ def gene_association(
     if not 0 < confidence < 1:
         raise ScbinInputError("A02", f"confidence is {confidence}; it lies between 0 and 1.")
     chosen = resolve_model(model, adata)
-    if chosen.network.counts is None:
-        raise ScbinInputError("M06", "this model has no count head. Pretrain one: scbin.tl.pretrain(adata).")
+    head = count_head(chosen, "Pretrain one: scbin.tl.pretrain(adata).")
     tokens = read_tokens(adata, chosen.vocabulary, tokens_key)
     codes, names = groups_of(adata, groupby)
     asked = names if groups is None else [groups] if isinstance(groups, str) else list(groups)
@@ -128,7 +127,7 @@ def gene_association(
         both, *where = np.intersect1d(by[0][0], by[1][0], return_indices=True)
         paired = len(both) >= 3
         units = [unit[at] for unit, at in zip(units, where, strict=True)] if paired else units
-        table = fold_changes(chosen.network.counts, *units, paired=paired, confidence=confidence)
+        table = fold_changes(head, *units, paired=paired, confidence=confidence)
         plain = [np.asarray(log_expression(tokens, side).expm1().mean(axis=0)).ravel() for side in sides]
         table["plain_log_fold_change"] = np.subtract(*(np.log2(mean + PSEUDOCOUNT) for mean in plain))
         table.insert(0, "gene", np.array(gene_names(adata, chosen.vocabulary).names, dtype=object))

@@ -14,10 +14,10 @@ from scbin import _docs, _keys
 from scbin._adata import check_adata, check_writable, copied, gene_names, read_tokens, write, write_uns
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError
-from scbin.model import resolve_model
+from scbin.model import count_head, resolve_model
 from scbin.nn.density import expected_shares
 from scbin.nn.packs import pack_rows, plan_packs
-from scbin.nn.run import Runner, at_rest
+from scbin.nn.run import Runner, at_rest, gene_tokens
 from scbin.nn.run import embed as embed_tokens
 from scbin.tl._attention import attention_of
 from scbin.tl._genes import GeneVectors, fixed_gene_vectors, gene_sums, groups_of, mean_of, unit_vectors
@@ -147,10 +147,7 @@ def gene_network(
 
 def expected_logs(model: Model, tokens: Tokens, codes: np.ndarray, n_groups: int, **how: Any) -> list[np.ndarray]:
     """Return the log1p counts per 10,000 that the model expects of cells of each group (cells, genes), of 5,000 at most."""
-    head: Any = model.network.counts
-    if head is None or tokens.vocabulary.unit == "order":
-        lacks = "reads genes by rank, not how much is expressed" if head is not None else "has no count head"
-        raise ScbinInputError("M06", f"this model {lacks}. Take another method, or tokenize as 'bins' and pretrain.")
+    head = count_head(model, "Take another method, or tokenize as 'bins' and pretrain.")
     result = []
     for group in range(n_groups):
         cells = np.flatnonzero((codes == group) & (tokens.lengths > 0))
@@ -189,10 +186,8 @@ def presence_slopes(
             with torch.enable_grad():
                 z = vector(runner(pack, vector.layer, gates=gates).float(), pack, gates=gates).float()
                 slopes = [torch.autograd.grad(each, gates, retain_graph=True)[0] for each in z.sum(dim=0)]
-            ids, positions = pack.input_ids.cpu().numpy(), pack.position_ids.cpu().numpy()
-            at = np.flatnonzero(vocabulary.is_gene_token(ids))
-            group = codes[cells[pack.rows.cpu().numpy()[at]]] % (n_groups + 1)
-            place = vocabulary.genes_at(ids[at], positions[at]) + group * n_genes
+            at, genes, cell = gene_tokens(pack, vocabulary)
+            place = genes + (codes[cell] % (n_groups + 1)) * n_genes
             of_place = sparse.csr_matrix((np.ones(len(at)), (place, np.arange(len(at)))), shape=(len(sums), len(at)))
             sums += of_place @ torch.stack(slopes, dim=1).cpu().numpy()[at].astype(np.float64)
             counts += np.bincount(place, minlength=len(counts))

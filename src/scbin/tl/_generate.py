@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 import scbin
 from scbin import _docs, _keys
-from scbin._adata import check_adata, gene_names, iter_blocks, read_obs, warn, write_uns
+from scbin._adata import check_adata, gene_names, iter_blocks, read_obs, warn, write_tokens
 from scbin._arguments import checked, instances, plain
 from scbin._errors import ScbinInputError
 from scbin.model import resolve_model
@@ -158,11 +158,8 @@ def generate(
     reading = Reading("counts" if vocabulary.unit == "counts" else "log1p")
     encoder = Encoder(vocabulary, np.arange(made.n_vars), reading)
     parts = [encoder.encode(block, ids[block.start :][: block.n_rows]).tokens for block in iter_blocks(made)]
-    made.obsm[_keys.TOKENS] = sparse.vstack(parts, format="csr")
-    filled = np.diff(made.obsm[_keys.TOKENS].indptr) > 0
-    made.obs[_keys.STATUS] = pd.Categorical(np.where(filled, "ok", "empty"))
-    made.obs[_keys.ROW_VOCABULARY] = pd.Categorical([vocabulary.sha256[:16]] * made.n_obs)
-    write_uns(made, _keys.VOCABULARY, vocabulary.to_json())
+    tokens = sparse.vstack(parts, format="csr")
+    write_tokens(made, tokens, vocabulary, pd.Categorical(np.where(np.diff(tokens.indptr) > 0, "ok", "empty")))
     embed(made, model, device=device, token_budget=token_budget, progress=False)
     asked = {"phenotypes": dict(phenotypes or {}), "balance": balance, "depth": depth, "seed": seed}
     record = {"generated": True, "scbin": scbin.__version__, "model": model.fingerprint, "unit": vocabulary.unit}

@@ -14,7 +14,7 @@ from scbin._adata import check_adata, check_writable, copied, gene_names, read_o
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError
 from scbin.model import resolve_model
-from scbin.nn.run import run
+from scbin.nn.run import gene_tokens, run
 from scbin.tl._labels import MaskedPhenotypes
 
 if TYPE_CHECKING:
@@ -195,10 +195,8 @@ def gene_sums(
     counts = np.zeros(len(sums), dtype=np.int64)
     own: Any = network.vector.layer or -1
     for pack, hidden in run(network, tokens, layer=own if layer is None else layer, label="embedding genes", **how):
-        ids, positions = pack.input_ids.cpu().numpy(), pack.position_ids.cpu().numpy()
-        at = np.flatnonzero(vocabulary.is_gene_token(ids))
-        cell = pack.cells[pack.rows.cpu().numpy()[at]]
-        place = vocabulary.genes_at(ids[at], positions[at]) + (codes[cell] % (n_groups + 1)) * n_genes
+        at, genes, cell = gene_tokens(pack, vocabulary)
+        place = genes + (codes[cell] % (n_groups + 1)) * n_genes
         sums.index_add_(0, torch.from_numpy(place), hidden[torch.from_numpy(at).to(hidden.device)].cpu().double())
         counts += np.bincount(place, minlength=len(counts))
     return sums.numpy().reshape(n_groups + 1, n_genes, -1), counts.reshape(n_groups + 1, n_genes)

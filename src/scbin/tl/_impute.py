@@ -14,7 +14,7 @@ from scbin import _docs, _keys
 from scbin._adata import check_adata, check_writable, copied, gene_names, read_tokens, write, write_uns
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError
-from scbin.model import resolve_model
+from scbin.model import count_head, resolve_model
 from scbin.nn.density import expected_shares
 from scbin.nn.embedding import token_expression
 from scbin.nn.run import embed as embed_tokens
@@ -109,9 +109,7 @@ def impute(
     check_writable(adata, "layers", key)
     chosen = resolve_model(model, adata)
     vocabulary, tokens = chosen.vocabulary, read_tokens(adata, chosen.vocabulary, tokens_key)
-    if chosen.network.counts is None or vocabulary.unit == "order":
-        lacks = "has no count head" if vocabulary.unit != "order" else "reads genes by rank, not how much is expressed"
-        raise ScbinInputError("M06", f'this model {lacks}. Tokenize with encoding="bins" and pretrain to impute.')
+    count_head(chosen, 'Tokenize with encoding="bins" and pretrain to impute.')
     names = gene_names(adata, vocabulary)
     asked = np.arange(len(vocabulary.genes)) if genes is None else np.array(names.resolve(genes), dtype=np.int64)
     asked = asked[names.columns[asked] >= 0]

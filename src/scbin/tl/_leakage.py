@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scbin._adata import warn
+from scbin.train.randomness import mixed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,19 +28,11 @@ _BLOCK = 8_192  # cells
 
 def cell_hashes(rows: csr_matrix, vocabulary: Vocabulary) -> np.ndarray:
     """Return a hash of the genes in each token row (cells,) uint64, 0 for rows without any; phenotypes play no part."""
-    words = _mixed((rows.indices.astype(np.uint64) << np.uint64(32)) | rows.data.astype(np.uint64))
+    words = mixed((rows.indices.astype(np.uint64) << np.uint64(32)) | rows.data.astype(np.uint64))
     words[~vocabulary.is_gene_token(rows.data)] = 0
     sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(words, dtype=np.uint64)])
     result = np.diff(sums[rows.indptr])  # sums and differences wrap around alike
-    return np.where(result == 0, result, _mixed(result))
-
-
-def _mixed(words: np.ndarray) -> np.ndarray:
-    """Finaliser of splitmix64: every bit of a word moves every bit of the result."""
-    words = words + np.uint64(0x9E3779B97F4A7C15)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+    return np.where(result == 0, result, mixed(result))
 
 
 def hashes_of(tokens: Tokens, cells: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from scbin.nn.run import Runner, at_rest
 from scbin.tl._edits import States, config, make_plan, perturbed_cells
 from scbin.tl._effects import Effects, Level, Measure, Method, affected_genes, in_column, means_of
 from scbin.tl._embed import corrected
+from scbin.tl._labels import MaskedPhenotypes
 from scbin.tl._perturb_statistics import (
     Statistics,
     false_discovery_rates,
@@ -220,10 +221,8 @@ def perturb(
 
 def _rows(adata: AnnData, model: Model, tokens_key: str | None) -> GeneRows:
     """Return the tokens with all phenotypes masked: the model is told nothing about a cell but its genes."""
-    matrix = read_tokens(adata, model.vocabulary, key=tokens_key).take(np.arange(adata.n_obs))
-    hidden = [phenotype.position for phenotype in model.vocabulary.phenotypes]
-    matrix.data[np.isin(matrix.indices, hidden)] = model.vocabulary.mask_id
-    return GeneRows(matrix, model.vocabulary)
+    tokens = MaskedPhenotypes(read_tokens(adata, model.vocabulary, key=tokens_key))
+    return GeneRows(tokens.take(np.arange(adata.n_obs)), model.vocabulary)
 
 
 def _stored(values: np.ndarray, rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> sparse.csr_matrix:

@@ -28,6 +28,11 @@ class Encoded:
     cut: np.ndarray  # of these, what did not fit into max_length
     rounded: int  # rows whose counts could not be had back exactly from their logs
 
+    @property
+    def status(self) -> np.ndarray:
+        """Whether each row has tokens (0), no counts (1), or no gene of the vocabulary (2) (rows,)."""
+        return np.where(self.totals <= 0, 1, np.where(np.diff(self.tokens.indptr) == 0, 2, 0))
+
 
 class Encoder:
     """Encodes row blocks with one vocabulary; blocks are independent of each other.

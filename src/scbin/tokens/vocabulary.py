@@ -508,6 +508,11 @@ class Vocabulary:
         except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             raise ScbinInputError("V04", f"this is not a vocabulary written by scbin ({str(error)[:200]}).") from error
 
+    @property
+    def mark(self) -> str:
+        """What every row of tokens carries: the first 16 digits of `sha256`."""
+        return self.sha256[:16]
+
     @cached_property
     def sha256(self) -> str:
         """Fingerprint of the content: two vocabularies with one fingerprint give the same tokens."""

@@ -57,6 +57,15 @@ def cell_keys(seed_key: Any, cells: Any) -> Any:
     return out
 
 
+@njit(cache=True)
+def mixed(words: Any) -> Any:
+    """Return each word mixed by itself (n,) uint64."""
+    out = np.empty(len(words), dtype=np.uint64)
+    for i in range(len(words)):
+        out[i] = mix(words[i] + uint64(_GOLDEN))
+    return out
+
+
 @njit(cache=True, nogil=True)
 def uniforms(keys: Any, purpose: Any, counters: Any) -> Any:
     """Return a number in [0, 1) for each key and counter (n,)."""
