@@ -26,7 +26,7 @@ from scbin.nn.run import Runner, at_rest, embed
 from scbin.tokens.edits import Edit, GeneRows, edit_rows
 from scbin.tokens.tokens import MemoryTokens
 from scbin.train.distributed import World
-from scbin.train.loop import Trainer
+from scbin.train.loop import Trainer, split_cells
 from scbin.train.pretraining import Pretraining
 
 if TYPE_CHECKING:
@@ -72,13 +72,13 @@ def row_of(name: str, device: torch.device, steps: int, n_cells: int) -> tuple[s
     network = build_network(tokens.vocabulary, name, "bert", vector="pooled")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    task = Pretraining(tokens.vocabulary, loss=scbin.Loss(over="vocabulary"), cell_vector=False)
+    task = Pretraining(tokens.vocabulary, loss=scbin.Loss(over="vocabulary", weights={"cell_vector": 0.0}))
     how = scbin.Training(epochs=1, cells_per_step=n_cells, held_out=0.0, precision="auto")
-    trainer = Trainer(network, task, tokens, how, World(), device, 0)
+    trainer = Trainer(network, task, tokens, split_cells(tokens, how, 0), how, World(), device, 0)
     batch = trainer.prepare(np.arange(n_cells), 0)
 
     def step() -> None:
-        trainer.gradients(batch, batch.counts, np.arange(n_cells), 0)
+        trainer.summed(batch, np.arange(n_cells), 0, 1 / np.maximum(batch.counts, 1))
         torch.nn.utils.clip_grad_norm_(trainer.parameters, 1.0, foreach=True)
         trainer.optimizer.step()
 

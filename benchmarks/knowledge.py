@@ -1,14 +1,16 @@
 """What a model knows of genes and ages, with simple methods beside it.
 
-    python benchmarks/knowledge.py networks cells.h5ad --trrust trrust.tsv --dorothea dorothea.csv [--backbone bert] [--trees]
-    python benchmarks/knowledge.py classes cells.h5ad --labels classes.csv --id-column ensembl_id --label-column label
+    python benchmarks/knowledge.py networks cells.h5ad --trrust trrust.tsv --dorothea dorothea.csv [--bert] [--trees]
+    python benchmarks/knowledge.py classes cells.h5ad --labels bivalent.csv long_range.csv --ids ensembl_id
     python benchmarks/knowledge.py changes cells.h5ad --label cell_type
     python benchmarks/knowledge.py age cells.h5ad --label age --donor donor_id
 
-- `networks`: from transcription factors to their known targets, among the 2,000 genes of a model. The area under the precision-recall curve
-  over that of chance, and the precision among as many edges as there are true ones ("early") over chance. Beside the model:
-  correlation and covariance of log expression, and with `--trees` boosted trees that predict each gene from the factors, as GRNBoost does.
-- `classes`: ROC AUC of logistic regressions on genes, `scbin.tl.evaluate(level="gene")`.
+- `networks`: edges from transcription factors to genes that are a known target of some factor, among the 2,000 genes of a model. The area
+  under the precision-recall curve over that of chance, and the precision among as many edges as there are true ones ("early") over chance.
+  Beside the model: correlation and covariance of log expression; with `--trees` boosted trees that predict each target from the factors,
+  as GRNBoost does; with `--bert` a small BERT of 100 steps on masked genes, for its attention and hidden states.
+- `classes`: ROC AUC of logistic regressions on genes, `scbin.tl.evaluate(level="gene")`. Files of labels have the ids of genes in the first
+  column and the class in the last, as Geneformer's have; `--ids` is the column of `var` with such ids.
 - `changes`: log fold changes between each type and the rest from few cells of the half that the model learned from, by the model and
   plainly; their correlation over genes with the plain ones of the other half.
 - `age`: five folds over donors; the error of the mean over a donor's cells, beside ridge and the mean of the donors.
@@ -19,7 +21,9 @@ X has to hold counts, and `var` the names that the references use. `--seeds` rep
 from __future__ import annotations
 
 import argparse
+import time
 import warnings
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -34,7 +38,7 @@ from sklearn.preprocessing import StandardScaler
 import scbin
 
 QUIET = {"progress": False}
-PSEUDOCOUNT = 0.1
+PSEUDOCOUNT, BERT_STEPS = 0.1, 100
 
 
 def logs(adata: ad.AnnData) -> np.ndarray:
@@ -46,25 +50,32 @@ def logs(adata: ad.AnnData) -> np.ndarray:
 # ---- networks --------------------------------------------------------------------------------------------------------
 
 
-def edge_scores(weights: np.ndarray, genes: list[str], truth: set[tuple[str, str]]) -> dict[str, float]:
-    """Score weights (genes, genes) of the edges from factors that have targets here."""
+def known_edges(edges: set[tuple[str, str]], genes: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return which edges are known (factors, targets), and the genes that have a target here, and a factor."""
     place = {gene: k for k, gene in enumerate(genes)}
-    label = np.zeros((len(genes), len(genes)), dtype=bool)
-    for source, target in truth:
+    known = np.zeros((len(genes), len(genes)), dtype=bool)
+    for source, target in edges:
         if source in place and target in place and source != target:
-            label[place[source], place[target]] = True
-    factors = np.flatnonzero(label.any(axis=1))
-    asked = np.arange(len(genes))[None] != factors[:, None]
-    true, score = label[factors][asked], np.nan_to_num(np.abs(weights[factors]))[asked]
+            known[place[source], place[target]] = True
+    factors, targets = np.flatnonzero(known.any(axis=1)), np.flatnonzero(known.any(axis=0))
+    return known[np.ix_(factors, targets)], factors, targets
+
+
+def edge_scores(weights: np.ndarray, genes: list[str], edges: set[tuple[str, str]]) -> dict[str, float]:
+    """Score weights (genes, genes) of the edges from factors that have targets here to genes that have factors here."""
+    known, factors, targets = known_edges(edges, genes)
+    asked = factors[:, None] != targets
+    true, score = known[asked], np.nan_to_num(np.abs(weights[np.ix_(factors, targets)]))[asked]
     n = int(true.sum())
     early = true[np.argsort(-score, kind="stable")[:n]].mean()
-    return {"AUPR": average_precision_score(true, score) / true.mean(), "early": early / true.mean(), "edges": n}
+    found = {"AUPR": average_precision_score(true, score) / true.mean(), "early": early / true.mean()}
+    return found | {"edges": n, "candidates": len(true)}
 
 
-def trees(expression: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """Return the importance of each factor for each gene."""
+def trees(expression: np.ndarray, factors: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return the importance of each factor for each target (genes, genes)."""
     weights = np.zeros((expression.shape[1],) * 2)
-    for gene in range(expression.shape[1]):
+    for gene in targets:
         own = factors[factors != gene]
         options = {"n_estimators": 60, "learning_rate": 0.05, "max_features": 0.1, "subsample": 0.9}
         model = GradientBoostingRegressor(**options, random_state=0).fit(expression[:, own], expression[:, gene])
@@ -78,52 +89,47 @@ def networks(adata: ad.AnnData, args: argparse.Namespace, seed: int) -> pd.DataF
     references = {"TRRUST": set(zip(pairs[0], pairs[1], strict=True))}
     references["DoRothEA A-C"] = set(zip(table["tf"], table["target"], strict=True))
     scbin.pp.tokenize(adata)
-    masking = scbin.Masking() if args.masked else None
-    options = {"backbone": args.backbone, "max_steps": args.max_steps, "masking": masking, "seed": seed}
-    model = scbin.tl.pretrain(adata, **options, **QUIET)
-    asked = {
-        "covariance": {},
-        "similarity, loadings": {"method": "similarity", "vectors": "loadings"},
-        "similarity, static": {"method": "similarity", "vectors": "static"},
-    }
-    asked |= {"similarity, context": {"method": "similarity", "vectors": "context"}, "effect": {"method": "effect"}}
-    asked |= {"attention": {"method": "attention"}} if args.backbone == "bert" else {}
+    adata.obs["all"] = "all"  # by groups, similarity is that of hidden states
+    model = scbin.tl.pretrain(adata, max_steps=args.max_steps, seed=seed, **QUIET)
+    states = {"method": "similarity", "groupby": "all"}
+    asked = [("covariance", model, {}), ("effect", model, {"method": "effect"})]
+    asked += [("similarity, loadings", model, {"method": "similarity"}), ("similarity, hidden states", model, states)]
+    if args.bert:
+        small = {"backbone": "bert", "preset": "tiny", "masking": scbin.Masking(), "max_steps": BERT_STEPS}
+        bert = scbin.tl.pretrain(adata, **small, seed=seed, **QUIET)
+        asked += [("attention, BERT", bert, {"method": "attention"}), ("similarity, hidden states, BERT", bert, states)]
     genes = [gene for gene in adata.var_names if gene in set(model.vocabulary.genes)]
     columns = adata.var_names.get_indexer(genes)
     expression = logs(adata)[:, columns].astype(np.float32)
-    found = {
-        "correlation of counts": np.nan_to_num(np.corrcoef(expression.T)),
-        "covariance of counts": np.cov(expression.T),
-    }
+    found = {"correlation of counts": np.corrcoef(expression.T), "covariance of counts": np.cov(expression.T)}
     if args.trees:
-        factors = np.array(
-            [k for k, g in enumerate(genes) if any(g == a for edges in references.values() for a, _ in edges)]
-        )
-        found["boosted trees"] = trees(expression, factors)
-    for name, how in asked.items():
-        scbin.tl.gene_network(adata, model, n_edges=None, **how, **QUIET)
-        found[name] = adata.varp["scbin_network"][columns][:, columns].toarray()
-    rows = {
-        (reference, name): edge_scores(w, genes, truth)
-        for reference, truth in references.items()
-        for name, w in found.items()
-    }
-    return pd.DataFrame(rows).T
+        _, factors, targets = known_edges(set.union(*references.values()), genes)
+        found["boosted trees"] = trees(expression, factors, targets)
+    for name, of, how in asked:
+        start = time.process_time()
+        scbin.tl.gene_network(adata, of, n_edges=None, **how, **QUIET)
+        slot = "scbin_network_0" if "groupby" in how else "scbin_network"
+        found[name] = adata.varp[slot][columns][:, columns].toarray()
+        print(f"{name}: {time.process_time() - start:.0f} CPU-seconds", flush=True)
+    scores = {(of, name): edge_scores(w, genes, edges) for of, edges in references.items() for name, w in found.items()}
+    return pd.DataFrame(scores).T
 
 
 # ---- genes -----------------------------------------------------------------------------------------------------------
 
 
 def classes(adata: ad.AnnData, args: argparse.Namespace, seed: int) -> pd.DataFrame:
-    labels = pd.read_csv(args.labels).set_index(args.id_column)[args.label_column].astype(str)
     adata = adata[:, np.asarray((adata.X > 0).sum(axis=0)).ravel() >= 5].copy()
-    ids = adata.var[args.id_column].astype(str) if args.id_column in adata.var else adata.var_names.to_series()
-    adata.var["gene_class"] = ids.map(labels[~labels.index.duplicated()]).to_numpy()
+    ids = (adata.var[args.ids] if args.ids else adata.var_names.to_series()).astype(str)
     scbin.pp.tokenize(adata, n_genes=adata.n_vars)
     model = scbin.tl.pretrain(adata, max_steps=args.max_steps, seed=seed, **QUIET)
-    return scbin.tl.evaluate(adata, model, target="gene_class", level="gene", seed=seed, **QUIET)[
-        ["n_genes", "roc_auc", "roc_auc_sd"]
-    ]
+    found = {}
+    for path in args.labels:
+        labels = pd.read_csv(path, index_col=0).iloc[:, -1].astype(str)
+        adata.var["gene_class"] = ids.map(labels[~labels.index.duplicated()]).to_numpy()
+        scores = scbin.tl.evaluate(adata, model, target="gene_class", level="gene", seed=seed, **QUIET)
+        found[Path(path).stem] = scores[["n_genes", "roc_auc", "roc_auc_sd"]]
+    return pd.concat(found)
 
 
 def changes(adata: ad.AnnData, args: argparse.Namespace, seed: int) -> pd.DataFrame:
@@ -179,11 +185,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["networks", "classes", "changes", "age"])
     parser.add_argument("data")
-    for name in ("trrust", "dorothea", "labels", "id-column", "label-column", "label", "donor", "symbols"):
+    for name in ("trrust", "dorothea", "ids", "label", "donor", "symbols"):
         parser.add_argument(f"--{name}")
-    parser.add_argument("--backbone", default="mlp")
-    parser.add_argument("--masked", action="store_true", help="train on masked genes, too")
-    parser.add_argument("--trees", action="store_true")
+    parser.add_argument("--labels", nargs="+")
+    for name in ("trees", "bert"):
+        parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--max-steps", type=int)
     args = parser.parse_args()

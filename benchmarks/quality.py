@@ -56,7 +56,7 @@ SETS = {  # column with the labels, column with the batches, {column: value its 
 }
 QUICK = ("pbmc_facs_garnett800", "lung3cl_celseq2_dropseq", "kang_ifnb_2k")
 N_GENES, HELD_OUT, MOST_CELLS = 2000, 0.3, 6000
-NETWORKS = ("mlp", "latent", "bert")
+NETWORKS = ("mlp", "bert")
 SCORES = ("knn", "transfer", "nmi", "likelihood", "likelihood_start", "seconds")
 COLUMNS = ("set", "seed", "method", "labels", "f1", *SCORES)
 

@@ -68,7 +68,7 @@ def shuffle(folder: Path, n: int) -> dict[str, float]:
     for k in range(64 * STEP, len(order), STEP):
         tokens.take(order[k : k + STEP])
     seconds, wall = time.process_time() - started, time.perf_counter() - wall
-    plates = tokens.obs("plate").cat.codes.to_numpy()
+    plates = tokens.obs("plate").astype("category").cat.codes.to_numpy()
 
     def mixed(rows: np.ndarray) -> float:
         return float(

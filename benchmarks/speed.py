@@ -109,7 +109,8 @@ def tokenize(quick: bool, rounds: int, _: Path | None) -> None:
     genes = adata.var_names.get_indexer(list(bins.genes))
 
     def streamed(adata: ad.AnnData, vocabulary: scbin.Vocabulary) -> sparse.csr_matrix:
-        return sparse.vstack(list(scbin.pp.iter_tokens(adata, like=vocabulary)), format="csr")
+        scbin.pp.tokenize(adata, like=vocabulary)
+        return adata.obsm["X_tokens"]
 
     pairs = zip(streamed(few, rank), geneformer_loop(few, medians), strict=True)
     equal = np.mean([(mine.data - rank.first_gene_id == row).mean() for mine, row in pairs])
@@ -197,7 +198,7 @@ def pretrain(quick: bool, rounds: int, _: Path | None) -> None:
     tokens = cells_like_geneformer(per_step if quick else 4 * per_step)
     network = build_network(tokens.vocabulary, "geneformer-v1-6l", vector="pooled")
     padded = Padded(network, per_step, dropout=0.02)
-    task = Pretraining(tokens.vocabulary, loss=scbin.Loss(over="vocabulary"), cell_vector=False)
+    task = Pretraining(tokens.vocabulary, loss=scbin.Loss(over="vocabulary", weights={"cell_vector": 0.0}))
 
     def ours(precision: str) -> None:
         training = scbin.Training(epochs=1, cells_per_step=per_step, held_out=0.0, precision=precision)
@@ -254,21 +255,21 @@ def perturb(quick: bool, rounds: int, file: Path | None) -> None:
             found += zip([cell] * len(at), genes.tolist(), (1 - cosine).tolist(), strict=True)
         return found
 
-    def ours(method: dict[str, Any]) -> sparse.csr_matrix:
-        scbin.tl.perturb(cells, model, method=method, device="cpu", progress=False)
+    def ours(**how: Any) -> sparse.csr_matrix:
+        scbin.tl.perturb(cells, model, device="cpu", progress=False, **how)
         return cells.layers["scbin_shift"].copy()
 
-    exact, screen = {"name": "exact"}, {"name": "screen", "verify": 0.0}
+    exact, screen = {"method": "exact"}, {"method": "screen", "verify": 0.0}
     found = [np.array(values) for values in zip(*loop(), strict=True)]
     columns = cells.var_names.get_indexer(list(vocabulary.genes))[found[1]]
-    truth, guess = (np.asarray(ours(method)[found[0], columns]).ravel() for method in (exact, screen))
+    truth, guess = (np.asarray(ours(**how)[found[0], columns]).ravel() for how in (exact, screen))
     rank = np.mean([spearmanr(truth[found[0] == k], guess[found[0] == k]).statistic for k in range(cells.n_obs)])
     same = f"largest difference of 1 - cosine {np.abs(truth - found[2]).max():.0e}, Spearman of the screen {rank:.3f}"
     sides = {
         "padded loop, 10 edits a batch": loop,
-        "scbin, exact": lambda: ours(exact),
-        "scbin, screen alone": lambda: ours(screen),
-        "scbin, screen, top 10 % exact": lambda: ours({"name": "screen"}),
+        "scbin, exact": lambda: ours(**exact),
+        "scbin, screen alone": lambda: ours(**screen),
+        "scbin, screen, top 10 % exact": lambda: ours(method="screen"),
     }
     compare(f"perturb, {len(truth):,} deletions in {cells.n_obs} cells", sides, rounds, same)
 

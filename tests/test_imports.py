@@ -12,27 +12,27 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "scbin"
 FILES = sorted(SRC.rglob("*.py"))
 
-BASE = {"_keys", "_errors", "_arguments"}
-FACE = {"pp", "tl", "pl", "get", "datasets", "cli", "_adata", "_docs", "_sparse"}
+BASE = {"_keys", "_errors", "_arguments", "_session"}
+FACE = {"pp", "tl", "pl", "get", "datasets", "cli", "_adata", "_docs"}
 # which subpackages and files each may import, beside itself and BASE
 BELOW = {
     "_errors": set(),
     "_keys": set(),
     "_arguments": {"_errors"},
+    "_session": set(),
     "_docs": set(),
     "tokens": set(),
     "nn": {"tokens"},
     "io": {"tokens", "nn"},
     "train": {"tokens", "nn", "io"},
     "model": {"tokens", "nn", "io", "train"},
-    "_sparse": {"tokens"},
-    "_adata": {"tokens", "_sparse"},
+    "_adata": {"tokens"},
     **{room: {"tokens", "nn", "io", "train", "model"} | FACE for room in ("pp", "tl", "pl", "get", "datasets", "cli")},
     "__main__": {"cli"},
     "__init__": {"tokens", "nn", "io", "train", "model"} | FACE,
 }
 HEAVY = {"torch", "transformers"}
-WITHOUT_TORCH = {"pl", "get", "pp", "datasets", "tokens", "_adata", "_docs", "_sparse"} | BASE
+WITHOUT_TORCH = {"pl", "get", "pp", "datasets", "tokens", "_adata", "_docs"} | BASE
 WITHOUT_ANNDATA = {"tokens", "nn", "io", "train"}
 
 

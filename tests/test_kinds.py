@@ -49,7 +49,7 @@ def test_a_backbone_of_ones_own(tokenized, toy_backbone, tmp_path):
     scbin.tl.embed(tokenized, model, key_added="again", **QUIET)
     np.testing.assert_array_equal(tokenized.obsm["again"], tokenized.obsm["X_scbin"])
     scbin.tl.embed(tokenized, model, key_added="pooled", pooling="mean", layer=0, **QUIET)
-    scbin.tl.embed_genes(tokenized, model, key_added="pooled_genes", layer=0, **QUIET)
+    scbin.tl.embed_genes(tokenized, model, key_added="pooled_genes", **QUIET)
     assert tokenized.obsm["pooled"].shape == (60, 16) and tokenized.varm["pooled_genes"].shape == (40, 16)
     model.save(tmp_path / "model")
     assert scbin.Model.load(tmp_path / "model").fingerprint == model.fingerprint

@@ -19,36 +19,32 @@ __version__ = "0.2.0.dev0"
 
 if TYPE_CHECKING:
     from scbin import datasets, get, pl, pp, tl
+    from scbin._session import session_info
     from scbin.io.corpus import open_tokens
     from scbin.model import Model
-    from scbin.nn.losses import Loss
     from scbin.nn.presets import Network
     from scbin.tl._perturb_statistics import Statistics
     from scbin.tokens.rules import Tokenization
     from scbin.tokens.vocabulary import Vocabulary
-    from scbin.train.labels import Finetuning
-    from scbin.train.masking import Masking
-    from scbin.train.settings import Training
+    from scbin.train.settings import Finetuning, Loss, Masking, Training
 
 _ROOMS = ("datasets", "get", "pl", "pp", "tl")
 # loaded when first used: torch takes seconds, and `import scbin` shall not
 _CLASSES = {
     "Model": "scbin.model",
     "open_tokens": "scbin.io.corpus",
+    "session_info": "scbin._session",
     "Vocabulary": "scbin.tokens.vocabulary",
     "Tokenization": "scbin.tokens.rules",
     "Network": "scbin.nn.presets",
-    "Training": "scbin.train.settings",
-    "Finetuning": "scbin.train.labels",
-    "Masking": "scbin.train.masking",
-    "Loss": "scbin.nn.losses",
+    **dict.fromkeys(("Training", "Finetuning", "Masking", "Loss"), "scbin.train.settings"),
     "Statistics": "scbin.tl._perturb_statistics",
 }
 
 __all__ = ["datasets", "get", "pl", "pp", "tl"]
 __all__ += ["Finetuning", "Loss", "Masking", "Model", "Network", "Statistics", "Tokenization", "Training", "Vocabulary"]
 __all__ += ["ScbinError", "ScbinInputError", "ScbinModelError", "ScbinTrainingError", "ScbinTypeError"]
-__all__ += ["ScbinInputWarning", "ScbinTrainingWarning", "open_tokens"]
+__all__ += ["ScbinInputWarning", "ScbinTrainingWarning", "open_tokens", "session_info"]
 
 
 def __getattr__(name: str) -> Any:

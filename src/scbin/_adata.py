@@ -7,7 +7,7 @@ import itertools
 import json
 import sys
 import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from anndata.abc import CSCDataset, CSRDataset
 from scipy import sparse
 
 from scbin import _keys
-from scbin._arguments import instances, shown, texts
+from scbin._arguments import instances, shown
 from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinTypeError, count
 from scbin.tokens.genes import strip_version
 from scbin.tokens.tokens import MemoryTokens, Tokens
@@ -41,15 +41,8 @@ OWN = (_keys.TOKENS, _keys.EMBEDDING, "scbin_", "X_umap_", "X_scbin_")
 def check_adata(adata: object) -> ad.AnnData:
     """Return `adata` if it is an AnnData with genes, else say what to pass."""
     if not isinstance(adata, ad.AnnData):
-        advice = {
-            "MuData": 'pass one modality: mdata["rna"]',
-            "list": "join them first: anndata.concat(adatas)",
-            "str": "read it first: anndata.read_h5ad(path)",
-            "NoneType": "functions that change an AnnData in place return None; pass the AnnData itself",
-        }
-        kind = type(adata).__name__
-        what = advice.get("str" if kind.endswith("Path") else kind, "pass an AnnData")
-        raise ScbinTypeError("I55", f"adata is a {kind}, not an AnnData; {what}.")
+        what = "read files by anndata.read_h5ad, join several by anndata.concat, take mdata['rna'] of a MuData"
+        raise ScbinTypeError("I55", f"adata is a {type(adata).__name__}, not an AnnData; {what}.")
     if adata.n_vars == 0:
         raise ScbinInputError("I48", f"adata has no genes (its shape is {adata.shape}).")
     entry = adata.uns.get(_keys.UNS, {})
@@ -61,15 +54,12 @@ def check_adata(adata: object) -> ad.AnnData:
 
 def read_obs(adata: ad.AnnData, key: str) -> pd.Series:
     """Return the column `key` of obs, or `"slot.column"` of a matrix in obsm; if there is none, name the closest ones."""
-    if not isinstance(key, Hashable):
-        raise ScbinTypeError("A01", f"{shown(key)} is no name of a column of adata.obs; pass one name.")
     if key in adata.obs.columns:
         return adata.obs[key]
     if (column := obsm_column(adata, str(key))) is not None:
         return column
-    names = [str(name) for name in adata.obs.columns]
-    close = difflib.get_close_matches(str(key), names, n=3, cutoff=0.0) or names[:3]
-    found = ", ".join(repr(name) for name in close) or "none"
+    close = difflib.get_close_matches(str(key), map(str, adata.obs.columns), cutoff=0.0)
+    found = ", ".join(map(repr, close)) or "none"
     raise ScbinInputError("A06", f"{key!r} is not a column of adata.obs. The closest ones are: {found}.")
 
 
@@ -100,32 +90,28 @@ def read_tokens(data: ad.AnnData | Tokens, vocabulary: Vocabulary | None = None,
         return data
     adata = check_adata(data)
     key = _keys.TOKENS if key is None else key
-    texts(tokens_key=key)
+    instances(str, "a text", tokens_key=key)
     entries, entry = adata.uns.get(_keys.UNS, {}), _keys.of_tokens(_keys.VOCABULARY, key)
     if key not in adata.obsm:
-        call = "scbin.pp.tokenize(adata)" if key == _keys.TOKENS else f"scbin.pp.tokenize(adata, key_added={key!r})"
-        others = [slot for slot in adata.obsm if _keys.of_tokens(_keys.VOCABULARY, slot) in entries]
-        call += "".join(f", or pass tokens_key={slot!r}, which holds tokens" for slot in others[:1])
-        raise ScbinInputError("V01", f"adata.obsm has no {key!r}: the cells are not tokenized. Call {call}.")
+        there = [slot for slot in adata.obsm if _keys.of_tokens(_keys.VOCABULARY, slot) in entries]
+        fix = f"pass tokens_key={there[0]!r}, which holds tokens" if there else "call scbin.pp.tokenize(adata)"
+        raise ScbinInputError("V01", f"adata.obsm has no {key!r}: the cells are not tokenized; {fix}.")
     own = Vocabulary.from_json(str(entries[entry])) if entry in entries else vocabulary
     if own is None:
         found = f"adata.obsm[{key!r}] is there but adata.uns['scbin'][{entry!r}] is not: anndata.concat drops uns"
         fix = "Join with anndata.concat(adatas, uns_merge='same'), or tokenize again."
         raise ScbinInputError("V02", f"{found}. {fix}")
     _same_vocabulary(own, vocabulary)
-    column = adata.obs.get(_keys.of_tokens(_keys.ROW_VOCABULARY, key))
-    foreign = 0 if column is None else int((column.astype(str) != own.mark).sum())
-    if column is not None and foreign:
-        kind = "several vocabularies" if column.nunique(dropna=False) > 1 else "another vocabulary"
-        found = f"the rows of adata.obsm[{key!r}] are of {kind} ({count(foreign, 'cell')} not of {own!r})"
+    marks = adata.obs.get(_keys.of_tokens(_keys.ROW_VOCABULARY, key), pd.Series(dtype=str)).astype(str)
+    if (foreign := int((marks != own.mark).sum())) > 0:
+        found = f"{count(foreign, 'row')} of adata.obsm[{key!r}] are of another vocabulary than {own!r}"
         raise ScbinInputError("V03", f"{found}. Tokenize the cells together, or each part with like=model.")
     matrix = sparse.csr_matrix(adata.obsm[key])
     fits = matrix.shape[1] == own.n_positions and matrix.dtype.kind == "u"
     if not fits or (matrix.nnz and int(matrix.data.max()) >= own.n_tokens):
         found = f"adata.obsm[{key!r}] ({matrix.shape[1]:,} columns of {matrix.dtype}) does not fit its vocabulary"
         need = f"{own.n_positions:,} columns of {own.dtype}, ids below {own.n_tokens:,}"
-        fix = "Tables with different vocabularies cannot be joined: tokenize the joined data again."
-        raise ScbinInputError("V02", f"{found} ({need}). {fix}")
+        raise ScbinInputError("V02", f"{found} ({need}). Tokenize the cells again, those that were joined together.")
     tokens = MemoryTokens(matrix if matrix.has_sorted_indices else matrix.sorted_indices(), own, adata.obs)
     _warn_if_replaced(adata, tokens, read_uns(adata, _keys.of_tokens(_keys.TOKENIZE, key), dict).get("layer", False))
     return tokens
@@ -137,22 +123,21 @@ def _warn_if_replaced(adata: ad.AnnData, tokens: MemoryTokens, layer: Any) -> No
     Normalising, logs, scaling and leaving out cells or genes change nothing of that. It is looked at in up to a hundred cells, where
     the matrix is in memory by rows and, by the record (`layer`, False without one), the one that was tokenized.
     """
-    whole = adata._adata_ref if adata.is_view else adata
-    known = not adata.isbacked and (layer is None or (isinstance(layer, str) and layer in whole.layers))
-    matrix: Any = None if not known else whole.X if layer is None else whole.layers[layer]
-    by_rows = isinstance(matrix, np.ndarray) or (sparse.issparse(matrix) and matrix.format == "csr")
-    if not by_rows or matrix.dtype.char not in "?bBhHiIlLqQfd" or not matrix.dtype.isnative:  # others are not for scipy
+    if adata.isbacked or not isinstance(layer, str | None):
         return
-    vocabulary = tokens.vocabulary
     rows = np.unique(np.linspace(0, max(adata.n_obs - 1, 0), min(100, adata.n_obs)).astype(np.int64))
-    part = tokens.take(rows)
+    vocabulary, part = tokens.vocabulary, tokens.take(rows)
+    matrix: Any = adata.X if layer is None else adata.layers.get(layer)
+    if not isinstance(matrix, np.ndarray | sparse.csr_matrix | sparse.csr_array):
+        return
+    matrix = matrix[rows]
     said = vocabulary.is_gene_token(part.data) & (vocabulary.levels_of(part.data) > 0)
     cells = np.repeat(np.arange(len(rows)), np.diff(part.indptr))[said]
-    columns = {name: k for k, name in enumerate(adata.var_names)}
-    column_of = np.array([columns.get(gene, -1) for gene in vocabulary.genes])
+    once = ~adata.var_names.duplicated(keep=False)
+    places = pd.Series(np.flatnonzero(once), adata.var_names[once])
+    column_of = places.reindex(vocabulary.genes, fill_value=-1).to_numpy()
     at = column_of[vocabulary.genes_at(part.data[said], part.indices[said])]
-    here = _rows_of(adata, rows)
-    values = sparse.csr_matrix(here.X if layer is None else here.layers[layer])[cells[at >= 0], at[at >= 0]]
+    values = np.asarray(matrix[cells[at >= 0], at[at >= 0]]) if (at >= 0).any() else np.zeros(0)
     if values.size and (share := float(np.mean(values == 0))) > REPLACED:
         name = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
         found = f"{name} has zeros at {share:.0%} of the genes that the tokens of cells hold"
@@ -174,51 +159,33 @@ def iter_blocks(adata: ad.AnnData, layer: str | None = None, *, block_values: in
 
     Nothing points outside the arrays: compiled loops would read other memory.
     """
-    if adata.is_view:  # the parent's matrix is read a block at a time; a view of a backed view does not exist
-        for start, stop in _cuts(adata.n_obs, adata.n_vars, block_values):
-            yield _block(start, matrix_of(_rows_of(adata, slice(start, stop)), layer))
-        return
     matrix = matrix_of(adata, layer)
-    n_rows, n_vars = matrix.shape
-    if hasattr(matrix, "dask"):
-        for start, stop in itertools.pairwise(np.cumsum((0, *matrix.chunks[0])).tolist()):
-            yield _block(start, matrix[start:stop].compute())
-        return
-    if sparse.issparse(matrix) and matrix.format == "csc":
-        _check_sound(matrix, n_vars, n_rows)
+    if getattr(matrix, "format", None) == "csc":
+        matrix = matrix.to_memory() if isinstance(matrix, CSCDataset) else matrix
+        _check_sound(matrix, *matrix.shape[::-1])
         matrix = sparse.csr_matrix(matrix)
-    if not isinstance(matrix, CSRDataset) and not sparse.issparse(matrix):  # dense, or by columns on disk
-        per_row = matrix.group["data"].shape[0] // max(1, n_rows) if isinstance(matrix, CSCDataset) else n_vars
-        for start, stop in _cuts(n_rows, per_row, block_values):
-            yield _block(start, matrix[start:stop])
-        return
-    stored: Any = SimpleNamespace(**matrix.group) if isinstance(matrix, CSRDataset) else matrix
-    indptr = stored.indptr[:].astype(np.int64)
-    for start, stop in _cuts(n_rows, int(indptr[-1]) // max(1, n_rows), block_values):
+    stored: Any = None
+    n_rows, per_row = matrix.shape
+    if isinstance(matrix, CSRDataset) or sparse.issparse(matrix):
+        stored = SimpleNamespace(**matrix.group) if isinstance(matrix, CSRDataset) else matrix
+        indptr = stored.indptr[:].astype(np.int64)
+        per_row = int(indptr[-1]) // max(1, n_rows)
+    step = int(np.clip((block_values or BLOCK) // max(1, per_row), 1, 65_536))
+    cuts = np.cumsum((0, *matrix.chunks[0])).tolist() if hasattr(matrix, "dask") else [*range(0, n_rows, step), n_rows]
+    for start, stop in itertools.pairwise(cuts):
+        if stored is None:
+            rows = matrix[start:stop]
+            yield _block(start, rows.compute() if hasattr(rows, "dask") else rows)
+            continue
         bounds = indptr[start : stop + 1]
         here = slice(int(bounds[0]), int(bounds[-1]))
         rows = {"data": stored.data[here], "indices": stored.indices[here], "indptr": bounds - bounds[0]}
-        yield _block(start, SimpleNamespace(**rows, shape=(stop - start, n_vars)))
-
-
-def _rows_of(adata: ad.AnnData, rows: Any) -> ad.AnnData:
-    """Return some rows of an AnnData as a view; of a view by way of its parent, by numbers: scipy stumbles over steps."""
-    if not adata.is_view:
-        return adata[rows]
-    parent = adata._adata_ref
-    return parent[np.arange(parent.n_obs)[adata._oidx][rows], np.arange(parent.n_vars)[adata._vidx]]
-
-
-def _cuts(n_rows: int, values_per_row: int, block_values: int | None) -> Iterator[tuple[int, int]]:
-    """Yield the first row of each block and that after its last."""
-    step = int(np.clip((block_values or BLOCK) // max(1, values_per_row), 1, 65_536))
-    return ((start, min(start + step, n_rows)) for start in range(0, n_rows, step))
+        yield _block(start, SimpleNamespace(**rows, shape=(stop - start, matrix.shape[1])))
 
 
 def _block(start: int, rows: Any) -> Block:
     """Return rows, dense or compressed, as the kernels take them: float32 where it holds every value, int32 columns."""
     if not isinstance(rows, SimpleNamespace):
-        rows = rows if sparse.issparse(rows) else np.asarray(rows)
         if rows.dtype.kind == "f" and rows.dtype not in (np.float32, np.float64):  # half or foreign, not for scipy
             rows = rows.astype(np.float32 if rows.dtype.itemsize <= 4 else np.float64)
         rows = sparse.csr_matrix(rows)
@@ -227,8 +194,7 @@ def _block(start: int, rows: Any) -> Block:
     if data.dtype not in (np.float32, np.float64):
         small = data.dtype.itemsize <= 2 or not data.size or (data.dtype.kind != "f" and abs(data).max() < 2**24)
         data = data.astype(np.float32 if small else np.float64)
-    indices, indptr = np.asarray(rows.indices, dtype=np.int32), rows.indptr.astype(np.int64)
-    return Block(start, data, indices, indptr, rows.shape[1])
+    return Block(start, data, np.asarray(rows.indices, np.int32), rows.indptr.astype(np.int64), rows.shape[1])
 
 
 def _check_sound(rows: Any, n: int, n_others: int) -> None:
@@ -254,11 +220,10 @@ def matrix_of(adata: ad.AnnData, layer: str | None) -> Any:
     matrix = adata.X if layer is None else adata.layers[layer]
     if matrix is None:
         raise ScbinInputError("I48", "adata.X is None: pass layer= with the name of the layer to read.")
-    name = "X" if layer is None else f"layers[{layer!r}]"
+    name, kind = "X" if layer is None else f"layers[{layer!r}]", type(matrix).__name__
     other = sparse.issparse(matrix) and matrix.format not in ("csr", "csc")
     if other or isinstance(matrix, np.ma.MaskedArray | np.matrix) or len(getattr(matrix, "shape", ())) != 2:
-        fix = f"{name}.filled(0)" if isinstance(matrix, np.ma.MaskedArray) else f"csr_matrix({name})"
-        raise ScbinInputError("I13", f"{name} is a {type(matrix).__name__}, which is not read; use {fix}.")
+        raise ScbinInputError("I13", f"{name} is a {kind}, not read; use csr_matrix({name}), if masked .filled(0).")
     if matrix.dtype.kind not in "biuf":
         raise ScbinInputError("I13", f"{name} has dtype {matrix.dtype}, no number type; use astype('float32').")
     return matrix
@@ -266,9 +231,8 @@ def matrix_of(adata: ad.AnnData, layer: str | None) -> Any:
 
 def gene_columns(adata: ad.AnnData) -> np.ndarray:
     """Return which columns are gene counts (n_vars,): all, or those that `var["feature_types"]` calls Gene Expression."""
-    genes = np.zeros(adata.n_vars, dtype=bool)
-    if "feature_types" in adata.var.columns:
-        genes = adata.var["feature_types"].astype(str).to_numpy() == "Gene Expression"
+    kinds = adata.var.get("feature_types", pd.Series(index=adata.var_names, dtype=str))
+    genes = kinds.astype(str).to_numpy() == "Gene Expression"
     return genes if genes.any() else np.ones(adata.n_vars, dtype=bool)
 
 
@@ -282,7 +246,6 @@ class GeneNames:
     names: tuple[str, ...]  # of each gene of the model, as in var_names where it stands there
     columns: np.ndarray  # (genes,) its column in adata, -1 where it has none
     places: dict[str, int]  # every name that is understood, to the gene
-    unread: frozenset[str]  # names in adata that the model does not read
 
     def resolve(self, wanted: str | Iterable[Any], what: str = "genes") -> list[int]:
         """Return the genes that names mean, in order and once each; name the closest ones for a name that is unknown."""
@@ -292,13 +255,12 @@ class GeneNames:
         found = [self.places.get(name, self.places.get(strip_version(name), -1)) for name in wanted]
         unknown = [name for name, place in zip(wanted, found, strict=True) if place < 0]
         if unknown:
-            first = next((name for name in unknown if name in self.unread), unknown[0])
             by_upper = {known.upper(): known for known in self.places}
-            close = [by_upper[match] for match in difflib.get_close_matches(first.upper(), by_upper)]
-            advice = f"Closest: {', '.join(map(repr, close)) or 'nothing'}."
-            if first in self.unread:
-                advice = "It is in adata: set it in var['highly_variable'] or raise n_genes, tokenize and train again."
-            raise ScbinInputError("A06", f"{first!r} is no gene of the model ({len(unknown):,} such names). {advice}")
+            close = ", ".join(repr(by_upper[name]) for name in difflib.get_close_matches(unknown[0].upper(), by_upper))
+            what = (
+                f"{unknown[0]!r} is no gene of the model ({len(unknown):,} such names). Closest: {close or 'nothing'}"
+            )
+            raise ScbinInputError("A06", f"{what}. If adata has it, tokenize and train with it: n_genes=, mask_var=.")
         return list(dict.fromkeys(found))
 
 
@@ -311,21 +273,17 @@ def gene_names(adata: ad.AnnData, vocabulary: Vocabulary) -> GeneNames:
         known = (n if n in index else aliases.get(n, aliases.get(n.upper(), n.upper())) for n in names)
         return np.array([index.get(name, -1) for name in known], dtype=np.int64)
 
-    shown_names = [str(name) for name in adata.var_names]
-    texts_of = [adata.var[column].astype(object) for column in adata.var if adata.var[column].dtype.kind not in "biufc"]
-    tried = [genes_of(shown_names)]
-    if (tried[0] >= 0).sum() < len(index):
-        tried += [genes_of(labels) for labels in texts_of]
-    best = max(tried, key=lambda genes: len(np.unique(genes[genes >= 0])))
+    own = [str(name) for name in adata.var_names]
+    others = [adata.var[column].astype(object) for column in adata.var if adata.var[column].dtype.kind not in "biufc"]
+    best = max((genes_of(labels) for labels in [own, *others]), key=lambda genes: len(np.unique(genes[genes >= 0])))
     columns = np.full(len(index), -1, dtype=np.int64)
     known = np.flatnonzero(best >= 0)[::-1]
     columns[best[known]] = known  # the first of several columns of one gene
     places = {alias: index[gene] for alias, gene in aliases.items() if gene in index}
-    for labels in [*texts_of, shown_names]:
+    for labels in [*others, own]:
         places |= {str(name): int(gene) for name, gene in zip(labels, best, strict=True) if gene >= 0}
-    places |= index
-    names = tuple(shown_names[c] if c >= 0 else gene for c, gene in zip(columns, vocabulary.genes, strict=True))
-    return GeneNames(names, columns, places, frozenset(set(shown_names) - set(places)))
+    names = tuple(own[c] if c >= 0 else gene for c, gene in zip(columns, vocabulary.genes, strict=True))
+    return GeneNames(names, columns, places | index)
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -333,7 +291,7 @@ def gene_names(adata: ad.AnnData, vocabulary: Vocabulary) -> GeneNames:
 
 def check_writable(adata: ad.AnnData, slot: str, key: str) -> None:
     """Raise if `adata.<slot>[key]` exists and scbin did not write it, or if files cannot have a slot of this name."""
-    texts(key_added=key)
+    instances(str, "a text", key_added=key)
     if not key or "/" in key:
         raise ScbinInputError("A02", f"key_added is {key!r}; pass a name that is not empty and has no '/'.")
     if key in getattr(adata, slot) and not (key.startswith(OWN) or f"{slot}/{key}" in _written(adata)):
@@ -350,23 +308,15 @@ def write(adata: ad.AnnData, slot: str, key: str, value: Any) -> None:
     elif key in getattr(adata, slot):
         del getattr(adata, slot)[key]
     if not key.startswith(OWN):
-        others = [name for name in _written(adata) if name != f"{slot}/{key}"]
-        written = others if value is None else [*others, f"{slot}/{key}"]
+        written = {*_written(adata), f"{slot}/{key}"}
         write_uns(adata, _keys.WRITTEN, json.dumps(sorted(written)))
 
 
-def write_tokens(
-    adata: ad.AnnData,
-    tokens: sparse.csr_matrix,
-    vocabulary: Vocabulary,
-    status: pd.Categorical,
-    key: str = _keys.TOKENS,
-) -> None:
+def write_tokens(adata: ad.AnnData, tokens: Any, vocabulary: Vocabulary, status: Any, key: str = _keys.TOKENS) -> None:
     """Write token rows with the status of each, and their vocabulary, whole and as a mark of every row."""
-    marks = pd.Categorical([vocabulary.mark] * adata.n_obs)
     write(adata, "obsm", key, tokens)
     write(adata, "obs", _keys.STATUS, status)
-    write(adata, "obs", _keys.of_tokens(_keys.ROW_VOCABULARY, key), marks)
+    write(adata, "obs", _keys.of_tokens(_keys.ROW_VOCABULARY, key), pd.Categorical([vocabulary.mark] * adata.n_obs))
     write_uns(adata, _keys.of_tokens(_keys.VOCABULARY, key), vocabulary.to_json())
 
 

@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 
     Function = TypeVar("Function", bound=Callable[..., Any])
 
-_PLAIN: dict[str, tuple[tuple[type, ...], str]] = {
-    "int": ((Integral,), "a whole number"),
-    "float": ((Real,), "a number"),
-    "bool": ((bool, np.bool_), "True or False"),
-    "str": ((str,), "a text"),
-    "os.PathLike[str]": ((os.PathLike,), "a path"),
-    "Path": ((os.PathLike,), "a path"),
+_PLAIN: dict[str, tuple[Any, str]] = {
+    "int": (Integral, "a whole number"),
+    "float": (Real, "a number"),
+    "bool": (bool, "True or False"),
+    "str": (str, "a text"),
+    "os.PathLike[str]": (os.PathLike, "a path"),
+    "Path": (os.PathLike, "a path"),
+    "None": (type(None), "None"),
 }
 
 
@@ -49,14 +50,13 @@ def checked(function: Function) -> Function:
     >>> double(np.int64(2))
     4
     """
-    signature = inspect.signature(function)
-    rules = {name: _rule(function.__annotations__.get(name, ""), function.__globals__) for name in signature.parameters}
+    signature, annotations = inspect.signature(function), function.__annotations__
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         for name, value in bound.arguments.items():
-            bound.arguments[name] = _checked(name, plain(value), rules[name])
+            bound.arguments[name] = _fitting(name, value, annotations.get(name, ""), function.__globals__)
         return function(*bound.args, **bound.kwargs)
 
     return wrapper  # type: ignore[return-value]
@@ -66,40 +66,29 @@ def check_fields(config: Any) -> None:
     """Check the fields of a frozen dataclass by their annotations; for its `__post_init__`."""
     scope = vars(sys.modules[type(config).__module__])
     for field in fields(config):
-        value = plain(getattr(config, field.name))
-        object.__setattr__(config, field.name, _checked(field.name, value, _rule(str(field.type), scope)))
+        value = _fitting(field.name, getattr(config, field.name), str(field.type), scope)
+        object.__setattr__(config, field.name, value)
 
 
-def _rule(annotation: str, scope: Mapping[str, Any]) -> list[Any]:
-    """Return what an annotation allows: names of kinds, "None" and choices (tuples); nothing if it has a part that is not plain."""
-    rule: list[Any] = []
+def _fitting(name: str, value: Any, annotation: str, scope: Mapping[str, Any]) -> Any:
+    """Return a value that an annotation allows, raise for any other; one with a part that is not plain allows all."""
+    value, kinds, choices = plain(value), [], []
     for part in re.split(r" \| (?![^\[]*\])", annotation):  # not within the brackets of a Literal
-        if part in _PLAIN or part == "None":
-            rule.append(part)
+        if part in _PLAIN:
+            kinds.append(part)
         elif part.startswith("Literal["):
-            rule.append(ast.literal_eval(f"({part[len('Literal[') : -1]},)"))
+            choices += ast.literal_eval(part.removeprefix("Literal"))
         elif get_origin(scope.get(part)) is Literal:
-            rule.append(get_args(scope[part]))
+            choices += get_args(scope[part])
         else:
-            return []
-    return rule
-
-
-def _checked(name: str, value: Any, rule: list[Any]) -> Any:
-    """Return a value that a rule allows, and raise for any other; without a rule everything is."""
-    kinds = [part for part in rule if part in _PLAIN]
-    choices = [choice for part in rule if isinstance(part, tuple) for choice in part]
-    if (
-        not rule
-        or (value is None and "None" in rule)
-        or any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices)
-        or any(isinstance(value, _PLAIN[k][0]) and (k == "bool" or not isinstance(value, bool)) for k in kinds)
-    ):
+            return value
+    is_kind = any(isinstance(value, _PLAIN[kind][0]) and (kind == "bool" or type(value) is not bool) for kind in kinds)
+    if is_kind or any(type(value) is type(choice) and value == choice for choice in choices):
         return value
-    if choices and not kinds:
+    if choices and set(kinds) <= {"None"}:
         raise ScbinInputError("A02", f"{name} is {shown(value)}; choose one of {', '.join(map(repr, choices))}.")
-    words = " or ".join(dict.fromkeys([*(_PLAIN[kind][1] for kind in kinds), *map(repr, choices)]))
-    instances((), words, optional="None" in rule, **{name: value})
+    words = dict.fromkeys([*map(repr, choices), *(_PLAIN[kind][1] for kind in kinds)])
+    instances((), " or ".join(words), **{name: value})
 
 
 def plain(value: Any) -> Any:
@@ -110,19 +99,13 @@ def plain(value: Any) -> Any:
 def numbers(**arguments: object) -> None:
     """Raise for the first argument that is not a number."""
     for name, value in arguments.items():
-        _checked(name, value, ["float"])
-
-
-def texts(**arguments: object) -> None:
-    """Raise for the first argument that is not a text."""
-    for name, value in arguments.items():
-        _checked(name, value, ["str"])
+        _fitting(name, value, "float", {})
 
 
 def choices(allowed: Mapping[str, tuple[Any, ...]], **arguments: object) -> None:
     """Raise for the first argument that is not one of those `allowed` for its name."""
     for name, value in arguments.items():
-        _checked(name, value, [allowed[name]])
+        _fitting(name, value, f"Literal{list(allowed[name])!r}", {})
 
 
 def instances(kind: type | tuple[type, ...], what: str, /, *, optional: bool = False, **arguments: object) -> None:
@@ -130,7 +113,7 @@ def instances(kind: type | tuple[type, ...], what: str, /, *, optional: bool = F
     for name, value in arguments.items():
         if not isinstance(value, kind) and not (value is None and optional):
             found = shown(value) if value is None else f"{shown(value)} (a {type(value).__name__})"
-            raise ScbinTypeError("A01", f"{name} is {found}; pass {what}{', or None' if optional else ''}.")
+            raise ScbinTypeError("A01", f"{name} is {found}; pass {what}{' or None' if optional else ''}.")
 
 
 def shown(value: object) -> str:

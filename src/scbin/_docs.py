@@ -27,6 +27,10 @@ PARAMETERS = {
     "token_budget": "Most tokens that go through the network at once. Lower it if memory is short.",
     "progress": "Show a progress bar.",
     "seed": "The same seed gives the same result.",
+    "reading": 'tokens_key\n    The slot of `obsm` with the tokens. Default: `"X_tokens"`.\n'
+    'device\n    `"auto"` takes cuda, then mps, then cpu, and logs its choice.\n'
+    "token_budget\n    Most tokens that go through the network at once. Lower it if memory is short.\n"
+    "progress\n    Show a progress bar.",
     # ---- what is written
     "key_added": "Name to store the result under instead of the default one.",
     "copy": "Return a changed copy instead of changing `adata`.",
@@ -34,18 +38,17 @@ PARAMETERS = {
     # ---- predictions
     "predictions": "adata\n    Cells with predictions (:func:`scbin.tl.predict`).\ntarget\n    What was predicted.\n"
     "truth_key\n    Column of `obs` with the truth. Default: the one that is called as the target.\n"
-    'cells\n    `"test"`: those that `obs["scbin_split"]` calls test; `"all"`; `"auto"`: the test cells where there are any.',
+    'cells\n    `"auto"`: the cells that `obs["scbin_split"]` calls test, where there are any; `"all"`.',
     # ---- plots
     "color": "A column of `obs` or a gene.",
     "basis": "The embedding in `obsm`.",
     "perturbed": "adata\n    Cells after `scbin.tl.perturb`.\n"
-    'key\n    Entry of `uns` with the perturbation. Default: `"scbin_perturb"`.\n'
-    "group\n    Which group of cells, where there are several.",
-    "genes_named": "n_genes\n    How many genes to name at either end.\ngenes\n    Genes to name instead.\n"
-    "fdr\n    Genes below this false discovery rate are coloured.",
+    'key\n    Entry of `uns` with the perturbation. Default: `"scbin_perturb"`.',
+    "genes_named": "n_genes\n    How many genes to name at either end.\ngenes\n    Genes to name instead.",
     "cmap": "Colour map of matplotlib.",
     "title": "Text above the axes.",
     "ax": "The axes to draw in. Default: those of a new figure.",
+    "axes": "ax\n    The axes to draw in. Default: those of a new figure.\n\nReturns\n-------\nThe axes.",
 }
 """What a line `{name}` of a docstring becomes: an entry of that name with this text, or, where it has several lines, the text."""
 

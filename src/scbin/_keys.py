@@ -28,15 +28,11 @@ SPLIT_RECORD = "split"  # uns["scbin"]["split"], how the cells were divided, one
 PERTURB = "scbin_perturb"  # uns, {"table": one row per gene or pair, "params": one JSON string}
 MEASURED = "scbin_perturbations"  # uns, measured perturbations: "table", "change", what else predicting needs, "params"
 MEASURED_PREDICTED = "scbin_perturbations_predicted"  # uns, {"table": one row per perturbation and gene, "params"}
-MEASURED_EVALUATED = (
-    "scbin_perturbations_evaluated"  # uns, {"table": one row per perturbation and method, ..., "params"}
-)
+MEASURED_EVALUATED = "scbin_perturbations_evaluated"  # uns, {"table": one row per perturbation and method, "params"}
 FINETUNE = "finetune"  # uns["scbin"]["finetune"], how the model was fine-tuned, one JSON string
 FINETUNE_HISTORY = "finetune_history"  # uns["scbin"]["finetune_history"], a table
 SEARCH = "search"  # uns["scbin"]["search"], the trials of a search, a table
-NETWORK = (
-    "scbin_network"  # varp, CSR float32 (genes, genes), from row to column; by group "scbin_network_0" ...; uns, how
-)
+NETWORK = "scbin_network"  # varp, CSR float32 (genes, genes), from row to column; by group "scbin_network_0"; uns, how
 AGE_GAP = "age_gap"  # uns["scbin"]["age_gap"], one row per donor (and group), a table
 GENE_ROC = "gene_roc"  # uns["scbin"]["gene_roc"], mean ROC curves of classes of genes, a table
 EVALUATE = "evaluate"  # uns["scbin"]["evaluate"], scores by target and method, a table

@@ -17,18 +17,13 @@ from scbin._errors import ScbinError, ScbinInputError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from anndata import AnnData
-
-LABELS = "bulk_labels"
-N_COMPONENTS, N_NEIGHBOURS = 50, 15
-
 
 class Verb(NamedTuple):
-    """A function as a command: `data` is its first parameter, as the names of files or read into memory."""
+    """A function as a command: `reads` says what becomes of the files that are its first parameter."""
 
     function: str
     help: str
-    reads: str = "names"  # "names", "matrix", "cells" or ""
+    reads: str = "names"  # "names", "matrix" (left on disk), "cells" (in memory) or ""
     out: str = ""  # help of --out, for functions that have no such parameter
     skip: tuple[str, ...] = ()
 
@@ -40,12 +35,12 @@ VERBS = {
     "finetune": Verb("tl.finetune", "teach a model the labels of cells", out="folder for the model"),
     "embed": Verb("tl.embed", "give every cell its vector", skip=("copy",)),
     "predict": Verb("tl.predict", "predict labels of cells", skip=("copy",)),
-    "evaluate": Verb("tl.evaluate", "score predictions, beside simple methods", "cells", "file for the table, csv"),
-    "perturb": Verb("tl.perturb", "edit genes and measure how cells move", "cells", "file for the cells and results", ("copy",)),
+    "evaluate": Verb("tl.evaluate", "score predictions, beside simple methods", out="file for the table, csv"),
+    "perturb": Verb("tl.perturb", "edit genes and see how cells move", out="file for the results", skip=("copy",)),
     "generate": Verb("tl.generate", "make cells of a kind", "", "file for the cells", ("like",)),
-    "plot": Verb("pl.", "draw a result: scbin plot embedding cells.h5ad", "cells", "file for the picture, png or pdf", ("ax", "made")),
+    "plot": Verb("pl.", "draw a result: scbin plot embedding cells.h5ad", "cells", "file, png or pdf", ("ax", "made")),
     "quickstart": Verb("cli.quickstart", "all of it on 700 blood cells that come with scanpy (a few minutes)", ""),
-}  # fmt: skip
+}
 
 
 class Parser(ArgumentParser):
@@ -90,17 +85,15 @@ def _fill(parser: Parser, verb: Verb) -> None:
         return
     parser.add_argument("--config", action="config", help="a YAML file with these options; --print_config writes one")
     function = _function(verb)
-    first = {next(iter(function.__annotations__))} if verb.reads else set()
     if verb.reads:
-        parser.add_argument(
-            "data", nargs="+", help="files (h5ad, zarr), folders of such, patterns, or shard_{0..46}.h5ad"
-        )
+        told = "files (h5ad, zarr), folders of such, patterns, or shard_{0..46}.h5ad"
+        parser.add_argument("data", nargs="+", help=told)
     if verb.out:
         parser.add_argument("--out", type=str | None, help=verb.out)
     if verb.function == "pp.tokenize":
-        parser.add_argument(
-            "--scheduler", type=str | None, help="address of a dask.distributed scheduler, whose workers do it"
-        )
+        told = "address of a dask.distributed scheduler, whose workers do it"
+        parser.add_argument("--scheduler", type=str | None, help=told)
+    first = {next(iter(function.__annotations__))} if verb.reads else set()
     parser.add_function_arguments(function, skip={*first, *verb.skip}, fail_untyped=False)
 
 
@@ -113,34 +106,33 @@ def run(verb: Verb, given: dict[str, Any]) -> None:
     """Call the function of a command, and print or write what comes of it."""
     from scbin.io import corpus
 
-    function, data, address = _function(verb), given.pop("data", None), given.pop("scheduler", None)
-    out = given.pop("out", None) if verb.out else None
-    if verb.out and verb.reads != "cells" and out is None:
+    data, address, out = (
+        given.pop("data", None),
+        given.pop("scheduler", None),
+        given.pop("out", None) if verb.out else None,
+    )
+    if verb.out and verb.function != "tl.evaluate" and verb.reads != "cells" and out is None:
         raise ScbinInputError("A02", f"--out is missing: the {verb.out}.")
     if address is not None:
         from dask.distributed import Client
 
         given["client"] = Client(address)
-    cells: Any = data
     if verb.reads in ("matrix", "cells"):
         paths = corpus.expand(data)
         if len(paths) > 1:
             raise ScbinInputError("A02", f"this command takes one file; here are {len(paths)}.")
-        cells = (
-            corpus.open_cells(paths[0], given.get("layer")) if verb.reads == "matrix" else corpus.read_cells(paths[0])
-        )
-    result = function(cells, **given) if verb.reads else function(**given)
+        in_memory = verb.reads == "cells"
+        data = corpus.read_cells(paths[0]) if in_memory else corpus.open_cells(paths[0], given.get("layer"))
+    result = _function(verb)(*([data] if verb.reads else []), **given)
     if verb.function.startswith("pl."):
         result.figure.savefig(out or f"{verb.function[3:]}.png", dpi=150, bbox_inches="tight")
-    elif out is not None and hasattr(result, "save"):
+    elif hasattr(result, "save"):
         if os.environ.get("RANK", "0") == "0":
             result.save(out, overwrite=True)
-    elif out is not None and hasattr(result, "to_csv"):
-        result.to_csv(out, index=False)
-    elif verb.out and out is not None:
-        corpus.write_cells(Path(out), cells if result is None else result)
-    elif hasattr(result, "to_string") and verb.function != "pp.check":
-        print(result.to_string(index=False))
+    elif hasattr(result, "to_csv") and verb.function != "pp.check":
+        print(result.to_string(index=False)) if out is None else result.to_csv(out, index=False)
+    elif out is not None:
+        corpus.write_cells(Path(out), data if result is None else result)
     for path in result if isinstance(result, list) else ():
         print(path)
 
@@ -160,61 +152,25 @@ def quickstart(out: Path = Path("quickstart"), *, preset: str = "tiny", device: 
         Start of all randomness.
     """
     # heavy packages, which `scbin --version` does not need
-    import matplotlib as mpl
-
-    mpl.use("Agg")  # pictures go to files, also where there is no screen
     import scanpy as sc
+    from sklearn.model_selection import cross_val_score
+    from sklearn.neighbors import KNeighborsClassifier
 
-    import scbin.datasets
-    import scbin.pp
-    import scbin.tl
-    from scbin.io.directory import replaces_model
+    import scbin
+    from scbin.io.directory import check_replaceable
 
-    if out.exists() and not out.is_dir():
-        raise ScbinInputError("A02", f"--out {out} is a file; name a folder.")
     out.mkdir(parents=True, exist_ok=True)
-    replaces_model(out / "model", overwrite=True)  # raises now rather than after minutes of training
+    check_replaceable(out / "model", overwrite=True)  # raises now rather than after minutes of training
     adata = scbin.datasets.pbmc68k_reduced()
-    print(f"{adata.n_obs:,} blood cells, {adata.n_vars:,} genes, {adata.obs[LABELS].nunique()} cell types")
     scbin.pp.tokenize(adata)
     model = scbin.tl.pretrain(adata, preset=preset, device=device, seed=seed)
     model.save(out / "model", overwrite=True)
-    sc.pp.pca(adata, n_comps=N_COMPONENTS, mask_var=None, random_state=seed)
-    print(f"\nMacro-F1 of cell types, {N_NEIGHBOURS} nearest neighbours, 5 folds")
-    for name, slot in ((f"PCA, {N_COMPONENTS} components", "X_pca"), ("scbin", "X_scbin")):
-        print(f"  {name:<20}  {_score(adata, slot, seed):.3f}")
-    _plot(adata, model, out)
+    sc.pp.pca(adata, mask_var=None, random_state=seed)
+    print("\nMacro-F1 of cell types, 15 nearest neighbours, 5 folds")
+    for name, slot in (("PCA, 50 components", "X_pca"), ("scbin", "X_scbin")):
+        knn, labels = KNeighborsClassifier(15), adata.obs["bulk_labels"].astype(str)
+        print(f"  {name:<20}  {cross_val_score(knn, adata.obsm[slot], labels, scoring='f1_macro').mean():.3f}")
+    axes: Any = scbin.pl.embedding(adata, color="bulk_labels")
+    axes.figure.savefig(out / "embedding.png", dpi=150, bbox_inches="tight")
     adata.write_h5ad(out / "adata.h5ad")
-    print(f"\nWritten to {out}/: embedding.png, training.png, adata.h5ad and model/. Go on with")
-    print(
-        f"    adata = anndata.read_h5ad({str(out / 'adata.h5ad')!r}); model = scbin.Model.load({str(out / 'model')!r})"
-    )
-
-
-def _score(adata: AnnData, slot: str, seed: int) -> float:
-    """Return how well neighbours in an embedding tell the cell types of held-out cells apart."""
-    import numpy as np
-    from sklearn.model_selection import StratifiedKFold, cross_val_score
-    from sklearn.neighbors import KNeighborsClassifier
-
-    embedded = np.isfinite(adata.obsm["X_scbin"]).all(axis=1)
-    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
-    labels = adata.obs[LABELS].astype(str).to_numpy()[embedded]
-    model = KNeighborsClassifier(N_NEIGHBOURS)
-    return float(cross_val_score(model, adata.obsm[slot][embedded], labels, cv=folds, scoring="f1_macro").mean())
-
-
-def _plot(adata: AnnData, model: object, out: Path) -> None:
-    """Write pictures of both embeddings and of the training."""
-    import matplotlib.pyplot as plt
-
-    import scbin.pl
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11.0, 4.2), layout="constrained")
-    scbin.pl.embedding(adata, color=LABELS, basis="X_pca", title="PCA", legend_loc=None, ax=left)
-    scbin.pl.embedding(adata, color=LABELS, title="scbin", ax=right)
-    figure.savefig(out / "embedding.png", dpi=150)
-    figure, ax = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
-    scbin.pl.training(model, ax=ax)
-    figure.savefig(out / "training.png", dpi=150)
-    plt.close("all")
+    print(f"\nembedding.png, adata.h5ad and model are in {out}. Go on with scbin.Model.load({str(out / 'model')!r}).")

@@ -7,14 +7,16 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
+from huggingface_hub import HfApi
 
 from scbin import _keys
-from scbin._arguments import checked
-from scbin._errors import ScbinInputError, ScbinTypeError
+from scbin._arguments import checked, instances
+from scbin._errors import ScbinInputError
+from scbin._session import versions
 from scbin.io.directory import describe_parts, local_directory, own_tensors, parts_of, read_model, write_model
 from scbin.io.published import read_geneformer, read_perturbgene, read_polygene
 
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
     from scbin.nn.counts import CountHead
     from scbin.nn.network import CellNetwork
-    from scbin.nn.vector import Pooling
     from scbin.tokens.vocabulary import Vocabulary
 
 
@@ -66,7 +67,7 @@ class Model:
 
     def __post_init__(self) -> None:
         # what JSON can hold, before anyone relies on it: the same values before saving and after loading
-        text = json.dumps(dict(self.training), default=_plain)
+        text = json.dumps(dict(self.training), default=lambda value: getattr(value, "tolist", value.__str__)())
         self.training = json.loads(text, parse_constant=lambda _: None)  # it has no NaN
 
     @property
@@ -105,7 +106,29 @@ class Model:
             Replace a model that is there already.
         """
         content = (self.network, self.vocabulary, dict(self.training), self.history)
-        write_model(Path(path), content, self._facts(), overwrite=overwrite)
+        write_model(Path(path), content, self._facts() | {"saved with": versions()}, overwrite=overwrite)
+
+    @checked
+    def push_to_hub(self, repo_id: str, *, private: bool = True, api: Any = None) -> str:
+        """Upload the model to the Hugging Face hub, and return the hash of the commit: the `revision` to load it by.
+
+        What is uploaded is what :meth:`save` writes. Log in first: `hf auth login`.
+
+        Parameters
+        ----------
+        repo_id
+            `"owner/name"`. The repository is made if it does not exist.
+        private
+            Whether a new repository is visible to its owner only.
+        api
+            A `huggingface_hub.HfApi` with another server or token.
+        """
+        api = HfApi() if api is None else api
+        with TemporaryDirectory() as folder:
+            self.save(Path(folder) / "model")
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            sent = api.upload_folder(repo_id=repo_id, folder_path=Path(folder) / "model", commit_message="scbin model")
+        return sent.oid
 
     @classmethod
     @checked
@@ -118,7 +141,7 @@ class Model:
         Parameters
         ----------
         path
-            The directory, or the `"owner/name"` of a model on the hub (also `"owner/name@revision"`).
+            The directory, or the `"owner/name"` of a model on the hub.
         revision
             Which state of a model on the hub: the hash of a commit, best, or a branch. Without it nothing is ever fetched; what was
             fetched before is found in the cache.
@@ -132,8 +155,6 @@ class Model:
         path: str | os.PathLike[str],
         *,
         dictionaries: str | os.PathLike[str] | None = None,
-        layer: int | None = None,
-        pooling: Pooling | None = None,
         target: str = "label",
         class_names: Sequence[str] | None = None,
     ) -> Model:
@@ -141,6 +162,8 @@ class Model:
 
         After it, `scbin.pp.tokenize(adata, like=model)` ranks the genes as Geneformer does, by symbol or Ensembl id, and every
         tool works. Its weights need to be `model.safetensors`; its dictionaries are read without running anything in them.
+        The cell vector is Geneformer's: the last layer but one at `<cls>` (V2) or the mean over genes (V1); `scbin.tl.embed` takes
+        others.
 
         Parameters
         ----------
@@ -149,18 +172,13 @@ class Model:
         dictionaries
             The folder of Geneformer's dictionaries (`token_dictionary_gc104M.pkl` and so on, also as JSON): `geneformer` in its
             package. Default: the model's own folder, or `geneformer` beside it as in a copy of Geneformer's repository.
-        layer
-            Which hidden states make the cell vector. Default: -2, the last layer but one, which Geneformer calls `emb_layer=-1`;
-            for a classifier -1, the last, which its head reads.
-        pooling
-            Default: `"cls"` for V2, `"mean"` for V1, which has no such token; for a classifier of cells `"first"`.
         target
             Name of what a classifier predicts.
         class_names
             Its classes in the order of training, where the model only knows them as LABEL_0, LABEL_1 ...
         """
         folder = None if dictionaries is None else Path(dictionaries)
-        return cls(*read_geneformer(Path(path), folder, (pooling, layer), target, class_names))
+        return cls(*read_geneformer(Path(path), folder, target, class_names))
 
     @classmethod
     @checked
@@ -171,8 +189,6 @@ class Model:
         *,
         phenotypes: Mapping[str, Sequence[str]] | None = None,
         edges: Sequence[float] | None = None,
-        layer: int = -1,
-        pooling: Pooling = "mean",
     ) -> Model:
         """Read a Polygene model: bins of expression, a position for each of its genes, five phenotypes as tokens.
 
@@ -187,12 +203,8 @@ class Model:
             for its underscores.
         edges
             Lower edges of the bins above zero, where they are not the published ones (even from 0.1 to 9).
-        layer
-            Which hidden states make the cell vector; -1 is the last.
-        pooling
-            How they are averaged.
         """
-        return cls(*read_polygene(Path(path), genes, phenotypes, edges, (pooling, layer)))
+        return cls(*read_polygene(Path(path), genes, phenotypes, edges))
 
     @classmethod
     @checked
@@ -203,8 +215,6 @@ class Model:
         *,
         phenotypes: Mapping[str, Sequence[str]],
         edges: Sequence[float] | None = None,
-        layer: int | None = None,
-        pooling: Pooling | None = None,
         target: str = "label",
         class_names: Sequence[str] | None = None,
     ) -> Model:
@@ -223,54 +233,47 @@ class Model:
             Values of cell_type, development_stage (or age), disease, sex and tissue in the order of their tokens.
         edges
             Edges of the bins, where they are not the published ones (0.1, or ten even ones from 0.1 to 9).
-        layer
-            Which hidden states make the cell vector. Default: -1, the last.
-        pooling
-            How they are averaged. Default: `"mean"`; a classifier reads the first token.
         target
             Name of what a classifier predicts.
         class_names
             Its classes in the order of training.
         """
-        return cls(*read_perturbgene(Path(path), genes, phenotypes, edges, (pooling, layer), target, class_names))
+        return cls(*read_perturbgene(Path(path), genes, phenotypes, edges, target, class_names))
 
     def _facts(self) -> dict[str, str]:
         """Return what a user asks first about a model, by name."""
-        vocabulary, network, config = self.vocabulary, self.network, self.config
-        body, vector = network.backbone, network.vector
-        kind, how = config["backbone"]["kind"], getattr(vector, "pooling", config["vector"]["kind"])
-        bins = "" if vocabulary.bins is None else f", {vocabulary.bins.n_bins} bins"
-        sizes = f"{body.n_layers} layers, hidden size {body.hidden_size}, {self.n_parameters:,} parameters"
+        vocabulary, network, training = self.vocabulary, self.network, self.training
+        body, vector, kinds = network.backbone, network.vector, {k: part["kind"] for k, part in self.config.items()}
         facts = {
-            "encoding": f"{vocabulary.encoding}, {len(vocabulary.genes):,} genes{bins}",
+            "encoding": f"{vocabulary.encoding}, {len(vocabulary.genes):,} genes",
             "phenotypes": ", ".join(f"{p.name} ({len(p.values)} values)" for p in vocabulary.phenotypes) or "none",
-            "network": f"{kind}, {sizes}",
-            "cell vector": f"{vector.size} numbers, {how}, layer {vector.layer}",
+            "network": f"{kinds['backbone']}, {body.n_layers} layers, hidden size {body.hidden_size}, "
+            f"{self.n_parameters:,} parameters",
+            "cell vector": f"{vector.size} numbers, {getattr(vector, 'pooling', kinds['vector'])}, layer {vector.layer}",
+            "trained": f"on {training['n_cells']:,} cells, {training.get('steps', 0):,} steps"
+            if "n_cells" in training
+            else str(training.get("published_as", "not at all"))[:80],
         }
         if network.labels is not None:
-            targets: Any = network.labels.targets
-            kinds = (f"{len(each.classes)} classes" if each.classes else "a number" for each in targets)
-            facts["predicts"] = ", ".join(f"{each.name} ({what})" for each, what in zip(targets, kinds, strict=True))
-        trained = {name: self.training.get(name) for name in ("n_cells", "steps", "epochs")}
-        numbers = [f"{name.removeprefix('n_')} {n:,}" for name, n in trained.items() if isinstance(n, int | float)]
-        facts["trained"] = ", ".join(numbers) or str(self.training.get("published_as", "not at all"))[:80]
+            labels: Any = network.labels
+            facts["predicts"] = ", ".join(target.name for target in labels.targets)
+        if report := training.get("finetune"):
+            losses = ", ".join(f"{loss:.3f} {name}" for name, loss in report.get("held_out_loss", {}).items())
+            facts["fine-tuned"] = (
+                f"on {report.get('n_cells')} cells, {report.get('n_held_out')} held out; {report.get('kept')}"
+            )
+            facts["held-out loss"] = losses or "not known"
         for column, values in self.history.filter(like="validation_").items():
-            losses, task = values.dropna(), str(column).removeprefix("validation_").replace("_", " ")
+            losses = values.dropna()
             if len(losses):
-                facts[f"held-out loss, {task}"] = f"{losses.iloc[0]:.3f} at first, {losses.iloc[-1]:.3f} at last"
+                name = str(column).removeprefix("validation_").replace("_", " ")
+                facts[f"held-out loss, {name}"] = f"{losses.iloc[0]:.3f} at first, {losses.iloc[-1]:.3f} at last"
         return facts
 
     def __repr__(self) -> str:
         facts = self._facts()
-        width = max(len(name) for name in facts)
+        width = max(map(len, facts))
         return "\n".join(["scbin Model", *(f"  {name:<{width}}  {text}" for name, text in facts.items())])
-
-
-def _plain(value: Any) -> Any:
-    """Return an array, a number of numpy or a path as what JSON knows."""
-    if isinstance(value, np.ndarray | np.generic | Path):
-        return str(value) if isinstance(value, Path) else value.tolist()
-    raise ScbinTypeError("A01", f"a {type(value).__name__} cannot be kept with a model; use numbers and text.")
 
 
 _session: dict[str, Model] = {}  # the models that were trained last in this session, by the fingerprint left in uns
@@ -280,17 +283,15 @@ def remember(identifier: str, model: Model) -> None:
     """Keep a model for the verbs that follow in this session; a notebook rarely has more than four in use."""
     _session.pop(identifier, None)
     _session[identifier] = model
-    while len(_session) > 4:
-        del _session[next(iter(_session))]
+    for old in list(_session)[:-4]:
+        del _session[old]
 
 
 def count_head(model: Model, fix: str) -> CountHead:
     """Return the count head of a model that has one and reads how much is expressed; `fix` says what to do where not."""
-    head: CountHead | None = model.network.counts
+    head: Any = model.network.counts
     if head is None or model.vocabulary.unit == "order":
-        reads_ranks = model.vocabulary.unit == "order"
-        lacks = "reads genes by rank, not how much is expressed" if reads_ranks else "has no count head"
-        raise ScbinInputError("M06", f"this model {lacks}. {fix}")
+        raise ScbinInputError("M06", f"this model reads genes by rank, or has no count head. {fix}")
     return head
 
 
@@ -300,9 +301,7 @@ def resolve_model(model: Model | str | os.PathLike[str] | None, adata: AnnData |
         return model
     if isinstance(model, str | os.PathLike):
         return Model.load(model)
-    if model is not None:
-        what = "pass a scbin.Model, the path of its directory or its id on the hub."
-        raise ScbinTypeError("A01", f"model is a {type(model).__name__}; {what}")
+    instances((), "a scbin.Model, the path of its directory or its id on the hub", optional=True, model=model)
     entry = {} if adata is None else adata.uns.get(_keys.UNS, {})
     identifier, directory = (str(entry.get(key, "")) for key in (_keys.MODEL_ID, _keys.MODEL_PATH))
     if identifier in _session:

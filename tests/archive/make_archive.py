@@ -36,7 +36,7 @@ def main(folder: Path) -> None:
     scbin.pp.tokenize(adata, phenotypes=["cell_type", "sex"])
     vocabulary = scbin.Vocabulary.from_json(adata.uns["scbin"]["vocabulary"])
     tokens = MemoryTokens(adata.obsm["X_tokens"], vocabulary)
-    for backbone in ("bert", "latent", "mlp"):
+    for backbone in ("bert", "mlp"):
         network = build_network(vocabulary, SHAPE, backbone, seed=3, vector_options={"size": 4, "width": 8})
         with seeded(4):
             network.labels = LabelHead(vocabulary, 4, [{"name": "cell_type", "classes": ["B cell", "CD4+/CD25 T"]}])

@@ -66,7 +66,7 @@ def test_a_head_of_the_first_edition_is_left_out(tmp_path):
         scbin.Model.load(path)
 
 
-@pytest.mark.parametrize("kind", ["bert", "latent", "mlp"])
+@pytest.mark.parametrize("kind", ["bert", "mlp"])
 @pytest.mark.parametrize("folder", OTHERS, ids=lambda path: path.name)
 def test_later_formats(folder, kind, tmp_path):
     adata, model = ad.read_h5ad(folder / "cells.h5ad"), scbin.Model.load(folder / f"model_{kind}")

@@ -41,11 +41,20 @@ def test_rows_names_and_columns_are_those_in_memory(shards, monkeypatch):
     assert tokens.obs("cell_type").tolist() == adata.obs["cell_type"].tolist()
     with pytest.raises(KeyError):
         tokens.obs("nothing")
-    assert [part.n_cells for part in tokens.files()] == [20, 20, 20]
     held = KeptRows(tokens, np.array([50, 3]))
     assert (held.take(np.array([50, 3])) != adata.obsm["X_tokens"][[50, 3]]).nnz == 0 and held.names.equals(
         tokens.names
     )
+
+
+def test_rows_of_more_blocks_than_are_held(shards, monkeypatch):
+    """In any order, and nothing of them stays in memory."""
+    for name, value in {"ROWS": 4, "WINDOW": 2, "SPARE": 1, "AT_ONCE": 2}.items():
+        monkeypatch.setattr(corpus, name, value)
+    adata, paths = shards
+    tokens = scbin.open_tokens(paths)
+    for rows in (np.arange(60), np.random.default_rng(0).integers(0, 60, 90)):
+        assert (tokens.take(rows) != adata.obsm["X_tokens"][rows]).nnz == 0 and not tokens._blocks
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
@@ -70,8 +79,11 @@ def test_paths_are_written_out(tmp_path):
     for asked in (tmp_path, str(tmp_path / "*.h5ad"), [tmp_path / name for name in expected]):
         assert [path.name for path in corpus.expand(asked)] == expected
     assert [path.name for path in corpus.expand("s_{08..11}.h5ad")] == [f"s_{k:02d}.h5ad" for k in range(8, 12)]
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ScbinInputError, match="F01"):
-        corpus.expand(str(tmp_path / "*.zarr"))
+        corpus.expand(tmp_path / "empty")
+    with pytest.raises(ScbinInputError, match=r"F01.*zarr is not there"):
+        scbin.open_tokens(str(tmp_path / "*.zarr"))
 
 
 def test_blocks_are_read_once_and_few_are_held(shards, monkeypatch):

@@ -34,7 +34,7 @@ def read(tmp_path):
     return read
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("protocol", [3, 4, 5])
 @pytest.mark.parametrize(
     "value",
     [np.int64, lambda k: np.float64(k / 7 + 1), "ENSG{:011d}".format, None],
@@ -134,7 +134,7 @@ def mutants(seeds, n, seed=0):
 @pytest.mark.parametrize("n", [5_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_mutants_raise_nothing_but_our_error(read, n):
     small = {"<pad>": 0, "ENSG00000000003": 70_000, "s": "t", "f": 0.25, "n": np.int64(5), "d": np.float64(1.5)}
-    seeds = [pickle.dumps(small, protocol=protocol) for protocol in (2, 3, 4, 5)]
+    seeds = [pickle.dumps(small, protocol=protocol) for protocol in (3, 4, 5)]
     modules, n_loaded = set(sys.modules), 0
     for raw in mutants(seeds, n):
         try:

@@ -140,7 +140,7 @@ def test_the_same_model_is_the_same_bytes(saved, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (saved / name).read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["bert", "latent", "mlp"])
+@pytest.mark.parametrize("kind", ["bert", "mlp"])
 def test_every_kind_of_backbone_is_kept(model, kind, tmp_path):
     other = Model(make_network(model.vocabulary, kind), model.vocabulary)
     other.save(tmp_path / kind)
@@ -164,6 +164,8 @@ def test_a_path_that_is_no_model(tmp_path):
     refuse(tmp_path / "nowhere", "M01")
     (tmp_path / "empty").mkdir()
     assert "from_geneformer" in refuse(tmp_path / "empty", "M01")
+    (tmp_path / "empty" / "pytorch_model.bin").touch()
+    assert "save_pretrained" in refuse(tmp_path / "empty", "M01")
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
@@ -186,11 +188,9 @@ def test_damaged_files(saved, tmp_path, name):
     [
         lambda path: (path / "modeling_bert.py").write_text("raise SystemExit"),
         lambda path: (path / "README.md").unlink() or os.mkfifo(path / "README.md"),
-        lambda path: (path / WEIGHTS).rename(path / "pytorch_model.bin"),
-        lambda path: (path / WEIGHTS).rename(path / "model.safetensors.index.json"),
         lambda path: os.truncate(path / NETWORK, 64 * 2**20 + 1),  # sparse: it takes no room
     ],
-    ids=["code", "pipe", "only a pickle", "index", "too large"],
+    ids=["code", "pipe", "too large"],
 )
 def test_foreign_files(model_dir, add):
     add(model_dir)
@@ -214,7 +214,6 @@ def test_a_download_of_the_hub_may_be_links_into_its_own_store(saved, model, tmp
     snapshot.mkdir(parents=True)
     for file in blobs.iterdir():
         (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
-    (snapshot / "notes.txt").write_text("what others fetched of the same repository")
     assert Model.load(snapshot).fingerprint == model.fingerprint
     (snapshot / CONFIG).unlink()
     (snapshot / CONFIG).symlink_to(saved / CONFIG)
@@ -264,7 +263,7 @@ def test_numbers_out_of_range(model_dir, key, value):
     edit_json(model_dir, CONFIG, lambda content: content.update({key: value}))
     assert key in refuse(model_dir, "M03")
     edit_json(model_dir, CONFIG, lambda content: content.pop("hidden_size"))
-    assert "hidden_size" in refuse(model_dir, "M02")
+    refuse(model_dir, "M02", "M03")
 
 
 @pytest.mark.parametrize(
@@ -328,7 +327,7 @@ def test_tensors_that_are_not_those_described(model_dir, name, change):
         lambda about: about["parts"]["vector"].update(kind="counts"),
         lambda about: about["parts"]["vector"]["config"].update(layer=99),
         lambda about: about["parts"]["vector"]["config"].update(hidden_size=17),
-        lambda about: about["parts"]["backbone"].update(kind="latent"),
+        lambda about: about["parts"]["backbone"].update(kind="mlp"),
         lambda about: about["parts"]["labels"]["config"]["targets"][0]["classes"].append("more"),
     ],
     ids=["format", "key", "no vector", "place", "kind", "layer", "width", "backbone", "classes"],
@@ -381,7 +380,7 @@ def test_a_link_to_a_model_stays_one(model, model_dir, tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link", "model"]
 
 
-@pytest.mark.parametrize(("call", "least"), [("fsync", 5), ("rename", 2), ("mkdir", 1)])
+@pytest.mark.parametrize(("call", "least"), [("fsync", 5), ("rename", 1), ("replace", 1), ("mkdir", 1)])
 def test_a_failing_disk_leaves_the_old_model(model, other, model_dir, monkeypatch, call, least):
     real, n_failures = getattr(os, call), 0
     for n in (*range(1, 12), 10**6):
@@ -405,18 +404,3 @@ def test_a_failing_disk_leaves_the_old_model(model, other, model_dir, monkeypatc
         assert found.training in (model.training, other.training)
         assert [entry.name for entry in model_dir.parent.iterdir()] == ["model"]
     assert n_failures >= least and found.training == other.training
-
-
-def test_a_save_that_was_killed_between_two_renames(model, model_dir):
-    for again in (lambda: None, lambda: model.save(model_dir, overwrite=True)):
-        model_dir.rename(model_dir.with_name(".tmp-old-model"))
-        again()
-        assert Model.load(model_dir).fingerprint == model.fingerprint
-        assert [entry.name for entry in model_dir.parent.iterdir()] == ["model"]
-
-
-def test_what_could_not_be_read_again_is_not_written(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("scbin.io.directory.MAX_JSON", 10_000)
-    with pytest.raises(ScbinModelError, match=r"M05.*training\.json"):
-        Model(model.network, model.vocabulary, training={"note": "x" * 10_000}).save(tmp_path / "model")
-    assert not list(tmp_path.iterdir())

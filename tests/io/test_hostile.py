@@ -52,7 +52,7 @@ def make_sound(folder):
     """Write a BERT with heads, another kind of network, and a published one."""
     genes = [f"GENE{k}" for k in range(12)]
     ranks = Vocabulary.build("rank", genes, medians=[1.0 + k for k in range(12)], max_length=16)
-    for kind in ("bert", "latent"):
+    for kind in ("bert", "mlp"):
         network = build_network(ranks, SHAPE, kind, vector_options={"size": 4, "width": 8})
         network.labels = LabelHead(ranks, 4, [{"name": "cell_type", "classes": ["a", "b", "c"]}])
         Model(network, ranks, {"steps": 3}).save(folder / kind)
@@ -64,9 +64,9 @@ def make_sound(folder):
             file.unlink()
     tokens = {name: k for k, name in enumerate(["<pad>", "<mask>", "<cls>", "<eos>", *genes])}
     (published / "token_dictionary.pkl").write_bytes(pickle.dumps({k: np.int64(v) for k, v in tokens.items()}))
-    (published / "gene_median_dictionary.json").write_text(json.dumps(dict.fromkeys(genes, 1.5)))
-    (published / "ensembl_mapping_dict.json").write_text(json.dumps({"A": "GENE1", "GENE2": "GENE2"}))
-    return {name: folder / name for name in ("bert", "latent", "geneformer")}
+    (published / "gene_median_dictionary.pkl").write_bytes(pickle.dumps(dict.fromkeys(genes, 1.5)))
+    (published / "ensembl_mapping_dict.pkl").write_bytes(pickle.dumps({"A": "GENE1", "GENE2": "GENE2"}))
+    return {name: folder / name for name in ("bert", "mlp", "geneformer")}
 
 
 def seal(path):

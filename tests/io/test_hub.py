@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from scbin._errors import ScbinInputError, ScbinModelError
 from scbin.io import directory
 from scbin.io.directory import local_directory
+from scbin.model import Model
 
 
 @pytest.fixture
@@ -32,15 +35,33 @@ def test_it_is_asked_only_for_an_id_with_a_revision(asked, tmp_path):
         local_directory("owner/name")
     assert asked == []
     assert local_directory("owner/name", "main") == tmp_path / "download"
-    assert local_directory("owner/other@v1.0") == tmp_path / "download"
-    assert asked == [("owner/name", "main"), ("owner/other", "v1.0")]
+    assert asked == [("owner/name", "main")]
     assert local_directory("owner/name") == tmp_path / "download"  # from the cache
-    assert len(asked) == 2
+    assert len(asked) == 1
     (tmp_path / "owner" / "name").mkdir(parents=True)
     assert str(local_directory("owner/name")) == "owner/name"  # a path on this machine goes first
-    wrong = ("owner/name", "a/b/c", "../name", tmp_path / "x" / "y", "owner/other@v1")
+    wrong = ("owner/name", "a/b/c", "../name", tmp_path / "x" / "y")
     for path in wrong:
         with pytest.raises(ScbinInputError, match="A03"):
             local_directory(path, "main")
     with pytest.raises(ScbinModelError, match=r"M01.*no route"):
         local_directory("no/route", "main")
+
+
+def test_a_model_is_pushed_as_it_is_saved(trained):
+    """The upload goes to an api that may be any; what it gets is a directory that loads, with a card."""
+
+    class Api:
+        def create_repo(self, repo_id, **options):
+            self.made = repo_id, options
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            self.model, self.card = Model.load(folder_path), (folder_path / "README.md").read_text()
+            return SimpleNamespace(oid="0123abc")
+
+    api, model = Api(), trained[1]
+    assert model.push_to_hub("me/mine", api=api) == "0123abc"
+    assert api.made == ("me/mine", {"private": True, "exist_ok": True})
+    assert api.model.fingerprint == model.fingerprint
+    for text in ("| trained | on 59 cells, 3 steps |", "| saved with | scbin ", "## How to use it", "- bert\n"):
+        assert text in api.card

@@ -18,11 +18,11 @@ def attend(q, k, v, layout=None, **options):
     return packed_attention(torch.nn.Identity(), q, k, v, None, layout=layout, **options)[0]
 
 
-def test_scale_and_widths_of_their_own():
+def test_a_scale_of_its_own():
     q, k, v = torch.randn(3, 1, 2, 10, 8).unbind()
-    out = attend(q, k, v[..., :5], pack_layout(np.array([4, 6])), scaling=0.3)
+    out = attend(q, k, v, pack_layout(np.array([4, 6])), scaling=0.3)
     for a, b in ((0, 4), (4, 10)):
-        expected = written_out(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b, :5], 0.3)
+        expected = written_out(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], 0.3)
         assert (out[0, a:b] - expected[0].transpose(0, 1)).abs().max() < 1e-5
 
 
@@ -44,23 +44,13 @@ def test_without_a_layout_it_is_ordinary_attention():
     assert (attend(q, k, v) - written_out(q, k, v, 8**-0.5).transpose(1, 2)).abs().max() < 1e-5
 
 
-def test_dropout_in_attention_is_right_on_average():
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 1, 2, 6, 8).unbind()
-    layout = pack_layout(np.array([2, 4]))
-    draws = torch.stack([attend(q, k, v, layout, dropout=0.3) for _ in range(3000)])
-    assert draws.std(0).min() > 0.01
-    assert (draws.mean(0) - attend(q, k, v, layout)).abs().max() < 0.1
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("keys", [False, True])
-def test_the_packed_kernel_of_cuda_equals_row_by_row(keys):
+def test_the_packed_kernel_of_cuda_equals_row_by_row():
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 4, 300, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    layout = pack_layout(np.array([7, 93, 200]), "cuda", np.array([5, 93, 150]) if keys else None)
+    layout = pack_layout(np.array([7, 93, 200]), "cuda")
     exact = [t.detach().float().requires_grad_() for t in (q, k, v)]
-    out, expected = attend(q, k, v, layout), _row_by_row(*exact, layout, 64**-0.5, 0.0).transpose(1, 2)
+    out, expected = attend(q, k, v, layout), _row_by_row(*exact, layout, 64**-0.5)
     assert (out.float() - expected).abs().max() < 2e-2 and (attend(*exact, layout) - expected).abs().max() < 1e-3
     out.float().square().sum().backward()
     expected.square().sum().backward()

@@ -11,16 +11,15 @@ import torch
 from scbin._errors import ScbinInputError
 from scbin.nn.attention import PACKED
 from scbin.nn.bert import BertBackbone
-from scbin.nn.limits import CONFIG_KEYS
 from scbin.nn.network import BACKBONES, CellNetwork, build_network
 from scbin.nn.packs import make_pack
-from scbin.nn.presets import PRESETS, preset
+from scbin.nn.presets import CONFIG_KEYS, PRESETS, preset
 from scbin.nn.vector import LatentVector, PooledVector
 from scbin.tokens.bins import Bins
 from scbin.tokens.vocabulary import Vocabulary
 
 SHAPE = replace(preset("tiny"), hidden_size=32, num_hidden_layers=3, intermediate_size=48)
-KINDS = ["bert", "latent", "mlp"]
+KINDS = ["bert", "mlp"]
 LENGTHS = (5, 1, 32, 17, 9)
 
 
@@ -36,10 +35,10 @@ def build(vocabulary, kind, seed=0):
     return build_network(vocabulary, SHAPE, kind, seed=seed).backbone.eval()
 
 
-def lay(rows, key_lengths=None):
+def lay(rows):
     positions = np.concatenate([np.arange(len(row)) for row in rows])
     lengths = np.array([len(row) for row in rows])
-    return make_pack(np.concatenate(rows), positions, lengths, np.arange(len(rows)), key_lengths=key_lengths)
+    return make_pack(np.concatenate(rows), positions, lengths, np.arange(len(rows)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,7 +77,7 @@ def test_embedded_tokens_and_chosen_logits(rows, kind):
     vocabulary, rows = rows
     backbone, pack = build(vocabulary, kind), lay(rows)
     hidden = backbone.encode(pack)
-    assert torch.equal(backbone.encode(pack, embedded=backbone.embed(pack)), hidden)
+    assert torch.equal(backbone.encode(pack, 0), backbone.embed(pack))
     logits = backbone.logits(hidden[[3, 1]])
     assert logits.shape == (2, vocabulary.n_tokens)
     assert (backbone.logits(hidden[[3, 1]], 10, 20) - logits[:, 10:20]).abs().max() < 1e-5
@@ -155,7 +154,7 @@ def test_gradients_equal_those_of_stock_bert(rows):
         assert (own[name].grad - gradient).abs().max() <= 1e-4 * max(1, gradient.abs().max())
 
 
-def test_layers_logits_and_attended_tokens_of_bert(rows):
+def test_layers_and_logits_of_bert(rows):
     vocabulary, rows = rows
     backbone = build(vocabulary, "bert")
     ids = torch.from_numpy(rows[2])[None]
@@ -163,11 +162,6 @@ def test_layers_logits_and_attended_tokens_of_bert(rows):
     for layer in range(-4, 4):
         assert (backbone.encode(lay([rows[2]]), layer) - states[layer][0]).abs().max() < 1e-5
     assert (backbone.logits(backbone.encode(lay([rows[2]]))) - backbone.bert(ids).logits[0]).abs().max() < 1e-5
-    keys = np.array([len(row) - (len(row) > 1) for row in rows])  # the last tokens are attended to by no other
-    hidden = backbone.encode(lay(rows, key_lengths=keys)).split(LENGTHS)
-    without = backbone.encode(lay([row[:n] for row, n in zip(rows, keys, strict=True)])).split(keys.tolist())
-    for one, other in zip(hidden, without, strict=True):
-        assert (one[: len(other)] - other).abs().max() < 1e-5
 
 
 def weights_of(c, vocab_size, positions):
@@ -209,7 +203,6 @@ def test_every_preset_can_be_built(name):
         {"intermediate_size": 64 * 9},
         {"hidden_act": "gelo"},
         {"hidden_dropout_prob": 2},
-        {"attention_probs_dropout_prob": float("nan")},
         {"max_length": 2**18 + 1},
         {"num_hidden_layers": True},
     ],

@@ -172,7 +172,7 @@ def test_packs_hold_every_filled_row_once_within_the_budget():
     assert plan_packs(np.zeros(3), 5) == []
 
 
-@pytest.mark.parametrize("kind", ["bert", "latent", "mlp"])
+@pytest.mark.parametrize("kind", ["bert", "mlp"])
 def test_vectors_do_not_depend_on_packs_and_empty_cells_have_none(kind):
     tokens, _ = cells()
     network = build_network(tokens.vocabulary, "tiny", kind, vector_options={"size": 6}).train()

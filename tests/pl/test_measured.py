@@ -34,6 +34,19 @@ def test_scores_have_a_row_for_each_method(judged, metric):
     assert ("ceiling" in [text.get_text() for text in ax.texts]) == (metric == "pearson")
 
 
+def test_pairs_are_shown_apart():
+    adata = scbin.datasets.perturbseq(15, 3000, 100, n_modules=3, n_pairs=8, seed=1)
+    scbin.tl.fit_perturbations(adata, batch_key="batch")
+    scbin.tl.evaluate_perturbations(adata)
+    ax = scbin.pl.perturbation_scores(adata)
+    table = scbin.get.perturbations_df(adata, "evaluated", reproducible=True)
+    methods = {kind: set(part["method"]) for kind, part in table.groupby("n_targets")}
+    rows = [label.get_text() for label in ax.get_yticklabels()]
+    n = len(methods[2])
+    assert set(rows[:n]) == methods[2] and set(rows[n:]) == methods[1]
+    assert "additive" in rows[:n] and "additive" not in rows[n:]
+
+
 def test_retrieval_has_a_curve_for_each_method(judged):
     ax = scbin.pl.perturbation_retrieval(judged)
     names = [text.get_text() for text in ax.get_legend().get_texts()]
@@ -43,7 +56,7 @@ def test_retrieval_has_a_curve_for_each_method(judged):
 
 
 def test_refused(judged, toy):
-    with pytest.raises(scbin.ScbinInputError, match="A02.*'pearson'"):
+    with pytest.raises(scbin.ScbinInputError, match="P02.*'pearson'"):
         scbin.pl.perturbation_scores(judged, metric="r2")
     with pytest.raises(scbin.ScbinInputError, match=r"A06.*evaluate_perturbations"):
         scbin.pl.perturbation_retrieval(toy)

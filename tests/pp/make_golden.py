@@ -37,7 +37,7 @@ CASES = {
     "bins_log2": {"rule": "log2"},
     "bins_log2_keep": {"rule": "log2", "zeros": "keep"},
     "gene_bins_linear": {"encoding": "gene_bins", "rule": "linear", "n_bins": 12},
-    "binary": {"encoding": "binary", "threshold": 6.0},
+    "binary": {"encoding": "binary", "rule": [6.0]},
     "gene_bins": {"encoding": "gene_bins"},
     "gene_bins_keep": {"encoding": "gene_bins", "zeros": "keep"},
     "rank": {"encoding": "rank"},

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
+import warnings
 from functools import partial
 
 import anndata as ad
@@ -55,23 +60,16 @@ def test_tokens_of_files_are_those_of_the_joined_cells(sources, tmp_path, worker
     assert scbin.get.tokens_df(shard, cell=0) is not None
 
 
-def test_a_sample_has_every_label_and_chooses_nearly_the_same(tmp_path, toy, monkeypatch):
-    monkeypatch.setattr(_files, "SAMPLE", 32)
+@pytest.mark.parametrize("encoding", ["bins", "rank", "binary"])
+def test_the_vocabulary_of_files_is_that_of_all_their_cells(tmp_path, toy, encoding):
+    """Genes, medians and labels, each exactly those of the joined cells, in blocks and files of any size."""
     toy.obs["cell_type"] = ["rare" if k == 43 else "common" if k % 2 else "other" for k in range(60)]
-    corpus.write_cells(tmp_path / "cells.h5ad", toy)
-    with pytest.warns(ScbinInputWarning, match="I40"):
-        out = scbin.pp.tokenize(
-            tmp_path / "cells.h5ad", out=tmp_path / "tokens.h5ad", phenotypes=["cell_type"], n_genes=20
-        )
-    vocabulary = scbin.open_tokens(out).vocabulary
-    assert vocabulary.phenotype("cell_type").values == ("common", "other", "rare")
-    assert _files.sampled([tmp_path / "cells.h5ad"], _files_request()).n_obs == 32
-
-
-def _files_request():
-    from scbin.pp._plan import Request
-
-    return Request()
+    for k, rows in enumerate((slice(0, 7), slice(7, 50), slice(50, 60))):
+        corpus.write_cells(tmp_path / f"cells_{k}.h5ad", toy[rows].copy())
+    how = {"encoding": encoding, "phenotypes": ["cell_type"], "n_genes": 20}
+    out = scbin.pp.tokenize(str(tmp_path / "cells_{0..2}.h5ad"), out=tmp_path / "corpus", **how)
+    scbin.pp.tokenize(toy, **how)
+    assert scbin.open_tokens(out).vocabulary.sha256 == scbin.Vocabulary.from_json(toy.uns["scbin"]["vocabulary"]).sha256
 
 
 def test_an_interrupted_call_goes_on(sources, tmp_path, monkeypatch):
@@ -109,12 +107,67 @@ def test_one_bad_file_is_named_and_the_others_are_done(sources, tmp_path, toy):
         scbin.pp.tokenize([*paths, tmp_path / "short.h5ad"], out=tmp_path / "all")
 
 
-def test_files_of_two_species_are_refused(sources, tmp_path, toy):
+def test_another_species_is_named(sources, tmp_path, toy):
     paths, _ = sources
-    toy.var_names = [f"Gene{k}" for k in range(40)]
+    toy.var_names = [f"Mouse{name.lower()}" for name in toy.var_names]
     corpus.write_cells(tmp_path / "mouse.h5ad", toy)
-    with pytest.raises(ScbinInputError, match=r"I32.*mouse.h5ad"):
-        scbin.pp.tokenize([*paths, tmp_path / "mouse.h5ad"], out=tmp_path / "corpus")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scbin.pp.tokenize([*paths, tmp_path / "mouse.h5ad"], out=tmp_path / "mixed")
+    assert any(str(w.message).startswith("[I32] 'mouse.h5ad': only 5") for w in caught)
+    like = scbin.open_tokens(scbin.pp.tokenize(paths, out=tmp_path / "one", n_genes=20)).vocabulary
+    with pytest.raises(ScbinInputError, match=r"mouse.h5ad"):
+        scbin.pp.tokenize([tmp_path / "mouse.h5ad", *paths], out=tmp_path / "corpus", like=like)
+    assert scbin.open_tokens(tmp_path / "corpus").n_cells == 60  # the rest is done
+
+
+def test_values_that_cannot_be_read_are_named_with_their_file(sources, tmp_path, toy):
+    toy.X.data[5] = -3
+    corpus.write_cells(tmp_path / "negative.h5ad", toy)
+    with pytest.raises(ScbinInputError, match=r"I04.*cell '0 of negative.h5ad'"):
+        scbin.pp.tokenize([*sources[0], tmp_path / "negative.h5ad"], out=tmp_path / "corpus")
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(sources, tmp_path, monkeypatch):
+    paths, _ = sources
+    like = scbin.open_tokens(scbin.pp.tokenize(paths, out=tmp_path / "first", n_genes=20)).vocabulary
+    write = corpus.write_shard
+
+    def touched(path, *rest):
+        write(path, *rest)
+        (paths[1]).write_bytes(paths[1].read_bytes() + b" ")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_files, "write_shard", touched)
+        with pytest.raises(ScbinInputError, match=r"F01.*b.h5ad: the file was changed while it was read"):
+            scbin.pp.tokenize(paths[1], out=tmp_path / "corpus", like=like)
+    assert not list((tmp_path / "corpus").iterdir())
+
+    blocks = _files.iter_blocks
+
+    def slow(adata, layer):
+        yield from blocks(adata, layer)
+        (paths[0]).write_bytes(paths[0].read_bytes() + b" ")
+
+    monkeypatch.setattr(_files, "iter_blocks", slow)  # between two passes for the vocabulary
+    with pytest.raises(ScbinInputError, match=r"F01.*a.h5ad: the file was changed"):
+        scbin.pp.tokenize(paths, out=tmp_path / "corpus", n_genes=20)
+
+
+def test_where_nothing_may_be_written_the_file_is_named(sources, tmp_path, monkeypatch):
+    paths, _ = sources
+    out = scbin.pp.tokenize(paths, out=tmp_path / "corpus", **JOINED)
+    quiet = {"progress": False, "device": "cpu"}
+    model = scbin.tl.pretrain(out, preset="tiny", max_steps=1, **quiet)
+
+    def refuses(self, *_, **__):
+        raise OSError(30, "Read-only file system", str(self))
+
+    monkeypatch.setattr(type(tmp_path), "mkdir", refuses)
+    with pytest.raises(ScbinInputError, match=r"F02.*scbin.a.h5ad could not be written.*Read-only"):
+        scbin.tl.embed(out, model, **quiet)
+    with pytest.raises(ScbinInputError, match=r"F02.*a.h5ad could not be written.*Read-only"):
+        scbin.pp.tokenize(paths, out=tmp_path / "elsewhere", **JOINED)
 
 
 def test_empty_cells_are_told_once(tmp_path, toy):
@@ -154,6 +207,33 @@ def test_dask_workers_make_the_same_tokens(sources, tmp_path):
     assert (here.take(np.arange(60)) != there.take(np.arange(60))).nnz == 0
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_dask_worker_that_is_killed_changes_nothing(toy, tmp_path):
+    """Two workers in processes of their own; one is killed as soon as the first file is there."""
+    distributed = pytest.importorskip("distributed")
+    for k in range(30):
+        corpus.write_cells(tmp_path / f"cells_{k}.h5ad", toy[2 * k : 2 * k + 2].copy())
+    paths = str(tmp_path / "cells_{0..29}.h5ad")
+    here = scbin.open_tokens(scbin.pp.tokenize(paths, out=tmp_path / "here", **JOINED))
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        with distributed.Client(cluster) as client:
+            pids, killed = list(client.run(os.getpid).values()), []
+
+            def kill():
+                while not list((tmp_path / "there").glob("*.h5ad")):
+                    time.sleep(0.002)
+                os.kill(pids[0], signal.SIGKILL)
+                killed.append(len(list((tmp_path / "there").glob("*.h5ad"))))
+
+            killer = threading.Thread(target=kill)
+            killer.start()
+            there = scbin.open_tokens(scbin.pp.tokenize(paths, out=tmp_path / "there", client=client, **JOINED))
+            killer.join()
+    assert killed[0] < 30 and not list((tmp_path / "there").glob(".tmp-*"))
+    assert (here.take(np.arange(60)) != there.take(np.arange(60))).nnz == 0
+
+
 def test_verbs_take_paths_and_write_beside(sources, tmp_path):
     paths, joined = sources
     out = scbin.pp.tokenize(paths, out=tmp_path / "corpus", **JOINED)
@@ -171,6 +251,13 @@ def test_verbs_take_paths_and_write_beside(sources, tmp_path):
     assert found.obs["scbin_cell_type"].tolist() == whole.obs["scbin_cell_type"].tolist()
     tuned = scbin.tl.finetune(scbin.open_tokens(out), "new", target="sex", max_steps=0, **quiet)
     assert tuned.network.labels.targets[0].name == "sex"
+    with pytest.warns(ScbinInputWarning, match="L04"):
+        tables = [scbin.tl.evaluate(source, tuned, baselines=False, **quiet) for source in (out, whole)]
+    assert tables[0].equals(tables[1]) and len(tables[0]) == 1
+    genes = list(model.vocabulary.genes[:2])
+    moved = scbin.tl.perturb(scbin.open_tokens(out), model, genes=genes, **quiet)
+    scbin.tl.perturb(whole, model, genes=genes, **quiet)
+    assert moved.n_obs == 60 and scbin.get.perturb_df(moved).equals(scbin.get.perturb_df(whole))
     (written[0]).unlink()
     corpus.write_cells(written[0], found[20:40].copy())
     with pytest.raises(ScbinInputError, match="A04.*other cells"):

@@ -18,10 +18,10 @@ from scbin import Tokenization, Vocabulary
 from scbin._adata import check_adata, iter_blocks, read_tokens
 from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinTypeError
 from scbin.io.dictionaries import geneformer_vocabulary
-from scbin.pp import check, iter_tokens, tokenize
+from scbin.pp import check, tokenize
 from scbin.tokens.encoding import Encoder
-from scbin.tokens.genes import match_genes, strip_version
-from scbin.tokens.kernels import frame_rows, frozen, over_rows
+from scbin.tokens.genes import clean_names, match_genes
+from scbin.tokens.kernels import frame_rows, over_rows
 from scbin.tokens.values import Block, Reading
 
 RNG = np.random.default_rng(5)
@@ -105,15 +105,8 @@ def test_i01_logs_give_the_tokens_and_the_vocabulary_of_their_counts(base, targe
     counts = tokenize(cells(), encoding=encoding, copy=True)
     same(logs, counts.obsm["X_tokens"].toarray(), encoding=encoding)
     assert read_tokens(logs).vocabulary == read_tokens(counts).vocabulary
-    found = record(logs)
-    assert (found["values"], found["base"]) == ("log1p", pytest.approx(base))
-    assert found["target_sum"] == pytest.approx(scale, rel=1e-3)
-
-
-def test_i01_line_names_counts_layer(caplog):
-    caplog.set_level(logging.INFO)
-    tokenize(cells(LOGS, layers={"counts": sparse.csr_matrix(COUNTS)}))
-    assert "layers['counts'] holds counts" in caplog.text
+    assert ("natural log" if base == np.e else f"log base {base}") in record(logs)["values"]
+    assert f"cells sum to {scale:,.6g}" in record(logs)["values"]
 
 
 def test_i01_by_range_only(caplog):
@@ -126,7 +119,7 @@ def test_i01_by_range_only(caplog):
 def test_i01_by_note_in_uns():
     adata = cells(NOISE, uns={"log1p": {"base": None}})
     tokenize(adata)
-    assert "by uns" in record(adata)["text"]
+    assert "by uns" in record(adata)["values"]
     same(cells(uns={"log1p": {"base": None}}))  # counts, despite a note
 
 
@@ -134,7 +127,7 @@ def test_i01_another_sum_than_the_models():
     expected = tokens(cells(), like=LINEAR)
     same(cells(np.log1p(COUNTS / DEPTH * 500).astype(np.float32)), expected, like=LINEAR)
     per_cell = np.linspace(300, 900, 12)[:, None]
-    warns(cells(np.log1p(COUNTS / DEPTH * per_cell).astype(np.float32)), "I01", "no common sum", "10,000", like=LINEAR)
+    warns(cells(np.log1p(COUNTS / DEPTH * per_cell).astype(np.float32)), "I01", "no common sum", like=LINEAR)
 
 
 def test_i01_counts_that_logs_do_not_tell():
@@ -142,7 +135,6 @@ def test_i01_counts_that_logs_do_not_tell():
     for arguments in ({"encoding": "gene_bins"}, {"rule": "counts"}, {"like": VOCABULARY}):
         fails(noise.copy(), "I01", "read counts", **arguments)
     fails(noise.copy(), "A03", "depth=True", tokenization=Tokenization(depth=True))
-    fails(noise.copy(), "A03", "needs counts", flavor="pearson_residuals", n_genes=10)
     out = warns(noise, "I01", "[NO_DEPTH]", like=LINEAR)
     assert (out[:, 1] == LINEAR.depth.first_id).all()
 
@@ -153,8 +145,6 @@ def test_i01_a_cell_whose_logs_are_those_of_no_counts_is_said_to_be_rounded():
     logs[7, logs[7] > 0] *= 0.97
     adata = cells(logs)
     warns(adata, "I01", "1 cell has logs", "rounded")
-    with pytest.warns(ScbinInputWarning, match="I01.*rounded"):
-        list(iter_tokens(adata, like=read_tokens(adata).vocabulary))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +153,7 @@ def test_i01_a_cell_whose_logs_are_those_of_no_counts_is_said_to_be_rounded():
         (np.vstack([COUNTS[:3], LOGS[3:]]), "I01", ["two units", "3 cells", "9 cells"]),
         *((COUNTS / DEPTH * target, "I02", ["sc.pp.log1p"]) for target in (1e4, 1e6)),
         (np.sqrt(COUNTS), "I02", ["square roots"]),
-        (changed(2, 3, -2), "I04", ["1 value below 0", "cell 'c2', gene 'GENED3': -2", "original counts"]),
+        (changed(2, 3, -2), "I04", ["1 negative value", "cell 'c2', gene 'GENED3': -2", "background"]),
         *((changed(2, 3, x), "I05", ["1 value that is not finite", "cell 'c2', gene 'GENED3'"]) for x in (np.nan, np.inf, -np.inf)),
         (changed(1, 1, 1e30), "I08", ["1e+30"]),
     ],
@@ -186,12 +176,12 @@ def test_i03_scaled():
     adata.raw = cells(LOGS)
     fails(adata, "I03", f"{(scaled < 0).sum():,} negative", "sc.pp.scale", "cell 'c", "adata.raw.to_adata()")
     adata.layers["scaled"], adata.layers["data"] = scaled, LOGS
-    fails(adata, "I03", 'layer="data"')
+    fails(adata, "I03", "layer='data'")
     fails(adata, "A06", "Available: 'scaled', 'data'.", layer="absent")
     adata.layers["counts"] = COUNTS
-    fails(adata, "I03", 'layer="counts"')
+    fails(adata, "I03", "layer='counts'")
     same(adata, layer="counts")
-    with pytest.raises(ScbinInputError, match=r"I03.*log1p values\.$"):
+    with pytest.raises(ScbinInputError, match=r"I03.*layer=\.$"):
         tokenize(cells(scaled))
 
 
@@ -214,7 +204,7 @@ def test_i07_ambient_corrected():
     corrected = np.where(COUNTS > 0, COUNTS * 20 + np.random.default_rng(0).random(COUNTS.shape), 0)
     adata = cells(corrected.astype(np.float32))
     warns(adata, "I07", "non-integer counts")
-    assert (record(adata)["values"], record(adata)["unit"]) == ("counts", "log1p")
+    assert record(adata)["values"] == "counts that are not whole" and read_tokens(adata).vocabulary.unit == "log1p"
     fails(adata, "I07", "read counts", encoding="gene_bins")
 
 
@@ -239,15 +229,6 @@ def test_i11_unsorted_and_duplicate_indices():
     more[:, 0] += 2
     same(cells(messy), tokens(cells(more)))
     np.testing.assert_array_equal(messy.indices, indices)
-
-
-def test_i12_csc_on_disk_is_noted_and_i17_backed(tmp_path, caplog):
-    cells(sparse.csc_matrix(COUNTS)).write_h5ad(tmp_path / "a.h5ad")
-    adata = ad.read_h5ad(tmp_path / "a.h5ad", backed="r")
-    caplog.set_level(logging.INFO)
-    same(adata)
-    assert "CSR is faster" in caplog.text and "until adata.write" in caplog.text
-    adata.file.close()
 
 
 def set_x(adata: ad.AnnData, value) -> ad.AnnData:
@@ -311,7 +292,7 @@ def test_i45_tokens_beyond_2_to_the_31(tmp_path):
     ids[far + 4 : far + 7], places[far + 4 : far + 7] = [7, 8, 9], [0, 1, 2]
     rows = [np.array(row, dtype=np.int64) for row in ([far + 1, far + 4], [far + 4], [3])]
     prefix = np.zeros((1, 0), dtype=np.uint32)
-    over_rows(frame_rows, *map(frozen, (*rows, ids, places, prefix)), 0, -1, *out)
+    over_rows(frame_rows, rows[0], (*rows[1:], ids, places, prefix, 0, -1), tuple(out))
     assert out[0][far + 1 : far + 4].tolist() == [7, 8, 9] and out[1][far + 1 : far + 4].tolist() == [0, 1, 2]
 
 
@@ -333,11 +314,11 @@ def test_i19_empty_cells_and_i57_mostly_empty_droplets():
     few = COUNTS.copy()
     few[[1, 4]] = 0
     adata = cells(few)
-    out = warns(adata, "I19", "2 cells", "'c1', 'c4'", "filter_cells", like=VOCABULARY)
+    out = warns(adata, "I19", "2 cells", "filter_cells", like=VOCABULARY)
     assert not out[[1, 4]].any()
     assert adata.obs["scbin_status"].iloc[[1, 4]].tolist() == ["empty", "empty"]
     few[1] = COUNTS[1]
-    warns(cells(few), "I19", "1 cell has no counts at all ('c4'); it keeps its row")
+    warns(cells(few), "I19", "1 cell has no counts at all")
     many = sparse.vstack([sparse.csr_matrix(COUNTS), sparse.csr_matrix((5000, 30), dtype=np.float32)], format="csr")
     out = warns(cells(many), "I19", "5,000 cells")
     assert (out[:12] > 0).any(axis=1).all()
@@ -347,30 +328,14 @@ def test_i20_no_gene_of_the_vocabulary():
     odd = COUNTS.copy()
     odd[3, :15] = 0
     adata = cells(odd)
-    warns(adata, "I20", "'c3'", like=Vocabulary.build("bins", SYMBOLS[:15], bins=VOCABULARY.bins))
+    warns(adata, "I20", "1 cell", like=Vocabulary.build("bins", SYMBOLS[:15], bins=VOCABULARY.bins))
     assert adata.obs["scbin_status"].iloc[3] == "no_vocab_gene"
-
-
-def test_i21_gene_zero_everywhere():
-    none = COUNTS.copy()
-    none[:, 7] = 0
-    adata = cells(none)
-    tokenize(adata)
-    assert record(adata)["genes_zero"] == 1
-
-
-def test_i24_duplicate_cells():
-    adata = cells()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        adata.obs_names = ["same"] * 12
-    np.testing.assert_array_equal(warns(adata, "I24"), EXPECTED)
 
 
 def test_i46_long_cells():
     adata = cells()
     assert (np.count_nonzero(tokens(adata, tokenization=Tokenization(max_length=10)), axis=1) <= 10).all()
-    assert record(adata)["cut_cells"] == 12 and 0 < record(adata)["cut_share"] < 1
+    assert record(adata)["cut_cells"] == 12
 
 
 def test_i47_one_cell_one_gene_and_i48_nothing():
@@ -404,15 +369,6 @@ def test_i22_duplicate_names():
         expected = tokens(cells(summed[:, kept], names=[SYMBOLS[k] for k in kept]), rule=rule)
         for x in (COUNTS, LOGS):
             np.testing.assert_array_equal(warns(cells(x, names=names), "I22", repr(names[2]), rule=rule), expected)
-    fails(cells(names=names), "I22", 'duplicates="sum"', tokenization=Tokenization(duplicates="error"))
-
-
-def test_i23_made_unique():
-    names = SYMBOLS.copy()
-    names[9] = names[2] + "-1"
-    assert warns(cells(names=names), "I23", repr(names[9])).shape[1] == EXPECTED.shape[1] - 1
-    vocabulary = Vocabulary.build("bins", names, bins=VOCABULARY.bins)  # here GENE-1 is a gene of its own
-    tokenize(cells(names=names), like=vocabulary)  # warnings are errors
 
 
 @pytest.mark.parametrize("bad", [[3], [np.nan], [None], [""]])
@@ -434,75 +390,42 @@ def renamed(names: list[str]) -> Vocabulary:
 
 def test_i26_versions():
     same(cells(names=[f"{name}.{k}" for k, name in enumerate(IDS)]), like=renamed(IDS))
-    twins = [strip_version(name) for name in ("ENSG00000000005.7", "ENSG00000000005.7_PAR_Y")]
+    twins = clean_names(["ENSG00000000005.7", "ENSG00000000005.7_PAR_Y"])
     assert match_genes(twins).genes == ("ENSG00000000005", "ENSG00000000005_PAR_Y")
 
 
-def test_i27_species():
-    fails(cells(names=[f"ENSMUSG{k:011d}" for k in range(30)]), "I27", "mouse", "human", like=renamed(IDS))
-    symbols = "CD3E CD4 GAPDH ACTB MALAT FOXP LYZ NKG GNLY CST PTPRC MS4A".split()
-    mouse = cells(COUNTS[:, :12], names=[s.title() for s in symbols])
-    fails(mouse, "I27", "mouse", like=renamed(symbols))
-
-
-def test_i28_case():
-    lower = [s.lower() for s in SYMBOLS]
-    fails(cells(names=lower), "I28", 'case="upper"', like=VOCABULARY)
-    same(cells(names=lower), like=VOCABULARY, tokenization=Tokenization(case="upper"))
-
-
-def test_i29_aliases_and_i30_symbols_through_a_map(caplog):
+def test_symbols_and_aliases_through_a_map():
     ids = {"<pad>": 0, "<mask>": 1, **{gene: k + 2 for k, gene in enumerate(IDS)}}
     names = {s.lower(): i for s, i in zip(SYMBOLS, IDS, strict=True)}
     vocabulary = geneformer_vocabulary(ids, dict.fromkeys(IDS, 1.0), names)
-    caplog.set_level(logging.INFO)
     same(cells(), tokens(cells(names=IDS), like=vocabulary), like=vocabulary)
-    assert "map of symbols" in caplog.text
-
-
-def test_i30_symbols_without_a_map():
-    adata = cells()
-    adata.var["ensembl_id"] = IDS
-    fails(adata, "I30", "symbols", "Ensembl ids", "gene_key='ensembl_id'", like=renamed(IDS))
-    same(adata, like=renamed(IDS), gene_key="ensembl_id")
 
 
 def test_i31_no_overlap_and_i32_low_overlap():
-    fails(cells(names=[f"OTHER{k}" for k in range(30)]), "I31", "OTHER0", "GENEA0", like=VOCABULARY)
+    for names in ([f"OTHER{k}" for k in range(30)], IDS, [s.lower() for s in SYMBOLS], [f"c{k}" for k in range(30)]):
+        fails(cells(names=names), "I31", names[0], "GENEA0", "species", "gene_key=", like=VOCABULARY)
+    adata = cells(names=IDS)
+    adata.var["symbol"] = SYMBOLS
+    same(adata, like=VOCABULARY, gene_key="symbol")
     warns(cells(COUNTS[:, :18]), "I32", "of the counts", like=VOCABULARY)
     fails(cells(COUNTS[:, :3]), "I32", "force=True", like=VOCABULARY)
     warns(cells(COUNTS[:, :3]), "I32", like=VOCABULARY, tokenization=Tokenization(force=True))
 
 
-@pytest.mark.parametrize(("n", "words"), [(5, "5 columns are"), (1, "1 column is")])
-def test_i33_other_features(n: int, words: str):
+def test_i33_other_features():
     adata = cells()
-    adata.var["feature_types"] = ["Gene Expression"] * (30 - n) + ["Antibody Capture"] * n
-    np.testing.assert_array_equal(warns(adata, "I33", words), tokens(cells(COUNTS[:, : 30 - n])))
-
-
-def test_i34_transposed():
-    fails(cells().T.copy(), "I34", "adata.T", like=VOCABULARY)
-
-
-def test_i49_raw_is_suggested_not_used(caplog):
-    adata = cells(LOGS)
-    adata.raw = cells()
-    caplog.set_level(logging.INFO)
-    tokenize(adata[:, :10].copy())
-    assert "adata.raw.to_adata()" in caplog.text
+    adata.var["feature_types"] = ["Gene Expression"] * 25 + ["Antibody Capture"] * 5
+    np.testing.assert_array_equal(warns(adata, "I33", "5 of the columns"), tokens(cells(COUNTS[:, :25])))
 
 
 def test_genes_that_cannot_be_chosen():
     adata = cells()
     adata.var["mine"], adata.var["text"], adata.var["none"] = [k < 7 for k in range(30)], "yes", False
-    fails(adata, "A02", "'yes'", mask_var="text")
-    fails(adata, "A02", "mask_var=None", mask_var="none")
-    fails(adata, "A06", "True and False: 'mine', 'none'", mask_var="hvg")
+    for wrong in ("text", "none", "hvg"):
+        fails(adata, "A06", repr(wrong), "There are: 'mine'", mask_var=wrong)
     fails(adata, "A02", "n_genes is 0", n_genes=0)
     assert vocabulary_of(adata, mask_var="mine").genes == tuple(SYMBOLS[:7])
     fails(cells(np.zeros((4, 5))), "V04", "empty", encoding="rank")
-    fails(cells(), "A02", "median", encoding="rank", tokenization=Tokenization(medians={"GENEA0": -1.0}))
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------------
@@ -516,7 +439,7 @@ def test_i35_missing_column():
 
 def test_i36_new_label():
     vocabulary = vocabulary_of(labelled(["a"] * 6 + ["b"] * 6), phenotypes=["kind"])
-    out = warns(labelled(["a"] * 8 + ["new"] * 4), "I36", "'new' (4 cells)", like=vocabulary)
+    out = warns(labelled(["a"] * 8 + ["new"] * 4), "I36", "'new' (4)", like=vocabulary)
     assert (out[8:, 1] == vocabulary.phenotypes[0].missing_id).all()
 
 
@@ -545,22 +468,15 @@ def test_i39_ages_of_new_data_are_cut_as_those_of_the_vocabulary():
     new = cells(obs={"development_stage": ["29-year-old human stage"] * 6 + ["fourth decade stage"] * 6})
     out, first = tokens(new, like=vocabulary), vocabulary.phenotypes[0].first_id
     assert out[:, 1].tolist() == [first] * 6 + [first + 1] * 6
-    np.testing.assert_array_equal(np.vstack([p.toarray() for p in iter_tokens(new, like=vocabulary)]), out)
     assert "age_groups" not in vocabulary_of(cells(obs={"age": list("ab") * 6}), phenotypes=["age"]).to_json()
 
 
-def test_i40_rare_label():
-    warns(labelled(["a"] * 10 + ["b"] * 2), "I40", "'b' (2)", phenotypes=["kind"])
-    warns(labelled(["a"] * 11 + ["b"]), "I40", "there is 1 label of 'kind'", phenotypes=["kind"])
-
-
-def test_i41_odd_labels():
+def test_odd_labels():
     odd = ["a b", "a_b", "[MASK]", "x/y", "$z$", "ü"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ScbinInputWarning)
         vocabulary = vocabulary_of(labelled(np.repeat(odd, 2)), phenotypes=["kind"])
     assert set(vocabulary.phenotypes[0].values) == set(odd)
-    fails(labelled(["x" * 600] * 12), "I41", "600", phenotypes=["kind"])
 
 
 @pytest.mark.parametrize(
@@ -617,13 +533,11 @@ def test_i54_foreign_key_and_two_sets_of_tokens():
     for _ in range(2):
         tokenize(adata, encoding="rank", key_added="X_ranks")
         tokenize(adata)
-    for key in ("X_scbin", "X_scbin_2", "X_umap_scbin"):
-        fails(adata, "A04", "embeddings", key_added=key)
     for key in ("", "a/b"):
         fails(adata, "A02", repr(key), key_added=key)
     assert read_tokens(adata, key="X_ranks").vocabulary.encoding == "rank"
     assert read_tokens(adata).vocabulary == VOCABULARY
-    assert json.loads(adata.uns["scbin"]["tokenize_X_ranks"])["encoding"] == "rank"
+    assert "tokenize_X_ranks" in adata.uns["scbin"]
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -647,9 +561,7 @@ def test_arguments_of_another_type(arguments):
     [
         {"n_bins": "x"},
         {"n_bins": 3.5},
-        {"threshold": "x"},
         {"max_length": 10.5},
-        {"medians": [1]},
         {"force": "yes"},
         {"depth": "x"},
     ],
@@ -661,9 +573,9 @@ def test_finer_choices_of_another_type(fields):
 
 
 def test_arguments_that_are_no_choice():
-    for name in ("encoding", "values", "flavor"):
+    for name in ("encoding", "values"):
         fails(cells(), "A02", f"{name} is 'nonsense'; choose one of", **{name: "nonsense"})
-    for name in ("zeros", "layout", "age_groups", "case", "duplicates"):
+    for name in ("zeros", "layout", "age_groups"):
         with pytest.raises(ScbinInputError, match=f"A02.*{name} is 'nonsense'; choose one of"):
             Tokenization(**{name: "nonsense"})
     same(cells(), tokens(cells(), rule=[0.5, 5.0]), rule=np.array([0.5, 5.0]))  # edges in any sequence
@@ -671,8 +583,6 @@ def test_arguments_that_are_no_choice():
     with pytest.raises(ScbinInputError, match="A02.*n_bins is 0"):
         Tokenization(n_bins=0)
     fails(cells(), "A03", "leave it out", like=VOCABULARY, encoding="rank")
-    with pytest.raises(ScbinTypeError, match="A01.*like is None"):
-        next(iter_tokens(cells(), like=None))
 
 
 def test_every_row_of_the_page_has_a_test():

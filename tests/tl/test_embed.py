@@ -49,7 +49,7 @@ def test_its_slots_are_written_and_no_others(ready, trained, untouched, key, cop
     written = check.adata
     assert written.obsm[slot].shape == (60, 30) and written.obsm[slot].dtype == np.float32
     record = json.loads(written.uns["scbin"]["embed"])
-    assert record["model"] == trained[1].fingerprint and record["phenotypes"] == "hide" and record["own_vector"]
+    assert record["model"] == trained[1].fingerprint and record["phenotypes"] == "hide"
 
 
 def test_embedding_again_gives_what_training_gave_under_any_budget_and_in_any_chunks(trained):
@@ -73,7 +73,6 @@ def test_layer_and_pooling_over_the_models_own(trained):
         for layer in (-1, 0):
             copied = scbin.tl.embed(adata, model, **ARGUMENTS, copy=True, pooling=pooling, layer=layer)
             made[pooling, layer] = np.nan_to_num(copied.obsm["X_scbin"])
-            assert not json.loads(copied.uns["scbin"]["embed"])["own_vector"]
     parts = [part for name, part in made.items() if name is not None]
     assert all(part.shape == (60, 32) for part in parts)
     assert all(np.abs(a - b).max() > 1e-3 for i, a in enumerate(parts) for b in parts[:i])
@@ -243,7 +242,7 @@ def test_joined_cells_need_the_model_but_not_uns(ready, trained, new_session):
         *(("A02", {"pooling": pooling}) for pooling in ("max", 3)),
         *(("A02", {"layer": layer}) for layer in (9, -4)),
         *(("A02", {"precision": precision}) for precision in (32, "float8")),
-        *(("A02", given) for given in ({"phenotypes": "some"}, {"device": "quantum"}, {"token_budget": 0})),
+        *(("A02", given) for given in ({"phenotypes": "some"}, {"device": "quantum"})),
         *(("A01", {"layer": layer}) for layer in ("a", 1.0)),
         *(("A01", {name: 1}) for name in ("copy", "progress", "tokens_key", "device")),
         ("A01", {"token_budget": 2.5}),

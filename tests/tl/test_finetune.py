@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import warnings
+import sys
 
 import numpy as np
 import pandas as pd
@@ -18,9 +18,9 @@ from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinTypeError
 from scbin.nn.run import embed
 from scbin.tl._labels import MaskedPhenotypes
 from scbin.tl._probe import log_expression
-from scbin.train.labels import Finetuning
 from scbin.train.settings import Training
 
+module = sys.modules["scbin.tl._finetune"]
 HOW = {"device": "cpu", "progress": False}
 PROBE = {**HOW, "max_steps": 0}  # the linear probe alone
 TRAIN = {**HOW, "training": Training(epochs=1, cells_per_step=32)}
@@ -70,9 +70,9 @@ def test_one_line_says_what_came_out(ready, trained, capsys):
 def test_the_history_is_that_of_the_last_model(ready, trained):
     how = {"target": "cell_type", "split_key": "donor_id"}
     scbin.tl.finetune(ready, trained[1], **how, **TRAIN)
-    assert "finetune_history" in ready.uns["scbin"]
+    assert len(ready.uns["scbin"]["finetune_history"])
     scbin.tl.finetune(ready, trained[1], **how, **PROBE)
-    assert "finetune_history" not in ready.uns["scbin"] and "vocabulary" in ready.uns["scbin"]
+    assert not len(ready.uns["scbin"]["finetune_history"]) and "vocabulary" in ready.uns["scbin"]
 
 
 def test_the_same_call_gives_the_same_model_and_goes_on_where_it_had_ended(ready, trained, tmp_path):
@@ -86,11 +86,8 @@ def test_the_same_call_gives_the_same_model_and_goes_on_where_it_had_ended(ready
 # ---- the probe ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [Finetuning(), Finetuning(expression=False)])
-def test_the_probe_is_the_mean_of_logistic_regressions_of_scikit_learn(ready, trained, settings):
-    model = scbin.tl.finetune(
-        ready, trained[1], target="cell_type", split_key="donor_id", finetuning=settings, class_weights=None, **PROBE
-    )
+def test_the_probe_is_the_mean_of_logistic_regressions_of_scikit_learn(ready, trained):
+    model = scbin.tl.finetune(ready, trained[1], target="cell_type", split_key="donor_id", class_weights=None, **PROBE)
     found = report(ready)["probe"]["cell_type"]
     tokens, train = MaskedPhenotypes(read_tokens(ready)), (ready.obs["scbin_split"] == "train").to_numpy()
     z, x = embed(model.network, tokens, device="cpu"), log_expression(tokens, np.arange(60)).toarray()
@@ -101,7 +98,7 @@ def test_the_probe_is_the_mean_of_logistic_regressions_of_scikit_learn(ready, tr
         features = np.hstack([z * weight] * (weight > 0) + [x] * genes)[known]
         theirs = LogisticRegression(C=strength, max_iter=2000, tol=1e-6).fit(features, labels)
         logs.append(theirs.predict_log_proba(features))
-    assert found["reads"] in ([[0, True]], [[0, True], [3, True], [1, False]]) if settings.expression else [[1, False]]
+    assert found["reads"] in ([[0, True]], [[0, True], [3, True], [1, False]])
     scbin.tl.predict(ready, model, **HOW)
     ours = ready.obsm["scbin_cell_type_probability"][known] ** float(model.network.labels.temperature[0])
     np.testing.assert_allclose(ours / ours.sum(1, keepdims=True), softmax(np.mean(logs, axis=0), axis=1), atol=0.01)
@@ -109,7 +106,7 @@ def test_the_probe_is_the_mean_of_logistic_regressions_of_scikit_learn(ready, tr
 
 def test_numbers_and_several_targets(ready, trained):
     model = scbin.tl.finetune(
-        ready, trained[1], target={"cell_type": 1.0, "age": 0.5}, kind={"age": "number"}, split_key="donor_id", **TRAIN
+        ready, trained[1], target=["cell_type", "age"], kind={"age": "number"}, split_key="donor_id", **TRAIN
     )
     scbin.tl.predict(ready, model, **HOW)
     assert np.corrcoef(ready.obs["scbin_age"], ready.obs["age"])[0, 1] > 0.8
@@ -122,7 +119,7 @@ def test_columns_of_a_matrix_are_numbers_that_share_its_weight(ready, trained):
     values = np.column_stack([high, 1 - high]) + np.random.default_rng(0).normal(0, 0.1, (60, 2))
     ready.obsm["protein"] = pd.DataFrame(values, columns=["CD3", "CD19"], index=ready.obs_names)
     ready.obsm["X.two"] = values[:, ::-1]
-    how = {"target": {"protein": 1.0, "X.two": 3.0}, "kind": "number", "split_key": "donor_id"}
+    how = {"target": ["protein", "X.two"], "kind": "number", "split_key": "donor_id"}
     model = scbin.tl.finetune(ready, trained[1], **how, **PROBE)
     targets = [target.name for target in model.network.labels.targets]
     assert targets == ["protein.CD3", "protein.CD19", "X.two.0", "X.two.1"]
@@ -132,19 +129,8 @@ def test_columns_of_a_matrix_are_numbers_that_share_its_weight(ready, trained):
     with pytest.warns(ScbinInputWarning, match="L04"):
         table = scbin.tl.evaluate(ready, model, target="protein.CD19", split_key="donor_id", **HOW)
     assert table.loc["scbin", "r2"] > table.loc["mean", "r2"]
-    with pytest.raises(ScbinInputError, match="A02.*'protein'"):
+    with pytest.raises(ScbinInputError, match="A06.*'protein'"):
         scbin.tl.finetune(ready, trained[1], target="protein", **PROBE)
-
-
-def test_heads_with_a_hidden_layer_are_trained(ready, trained):
-    how = {**HOW, "target": "cell_type", "split_key": "donor_id"}
-    deep = Training(epochs=30, cells_per_step=16, learning_rate=3e-3, patience=None)
-    model = scbin.tl.finetune(ready, trained[1], finetuning=Finetuning(hidden="tanh"), training=deep, **how)
-    assert model.network.labels.genes is None and report(ready)["kept"] == "fine-tuned"
-    scbin.tl.predict(ready, model, **HOW)
-    assert (ready.obs["scbin_cell_type"] == ready.obs["cell_type"]).mean() > 0.5
-    with pytest.raises(ScbinInputError, match="A03.*hidden layer"):
-        scbin.tl.finetune(ready, trained[1], finetuning=Finetuning(hidden="relu"), max_steps=0, **how)
 
 
 def test_training_is_kept_only_where_held_out_cells_say_so(ready, trained):
@@ -154,27 +140,22 @@ def test_training_is_kept_only_where_held_out_cells_say_so(ready, trained):
     assert report(ready)["kept"] == "linear probe" and model.fingerprint == probe.fingerprint
     state = {name: tensor for name, tensor in model.network.state_dict().items() if name.startswith("backbone")}
     assert all(torch.equal(trained[1].network.state_dict()[name], tensor) for name, tensor in state.items())
-    deep = Training(epochs=20, learning_rate=1e-2, cells_per_step=16, patience=None)
-    scbin.tl.finetune(
-        ready, trained[1], finetuning=Finetuning(hidden="relu", validation=0.3), training=deep, **HOW, **how
-    )
-    assert report(ready)["kept"] == "fine-tuned"
 
 
 def test_frozen_layers_stay_and_are_free_afterwards(ready, quick):
     bert = scbin.tl.pretrain(ready, backbone="bert", **quick)
-    how = {**HOW, "target": "cell_type", "split_key": "donor_id", "finetuning": Finetuning(hidden="tanh")}
-    fast = Training(epochs=1, learning_rate=1e-2, patience=None)
-    for freeze, moves in ((1, {"vector"}), ("all", set())):
-        model = scbin.tl.finetune(ready, bert, freeze=freeze, training=fast, **how)
-        before, after = bert.network.state_dict(), model.network.state_dict()
-        changed = {
-            name.split(".")[0] for name in before if name in after and not torch.equal(before[name], after[name])
-        }
-        layers = [name for name in before if ".layer." in name]
-        assert all(torch.equal(before[name], after[name]) for name in layers)
-        assert moves <= changed <= {"vector", "backbone"} - (set() if moves else {"vector", "backbone"})
-        assert all(p.requires_grad for p in model.network.parameters())
+    how = {**HOW, "target": "cell_type", "split_key": "donor_id"}
+    fast, seen = Training(epochs=1, learning_rate=1e-2, patience=None), []
+    weights = lambda: {n: p.detach().clone() for n, p in bert.network.backbone.named_parameters() if ".layer." in n}
+    before = weights()
+    spy = lambda network: seen.append({n: p.requires_grad for n, p in network.backbone.named_parameters()})
+    with pytest.MonkeyPatch.context() as patch:
+        real = module.train
+        patch.setattr(module, "train", lambda network, *a, **k: (spy(network), real(network, *a, **k))[1])
+        model = scbin.tl.finetune(ready, bert, freeze=1, training=fast, **how)
+    assert all(needs == (".layer.0." not in name) for name, needs in seen[0].items())
+    assert all(p.requires_grad for p in model.network.parameters())
+    assert all(torch.equal(before[name], weight) for name, weight in weights().items())
 
 
 def test_genes(ready, trained):
@@ -235,7 +216,7 @@ def test_missing_labels_are_left_out(ready, trained):
     labels.iloc[:3] = [np.nan, "", "unknown"]
     ready.obs["cell_type"] = labels
     scbin.tl.finetune(ready, trained[1], target="cell_type", split_key="donor_id", **PROBE)
-    assert ready.obs["scbin_split"].isna().to_numpy().tolist() == [True] * 3 + [False] * 57
+    assert report(ready)["n_cells"] + report(ready)["n_held_out"] == 57
     scbin.tl.split(ready, split_key="donor_id", test=0.3)
     part = ready.obs["scbin_split"].astype(str)
     scbin.tl.finetune(ready, trained[1], target="cell_type", **PROBE)
@@ -254,14 +235,6 @@ def test_none_is_a_class_and_what_is_no_label_is_named(ready, trained):
     ready.obs["treatment"] = np.array(["NA", "IFN"])[np.arange(60) % 2]
     with pytest.raises(ScbinInputError, match=r"L01.*'NA'.*no labels"):
         scbin.tl.finetune(ready, trained[1], target="treatment", split_key="donor_id", **PROBE)
-
-
-def test_weights_are_those_of_labels_whatever_their_type(ready, trained):
-    ready.obs["y"] = np.arange(60) % 2
-    how = {**PROBE, "target": "y", "split_key": "donor_id"}
-    weights = ({0: 1.0, 1: 9.0}, {"0": 1.0, "1": 9.0}, {np.int64(0): 1, 1.0: np.float32(9)}, None)
-    models = [scbin.tl.finetune(ready, trained[1], class_weights=each, **how).fingerprint for each in weights]
-    assert models[0] == models[1] == models[2] != models[3]
 
 
 def test_rare_classes_are_named(ready, trained):
@@ -291,23 +264,17 @@ def test_classes_of_held_out_cells_alone_are_learned_in_the_end(ready, trained):
         ("I42.*60 different", pd.Categorical(np.arange(60) + np.arange(60) / 100), {"target": "x"}),
         ("L01", "one", {"target": "x"}),
         ("L01", "unknown", {"target": "x"}),
-        ("L01.*'old'", ["old"] * 60, {"target": "x", "kind": "number"}),
         ("L01", 3.0, {"target": "x", "kind": "number"}),
         ("A06", None, {"target": "celltype"}),
         ("A06", None, {"target": "nothing", "level": "gene"}),
         ("A02", None, {"target": []}),
-        ("A02", None, {"target": {"cell_type": -1}}),
         ("A02", None, {"target": "cell_type", "kind": {"age": "number"}}),
-        ("A03", None, {"target": "tf", "level": "gene", "kind": "number"}),
         ("A02", None, {"target": "cell_type", "freeze": 9}),
-        ("A06", None, {"target": "cell_type", "class_weights": {"NK": 2.0}}),
-        ("A01", None, {"target": "cell_type", "class_weights": "even"}),
+        ("A02", None, {"target": "cell_type", "class_weights": "even"}),
         ("A02", None, {"target": "cell_type", "level": "donor"}),
         ("A02", None, {"target": "cell_type", "kind": None}),
-        ("A02", None, {"target": "cell/type"}),
         ("A01", None, {"target": "cell_type", "lora": "yes"}),
         ("A01", None, {"target": "cell_type", "finetuning": {"validation": 0.2}}),
-        ("L03", ["training", "other"] * 30, {"target": "cell_type", "split_key": "x"}),
     ],
 )
 def test_what_cannot_be_learned_is_refused_and_nothing_written(ready, trained, untouched, code, x, arguments):
@@ -317,18 +284,3 @@ def test_what_cannot_be_learned_is_refused_and_nothing_written(ready, trained, u
     with pytest.raises((ScbinInputError, ScbinTypeError), match=code):
         scbin.tl.finetune(ready, trained[1], **{"split_key": "donor_id", **PROBE, **arguments})
     then.check()
-
-
-def test_settings_that_cannot_be_meant():
-    for name, value, code in (("validation", 1.0, "A02"), ("hidden", "gelu", "A02"), ("dropout", "0.1", "A01")):
-        with pytest.raises(ScbinInputError, match=code):
-            Finetuning(**{name: value})
-    assert Finetuning(validation=np.float32(0.25)).validation == 0.25 and not Finetuning(hidden="relu").expression
-
-
-def test_labels_of_unseen_classes_are_named(ready, trained):
-    ready.obs["part"] = np.where(ready.obs["cell_type"] == "monocyte", "test", "train")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        scbin.tl.finetune(ready, trained[1], target="cell_type", split_key="part", **PROBE)
-    assert any("L01" in str(w.message) and "monocyte" in str(w.message) for w in caught)

@@ -44,14 +44,13 @@ def test_known_classes_are_told_and_baselines_stand_beside(toy, quick, tmp_path)
     simple = ["simple features", "expression mean", "detection", "SVD loadings"]
     assert table.index.tolist() == [*simple, "hidden states", "count loadings"]
     assert table.loc["expression mean", "roc_auc"] > 0.75 and (table["n_genes"] == 30).all()
-    assert set(table["scored_on"]) == {"30 genes, 5 folds, 4 times"}
     of_lists = {"high": toy.var_names[:15].tolist(), "low": toy.var_names[15:30].tolist()}
     other = scbin.tl.evaluate(toy, model, target=of_lists, level="gene", **QUIET)
     np.testing.assert_allclose(other["roc_auc"], table["roc_auc"])
     toy.write_h5ad(tmp_path / "a.h5ad")
     back = ad.read_h5ad(tmp_path / "a.h5ad")
     assert set(back.uns["scbin"]["gene_roc"]["method"]) == set(table.index)
-    assert len(scbin.pl.gene_roc(back).lines) == 7 and len(scbin.pl.gene_roc(back, ["detection"]).collections) == 1
+    assert len(scbin.pl.gene_roc(back).lines) == 7 and len(scbin.pl.gene_roc(back, ["detection"]).lines) == 2
     with pytest.raises(ScbinInputError, match="A06"):
         scbin.pl.gene_roc(back, ["magic"])
     with pytest.raises(ScbinInputError, match="L02"):

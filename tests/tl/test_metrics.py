@@ -9,12 +9,10 @@ from scipy.stats import pearsonr
 from sklearn import metrics
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss, r2_score, roc_auc_score
-from sklearn.neighbors import KNeighborsClassifier
 
-from scbin.get.predictions import Column
 from scbin.tl._labels import balanced_weights
-from scbin.tl._metrics import calibration_error, class_scores, number_scores, roc_auc
-from scbin.tl._probe import Scaler, baseline_predictions, fit_classes, fit_numbers, fitted_temperature, log_loss_of
+from scbin.tl._metrics import class_scores, number_scores
+from scbin.tl._probe import Scaler, fit_probe, fitted_temperature, losses_of
 
 
 @pytest.fixture
@@ -63,28 +61,6 @@ def test_averages_are_over_true_classes_and_no_prediction_is_wrong(guesses):
     assert np.isnan(class_scores(truth, given, np.full((200, 4), np.nan))["roc_auc"])
 
 
-def test_calibration_error_against_a_loop(guesses):
-    truth, probability = guesses
-    confidence, right = probability.max(1), probability.argmax(1) == truth
-    total = 0.0
-    for k in range(15):
-        inside = (confidence >= k / 15) & ((confidence < (k + 1) / 15) | (k == 14))
-        if inside.any():
-            total += inside.sum() * abs(confidence[inside].mean() - right[inside].mean())
-    assert calibration_error(confidence, right) == pytest.approx(total / 200)
-
-
-def test_area_in_a_cross_validation_is_over_pairs_within_folds():
-    rng = np.random.default_rng(0)
-    truth, fold = rng.integers(0, 2, 400), np.arange(400) % 4
-    score = rng.random(400) + 3 * fold * (rng.random() - 0.5)
-    probability = np.column_stack([1 - score, score])
-    areas = [roc_auc_score(truth[fold == k], score[fold == k]) for k in range(4)]
-    pairs = [(truth[fold == k] == 1).sum() * (truth[fold == k] == 0).sum() for k in range(4)]
-    assert roc_auc(truth, probability, fold) == pytest.approx(np.average(areas, weights=pairs))
-    assert np.isnan(roc_auc(np.zeros(5, int), np.ones((5, 1))))
-
-
 def test_numbers_against_scikit_learn():
     rng = np.random.default_rng(0)
     truth = rng.normal(size=50)
@@ -95,8 +71,7 @@ def test_numbers_against_scikit_learn():
     assert scores["mae"] == pytest.approx(metrics.mean_absolute_error(truth[kept], given[kept]))
     assert scores["r2"] == pytest.approx(r2_score(truth[kept], given[kept]))
     assert scores["pearson"] == pytest.approx(pearsonr(truth[kept], given[kept]).statistic)
-    fold = np.arange(50) % 5
-    assert np.isnan(number_scores(truth, fold.astype(float), fold)["pearson"])  # means of folds
+    assert np.isnan(number_scores(truth, np.full(50, 0.1))["pearson"])
 
 
 def test_a_temperature_undoes_what_sharpened_the_outputs(guesses):
@@ -116,7 +91,7 @@ def test_classes_are_those_of_a_logistic_regression(data, n_classes):
     x, codes = data[0].toarray().astype(np.float64), np.minimum(data[1], n_classes - 1)
     weights = balanced_weights(codes, n_classes)
     theirs = LogisticRegression(C=0.1, class_weight="balanced", tol=1e-8, max_iter=2000).fit(x, codes)
-    ours = fit_classes(x, codes, n_classes, class_weights=weights, strength=0.1)
+    ours = fit_probe(x, codes, n_classes, class_weights=weights, strength=0.1)
     outputs = ours.outputs(x)
     p = np.exp(outputs - np.logaddexp.reduce(outputs, axis=1, keepdims=True))
     np.testing.assert_allclose(p, theirs.predict_proba(x), atol=2e-3)
@@ -126,22 +101,22 @@ def test_the_strength_is_chosen_by_cells_that_were_not_fitted(data):
     rng = np.random.default_rng(0)
     x, codes = data[0].toarray(), data[1]
     noise = rng.normal(size=(150, 300)).astype(np.float32)
-    assert fit_classes(noise, codes, 3).strength <= 1e-3  # nothing to learn
-    found = fit_classes(x, codes, 3)
-    losses = [log_loss_of(each.held_out, each.truth).mean() for each in (found, fit_classes(noise, codes, 3))]
+    assert fit_probe(noise, codes, 3).strength <= 1e-3  # nothing to learn
+    found = fit_probe(x, codes, 3)
+    losses = [losses_of(each.held_out, each.truth, 3).mean() for each in (found, fit_probe(noise, codes, 3))]
     assert found.strength >= 0.01 and losses[0] < losses[1] - 0.2
     donors = np.array([f"d{k}" for k in np.arange(150) // 15])
     per_donor = np.repeat(rng.normal(size=(10, 40)), 15, axis=0).astype(np.float32)  # tells donors, not classes, apart
     by_donor = rng.permutation(10) % 2
-    found = fit_classes(per_donor, by_donor[np.arange(150) // 15], 2, donors=donors)
-    assert log_loss_of(found.held_out, found.truth).mean() > 0.5
+    found = fit_probe(per_donor, by_donor[np.arange(150) // 15], 2, donors=donors)
+    assert losses_of(found.held_out, found.truth, 2).mean() > 0.5
 
 
 def test_a_class_that_few_cells_have_breaks_nothing(data):
     x, codes = data[0].toarray(), data[1].copy()
     codes[:149] = 0
     codes[149] = 2
-    found = fit_classes(x, codes, 4)
+    found = fit_probe(x, codes, 4)
     outputs = found.outputs(x)
     assert outputs.shape == (150, 4) and np.isfinite(outputs).all()
     assert (outputs[:, [1, 3]].max(1) < outputs[:, 0]).all()
@@ -150,10 +125,10 @@ def test_a_class_that_few_cells_have_breaks_nothing(data):
 def test_numbers_are_those_of_a_ridge_regression(data):
     x = data[0].toarray().astype(np.float64)
     y = x[:, 0] - x[:, 5] + np.random.default_rng(0).normal(0, 0.1, 150)
-    found = fit_numbers(x, y)
+    found = fit_probe(x, y, 0)
     np.testing.assert_allclose(found.outputs(x)[:, 0], Ridge(found.strength).fit(x, y).predict(x), atol=1e-6)
     assert np.square(found.held_out[:, 0] - y).mean() < 0.2 * y.var()
-    assert fit_numbers(x, y - x[:, 0] + x[:, 5] + np.random.default_rng(1).normal(size=150)).strength >= 1e3
+    assert fit_probe(x, y - x[:, 0] + x[:, 5] + np.random.default_rng(1).normal(size=150), 0).strength >= 1e3
 
 
 def test_the_scaler_brings_features_to_one_spread(data):
@@ -164,24 +139,3 @@ def test_the_scaler_brings_features_to_one_spread(data):
     np.testing.assert_allclose(features[:, 3:].std(0), 1, rtol=0.05)
     assert (features[:, 2] == 0).all() and features.shape == (150, 33)
     assert Scaler.fit(z, data[0]).features(z, None, 1.0).shape == (150, 3)
-
-
-def test_baselines(data):
-    x, codes = data
-    column, rows = Column("y", "class", codes.astype(float), ("a", "b", "c", "d")), np.arange(100)
-    majority = baseline_predictions("majority class", x[:100], column, rows, x[100:])
-    np.testing.assert_allclose(majority[0], np.bincount(codes[:100], minlength=4) / 100)
-    for method in ("logistic regression", "PCA + kNN"):
-        found = baseline_predictions(method, x[:100], column, rows, x[100:])
-        assert found.shape == (50, 4) and (found[:, 3] < 0.01).all()
-        np.testing.assert_allclose(found.sum(1), 1)
-        assert metrics.accuracy_score(codes[100:], found.argmax(1)) > 0.75
-    dense = x.toarray().astype(np.float64)
-    centred = dense[:100] - dense[:100].mean(0)  # all components: distances are those of the genes
-    theirs = KNeighborsClassifier(15).fit(centred, codes[:100]).predict(dense[100:] - dense[:100].mean(0))
-    assert (found.argmax(1) == theirs).mean() > 0.95
-    numbers = Column("n", "number", dense[:, 0] * 10 + 5)
-    assert (baseline_predictions("mean", x[:100], numbers, rows, x[100:]) == numbers.values[:100].mean()).all()
-    for method in ("ridge on genes", "ridge on PCA"):
-        given = baseline_predictions(method, x[:100], numbers, rows, x[100:])
-        assert r2_score(numbers.values[100:], given) > 0.9

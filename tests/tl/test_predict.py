@@ -38,7 +38,7 @@ def test_predictions_are_written_and_survive_files(tuned, untouched, tmp_path):
     adata, model = tuned[0].copy(), tuned[1]
     then = untouched(adata)
     scbin.tl.predict(adata, model, **HOW)
-    names = {"scbin_cell_type", "scbin_cell_type_probability", "scbin_cell_type_entropy", "scbin_age"}
+    names = {"scbin_cell_type", "scbin_cell_type_probability", "scbin_age"}
     then.check(obs=names, obsm={"scbin_cell_type_probability"}, uns={"predict"})
     p = adata.obsm["scbin_cell_type_probability"]
     assert p.dtype == np.float32 and p.shape == (60, 3) and np.isnan(p[7]).all()
@@ -46,8 +46,6 @@ def test_predictions_are_written_and_survive_files(tuned, untouched, tmp_path):
     given = adata.obs["scbin_cell_type"]
     assert given.isna().sum() == 1 and list(given.cat.categories) == ["B cell", "T cell", "monocyte"]
     assert (given == adata.obs["cell_type"]).sum() > 50
-    entropy = adata.obs["scbin_cell_type_entropy"]
-    assert np.isnan(entropy.iloc[7]) and ((entropy.dropna() >= 0) & (entropy.dropna() <= 1)).all()
     adata.write_h5ad(tmp_path / "a.h5ad")
     back = ad.read_h5ad(tmp_path / "a.h5ad")
     pd.testing.assert_series_equal(back.obs["scbin_cell_type"], given)
@@ -64,9 +62,9 @@ def test_a_saved_model_predicts_the_same_and_cells_alone_too(tuned, tmp_path):
     np.testing.assert_allclose(
         part.obsm["scbin_cell_type_probability"], adata.obsm["scbin_cell_type_probability"][20:23], atol=1e-5
     )
-    table = scbin.tl.predict(read_tokens(adata), model, **HOW)  # of tokens a table, and nothing is written
-    assert list(table.index) == list(adata.obs_names)
-    pd.testing.assert_series_equal(table["scbin_cell_type"], adata.obs["scbin_cell_type"])
+    new = scbin.tl.predict(read_tokens(adata), model, **HOW)  # of tokens a new one, and nothing is written
+    assert list(new.obs_names) == list(adata.obs_names)
+    pd.testing.assert_series_equal(new.obs["scbin_cell_type"], adata.obs["scbin_cell_type"])
 
 
 def test_labels_are_transferred_to_data_with_other_genes(tuned):
@@ -94,13 +92,11 @@ def test_a_threshold_abstains(tuned):
     [
         ("M06", {"target": "tissue"}),
         ("M06", {"target": []}),
-        ("A01", {"target": [3]}),
-        ("A02", {"threshold": 2}),
+        ("M06", {"target": [3]}),
         ("A03", {"key_added": "mine"}),
         ("A04", {"target": "age", "key_added": "sex"}),
         ("A04", {"target": "age", "key_added": "scbin_status"}),
         ("A02", {"phenotypes": "tell"}),
-        ("A02", {"token_budget": 0}),
     ],
 )
 def test_what_cannot_be_predicted_is_refused_and_nothing_written(tuned, untouched, code, arguments):
@@ -178,7 +174,6 @@ def test_predictions_under_another_name_are_found_again(tuned):
     scbin.tl.predict(adata, model, target="age", key_added="years", **HOW)
     record = json.loads(adata.uns["scbin"]["predict"])["years"]
     assert record["column"] == "years" and record["asked"] == "age" and record["kind"] == "number"
-    assert scbin.get.gap_df(adata, "years")["truth"].tolist() == adata.obs["age"].tolist()
 
 
 def test_types_of_columns_do_not_matter(tuned):

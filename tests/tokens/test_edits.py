@@ -129,8 +129,7 @@ def edited_dict(v: Vocabulary, row: dict[int, int], edit: Edit, genes: tuple[int
         elif v.bins.per == "cell":
             new = int(level * (1 - edit.fraction) + 1e-9)
         else:
-            edges = v.bins.gene_edges[gene] if v.bins.per == "gene" else v.bins.edges
-            middle = float(v.bins.gene_centres[gene if v.bins.per == "gene" else 0, level])
+            edges, middle = v.bins.edges, float(v.bins.centres[level])
             left = middle * (1 - edit.fraction)
             if v.bins.reads == "log1p":
                 left = np.log1p(np.expm1(middle) * (1 - edit.fraction))

@@ -26,8 +26,6 @@ from scbin.tokens.vocabulary import Phenotype
         ("10th week post-fertilization human stage", 10 / 52),
         ("fifth LMP month human stage", 5 / 12),
         ("eighth LMP month stage", 8 / 12),
-        ("Carnegie stage 17", 41 / 365.25),
-        ("Carnegie stage 99", None),
         ("2-week-old stage", 2 / 52),
         ("human adult stage", None),
         ("unknown", None),

@@ -14,8 +14,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
+from anndata import AnnData
 from tqdm import tqdm
+
+from scbin._adata import write_tokens
+from scbin.io import corpus
 
 HERE = Path(__file__).parent
 
@@ -46,7 +51,17 @@ def final_bytes(directory):
     return newest.name, [(newest / name).read_bytes() for name in ("state.safetensors", "state.json")]
 
 
-def kill(n_kills, directory):
+def in_files(tokens, folder):
+    """Write tokens into three files, and open these in blocks of four rows."""
+    corpus.ROWS, corpus.WINDOW = 4, 5
+    for k, rows in enumerate(np.array_split(np.arange(tokens.n_cells), 3)):
+        adata = AnnData(obs=pd.DataFrame(index=rows.astype(str)))
+        write_tokens(adata, tokens.take(rows), tokens.vocabulary, pd.Categorical(["ok"] * len(rows)), "X_tokens")
+        corpus.write_cells(folder / f"shard_{k}.h5ad", adata)
+    return corpus.open_tokens(folder)
+
+
+def kill(n_kills, directory, source="memory"):
     """SIGKILL a run at random instants, again and again until it is through; count how often it ends in the same bits.
 
     Instants are drawn from a span that follows the runs' own progress: a busy machine, on which nothing was saved yet when the
@@ -56,6 +71,7 @@ def kill(n_kills, directory):
     tqdm.set_lock(threading.RLock())
     small, rng = toy(), random.Random(0)
     small.run(max_steps=1)  # compile before the clock runs
+    small.tokens = small.tokens if source == "memory" else in_files(small.tokens, Path(directory) / "corpus")
     start = time.perf_counter()
     os.waitpid(fork(small, f"{directory}/undisturbed"), 0)
     shortest = span = (time.perf_counter() - start) / 2  # half a run, so that most are killed more than once
@@ -105,4 +121,4 @@ def distributed(out, n_steps, cells_per_step, save_dir, stop_after="0", timeout=
 
 
 if __name__ == "__main__":
-    {"kill": lambda n, d: kill(int(n), d), "distributed": distributed}[sys.argv[1]](*sys.argv[2:])
+    {"kill": lambda n, *rest: kill(int(n), *rest), "distributed": distributed}[sys.argv[1]](*sys.argv[2:])

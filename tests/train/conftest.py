@@ -54,9 +54,9 @@ class Toy:
         plain = {"epochs": 3, "cells_per_step": 32, "learning_rate": 3e-3, "patience": None}
         return Training(**{**plain, **changes})
 
-    def run(self, network=None, *, tokens=None, task=None, save_dir=None, resume=True, callbacks=(), **changes):
+    def run(self, network=None, *, tokens=None, task=None, save_dir=None, callbacks=(), **changes):
         network = self.network(dropout=0.1) if network is None else network
-        how = {"save_dir": save_dir, "resume": resume, "device": "cpu", "progress": False}
+        how = {"save_dir": save_dir, "device": "cpu", "progress": False}
         how |= {key: changes.pop(key) for key in ("device", "seed", "cells", "held_out_cells") if key in changes}
         how["held_out"] = how.pop("held_out_cells", None)
         history = train(

@@ -104,7 +104,7 @@ def test_a_process_that_hangs_is_given_up(tmp_path):
 def test_alone_everything_stays_as_it_is():
     cells, alone = np.arange(11), World()
     assert np.array_equal(np.concatenate([World(rank, 3).share(cells) for rank in range(3)]), cells)
-    assert alone.sum_host(cells) is cells and alone.gather(3) == [3]
+    assert alone.sum(cells) is cells and alone.gather(3) == [3]
     assert alone.device("cpu") == torch.device("cpu")
 
 

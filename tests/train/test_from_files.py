@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,6 +73,16 @@ def test_killed_and_resumed_gives_the_same_bits(files, tmp_path, points):
     found = scbin.tl.pretrain(files, training=training(checkpoint_every=1), save_dir=tmp_path / "run", **QUIET)
     for name, array in weights(whole).items():
         np.testing.assert_array_equal(weights(found)[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize("n_kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_random_and_resumed_gives_the_same_bits(tmp_path, n_kills):
+    script = Path(__file__).with_name("campaigns.py")
+    command = [sys.executable, script, "kill", str(n_kills), tmp_path, "files"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["kills"] >= n_kills and result["same_bits"] == result["runs"] > 0, result
 
 
 def launch(files, out, n_processes, *options, wait=True):

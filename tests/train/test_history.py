@@ -31,6 +31,6 @@ def test_the_bar_shows_loss_and_rates(capsys):
     bar({"step": 0, "validation": 1.0})
     bar({"step": 1, "loss": 0.5, "cells_per_second": 1200.0, "tokens_per_second": 34_000.0})
     bar({"step": 1, "validation": 1.0})
-    bar.close()
+    bar.bar.close()
     shown = capsys.readouterr().err
     assert "1/3" in shown and "loss=0.5" in shown and "34,000" in shown

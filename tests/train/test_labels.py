@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from scbin.nn.labels import GeneHead, LabelHead, Target
-from scbin.train.labels import CellLabels, GeneLabels, drop_genes
+from scbin.train.labels import Labels, drop_genes
 from scbin.train.loop import train
-from scbin.train.settings import Training
+from scbin.train.settings import Finetuning, Training
 from scbin.train.task import EVALUATION, Task
 
 TARGETS = [Target("kind", classes=("a", "b", "c")), Target("number", "number")]
@@ -57,9 +57,8 @@ def test_dropped_genes_are_a_function_of_seed_epoch_and_cell(small):
 def test_losses_against_torch(labelled):
     tokens, network, values = labelled
     weights = np.array([0.5, 1.0, 2.0])
-    task = CellLabels(
-        network.labels, tokens.vocabulary, values, weights=(1.0, 0.5), class_weights=(weights, None), gene_dropout=0.0
-    )
+    how = {"weights": (1.0, 0.5), "class_weights": (weights, np.ones(1))}
+    task = Labels(network.labels, tokens.vocabulary, values, Finetuning(gene_dropout=0.0), **how)
     assert isinstance(task, Task) and task.losses == ("kind", "number") and task.weights == (1.0, 0.5)
     network.eval()
     cells = np.arange(8, 30)
@@ -89,7 +88,7 @@ def test_losses_against_torch(labelled):
 
 def test_packs_change_nothing_and_validation_leaves_nothing_out(labelled):
     tokens, network, values = labelled
-    task = CellLabels(network.labels, tokens.vocabulary, values)
+    task = Labels(network.labels, tokens.vocabulary, values, Finetuning())
     network.eval()
     cells = np.arange(40)
     results = []
@@ -105,10 +104,12 @@ def test_packs_change_nothing_and_validation_leaves_nothing_out(labelled):
 
 def test_a_description_changes_with_what_is_learned(labelled):
     tokens, network, values = labelled
-    task = lambda **how: CellLabels(network.labels, tokens.vocabulary, **{"values": values, **how}).describe()
-    assert task() == task() != task(gene_dropout=0.1)
+    task = lambda values=values, settings=None, **how: Labels(
+        network.labels, tokens.vocabulary, values, settings or Finetuning(), **how
+    ).describe()
+    assert task() == task() != task(settings=Finetuning(gene_dropout=0.1))
     assert task() != task(values=(np.roll(values[0], 1), values[1]))
-    assert task() != task(class_weights=(np.ones(3) * 2, None))
+    assert task() != task(class_weights=(np.ones(3) * 2, np.ones(1)))
 
 
 def test_it_learns_what_is_there_to_learn(small):
@@ -117,7 +118,7 @@ def test_it_learns_what_is_there_to_learn(small):
     kind = np.where(first >= 0, first % 3, np.nan).astype(float)
     network = small.network()
     network.labels = LabelHead(small.vocabulary, 16, TARGETS[:1])
-    task = CellLabels(network.labels, small.vocabulary, [kind], gene_dropout=0.1)
+    task = Labels(network.labels, small.vocabulary, [kind], Finetuning(gene_dropout=0.1))
     history = train(
         network, task, small.tokens, Training(epochs=15, learning_rate=3e-2, cells_per_step=32, patience=None),
         device="cpu", progress=False,
@@ -132,7 +133,7 @@ def test_genes_that_are_held_out_are_asked_about_in_validation_only(small):
     held_out = np.arange(30) % 5 == 0
     network = small.network()
     network.labels = GeneHead(small.vocabulary, 16, TARGETS[:1])
-    task = GeneLabels(network.labels, small.vocabulary, [values], held_out=held_out, gene_dropout=0.0)
+    task = Labels(network.labels, small.vocabulary, [values], Finetuning(gene_dropout=0.0), held_out=held_out)
     for epoch, wanted in ((0, ~held_out), (EVALUATION, held_out)):
         batch = task.prepare(small.tokens, np.arange(50), seed=0, epoch=epoch, token_budget=200)
         asked = np.concatenate([genes.numpy() for _, (_, genes, _) in batch.packs])

@@ -9,9 +9,11 @@ from scipy.sparse import csr_matrix
 
 from scbin._errors import ScbinInputError
 from scbin.tokens.bins import Bins
+from scbin.tokens.tokens import MemoryTokens
 from scbin.tokens.vocabulary import Vocabulary
-from scbin.train.masking import Masking, mask_rows, masked_losses
-from scbin.train.randomness import EVALUATION, epoch_order, held_out_cells
+from scbin.train.masking import mask_rows, masked_losses
+from scbin.train.randomness import EVALUATION, held_out_cells
+from scbin.train.settings import Masking
 
 GENES = [f"G{i}" for i in range(60)]
 ENCODINGS = ["bins", "binary", "rank", "gene_bins"]
@@ -57,7 +59,7 @@ def test_masks_are_a_function_of_seed_epoch_and_cell(encoding):
     for cell in np.random.default_rng(1).permutation(400)[:20]:
         alone, at, _, hidden, _ = mask(rows, v, masking, seed=3, epoch=1, cells=np.array([cell]))
         assert np.array_equal(ids[owner == cell], alone) and np.array_equal(positions[owner == cell], at)
-        assert len(hidden)
+        assert len(hidden.where)
     for other in ({"epoch": 2}, {"seed": 4}):
         again, *_ = mask(rows, v, masking, **{"seed": 3, "epoch": 1, **other})
         assert len(again) != len(ids) or not np.array_equal(again, ids)
@@ -127,16 +129,15 @@ def test_nonzero_ratio_hides_exact_numbers():
 
 
 @pytest.mark.parametrize("attend", [True, False])
-def test_unattended_zeros_stand_behind_the_attended_tokens(attend):
+def test_unattended_zeros_have_closed_gates(attend):
     rows, v = make("bins", zeros="keep", n_cells=50)
-    ids, _, owner, hidden, pack = mask(rows, v, Masking(attend_zeros=attend, replacement=(1, 0, 0)))
+    ids, _, _, hidden, pack = mask(rows, v, Masking(attend_zeros=attend, replacement=(1, 0, 0)))
     if attend:
-        assert pack.layout.key_lengths is None
+        assert pack.gates is None
         return
-    place = np.arange(len(ids)) - pack.layout.cu_seqlens.numpy()[owner]
     labels = ids.copy()
     labels[hidden.where] = hidden.labels
-    assert np.array_equal(place < np.array(pack.layout.key_lengths)[owner], labels != v.first_gene_id)
+    assert np.array_equal(pack.gates.numpy() < -1000, labels == v.first_gene_id)
 
 
 def test_specials_are_masked_only_on_request():
@@ -155,7 +156,7 @@ def test_dropped_phenotypes_leave_the_row():
     masking = Masking(phenotype_mask_prob=1.0, phenotype_drop=1.0, gene_mask_prob=0.0)
     ids, positions, _, hidden, _ = mask(rows, v, masking)
     sex = v.phenotype("sex")
-    assert len(hidden) == 0 and (ids[positions == sex.position] == sex.missing_id).all()
+    assert len(hidden.where) == 0 and (ids[positions == sex.position] == sex.missing_id).all()
 
 
 def test_all_positions_can_be_scored():
@@ -187,8 +188,9 @@ def test_the_depth_of_a_cell_is_never_hidden(mask_specials):
 
 def test_order_of_an_epoch_and_held_out_cells():
     cells = np.array([5, 9, 2, 7])
-    assert sorted(epoch_order(cells, 0, 0)) == [2, 5, 7, 9]
-    assert np.array_equal(epoch_order(cells[::-1], 0, 3), epoch_order(cells, 0, 3))
+    tokens = MemoryTokens(*make(n_cells=10))
+    assert sorted(tokens.epoch_order(cells, 0, 0)) == [2, 5, 7, 9]
+    assert np.array_equal(tokens.epoch_order(cells[::-1], 0, 3), tokens.epoch_order(cells, 0, 3))
     held_out = held_out_cells(10_000, 0.1, 0)
     assert held_out.mean() == pytest.approx(0.1, abs=0.01)
     assert np.array_equal(held_out[:50], held_out_cells(50, 0.1, 0))
@@ -199,7 +201,7 @@ def test_order_of_an_epoch_and_held_out_cells():
     ("code", "changes"),
     [
         *(("A02", {name: "vocab"}) for name in ("random_from",)),
-        *(("A02", {"replacement": value}) for value in ((0.5, 0.5), (2, -1, 0), "all", (float("nan"), 0.5, 0.5))),
+        *(("A02", {"replacement": value}) for value in ((0.5, 0.5), (2, -1, 0), (float("nan"), 0.5, 0.5))),
         ("A02", {"gene_mask_prob": float("nan")}),
         ("A02", {"nonzero_ratio": 1.5}),
         ("A01", {"mask_specials": "no"}),

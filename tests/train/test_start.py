@@ -14,8 +14,8 @@ from scbin.nn.packs import pack_rows
 from scbin.tokens.bins import Bins
 from scbin.tokens.tokens import MemoryTokens
 from scbin.tokens.vocabulary import Vocabulary
-from scbin.train.masking import Masking
 from scbin.train.pretraining import Pretraining
+from scbin.train.settings import Masking
 from scbin.train.start import components, start
 
 
@@ -51,7 +51,7 @@ def test_components_are_those_of_scikit_learn(data, batches):
     assert np.array_equal(again.directions, found.directions)
 
 
-@pytest.mark.parametrize("kind", ["bert", "latent", "mlp"])
+@pytest.mark.parametrize("kind", ["bert", "mlp"])
 def test_a_network_starts_at_the_components_and_the_means(data, kind):
     tokens, counts = data
     v, cells, batches = tokens.vocabulary, np.arange(150), np.arange(200) % 2
@@ -100,5 +100,5 @@ def test_a_start_from_almost_nothing(data):
 def test_pooled_networks_start_too(data):
     tokens, _ = data
     network = build_network(tokens.vocabulary, "tiny", vector="pooled")
-    start(network, Pretraining(tokens.vocabulary, cell_vector=False), tokens, np.arange(200))
+    start(network, Pretraining(tokens.vocabulary), tokens, np.arange(200))
     assert all(p.isfinite().all() for p in network.parameters())

@@ -10,6 +10,7 @@ from scipy.sparse import csr_matrix, vstack
 from torch import nn
 
 from scbin.nn.packs import pack_rows, plan_packs
+from scbin.tokens.tokens import philox
 from scbin.train.task import Batch
 
 
@@ -37,8 +38,8 @@ class MeanBackbone(nn.Module):
     def embed(self, pack):
         return self.ids(pack.input_ids) + self.positions(pack.position_ids)
 
-    def encode(self, pack, layer=-1, *, embedded=None, gates=None):
-        x = self.embed(pack) if embedded is None else embedded
+    def encode(self, pack, layer=-1, *, gates=None):
+        x = self.embed(pack)
         if layer == 0:
             return x
         lengths = torch.diff(pack.layout.cu_seqlens).long()
@@ -110,3 +111,6 @@ class ListTokens:
 
     def obs(self, column):
         return pd.Series({"batch": ["a", "b"] * (self.n_cells // 2)}[column])
+
+    def epoch_order(self, cells, seed, epoch):
+        return philox(seed, epoch).permutation(np.sort(cells))

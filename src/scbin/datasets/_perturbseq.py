@@ -22,20 +22,17 @@ def perturbseq(
     n_modules: int = 8,
     n_pairs: int = 0,
     effect: float = 1.0,
-    no_effect: float = 0.2,
     known_modules: bool = True,
     synergy: float = 1.0,
     efficiency: float = 0.8,
-    depth: float = 1000.0,
-    n_batches: int = 2,
-    n_donors: int = 4,
     seed: int = 0,
 ) -> AnnData:
     """Simulate a CRISPRi screen in which the effect of every perturbation is known.
 
     Genes belong to modules that vary together in unperturbed cells. Knocking down a gene lowers its own module, moves others through a
     wiring of modules, touches a few genes directly, and causes a response that all perturbations share. A pair adds up its two
-    genes, plus a synergy that depends on the two modules.
+    genes, plus a synergy that depends on the two modules. A fifth of the targets do nothing else. Cells have about 1,000 counts and
+    come from two batches and four donors, which differ in every gene.
 
     Parameters
     ----------
@@ -51,8 +48,6 @@ def perturbseq(
         Pairs of targets that are perturbed together.
     effect
         Size of all effects but that on the target itself; 0 is a screen of pure noise.
-    no_effect
-        Fraction of the targets whose perturbation does nothing else.
     known_modules
         Whether a target acts through the module that it varies with. If not, through one drawn at random: effects are real, and
         no feature of the target foretells them.
@@ -60,12 +55,6 @@ def perturbseq(
         Size of what a pair does beyond the sum, relative to the effect of a module.
     efficiency
         Mean fraction of cells in which a guide works. There are three guides for each gene.
-    depth
-        Median counts of a cell.
-    n_batches
-        Batches, which differ in every gene.
-    n_donors
-        Donors, which differ in every gene.
     seed
         The same seed gives the same cells.
 
@@ -87,19 +76,13 @@ def perturbseq(
     >>> adata.shape, adata.obs["perturbation"].nunique()
     ((500, 100), 11)
     """
-    least: dict[str, tuple[float, int]] = {
-        "n_perturbations": (n_perturbations, 1),
-        "n_modules": (n_modules, 1),
-        "n_batches": (n_batches, 1),
-    }
-    least |= {"n_donors": (n_donors, 1), "n_pairs": (n_pairs, 0), "seed": (seed, 0), "depth": (depth, 1)}
-    least |= {"n_genes": (n_genes, n_perturbations), "n_cells": (n_cells, 100 + n_perturbations + n_pairs)}
-    for name, (value, smallest) in least.items():
-        if value < smallest:
-            raise ScbinInputError("A02", f"{name} is {value}; it needs to be at least {smallest}.")
-    every = list(combinations(range(n_perturbations), 2))
-    if n_pairs > len(every):
-        raise ScbinInputError("A02", f"n_pairs is {n_pairs}, but {n_perturbations} targets make {len(every)} pairs.")
+    every, least = list(combinations(range(n_perturbations), 2)), 100 + n_perturbations + n_pairs
+    if min(n_perturbations, n_modules, seed + 1, n_pairs + 1) < 1 or n_pairs > len(every):
+        raise ScbinInputError(
+            "A02", f"there are targets, modules, seeds from 0 on, and at most {len(every)} pairs of them."
+        )
+    if n_genes < n_perturbations or n_cells < least:
+        raise ScbinInputError("A02", f"it needs at least {n_perturbations} genes and {least} cells.")
     rng = np.random.default_rng(seed)
     module = np.where(rng.random(n_genes) < 0.1, -1, rng.integers(n_modules, size=n_genes))
     module[:n_perturbations] = rng.integers(n_modules, size=n_perturbations)
@@ -108,7 +91,7 @@ def perturbseq(
     # what perturbing does to modules (perturbations, modules), and then to genes
     wiring = -np.eye(n_modules) + np.where(rng.random((n_modules,) * 2) < 0.25, rng.normal(0, 0.5, (n_modules,) * 2), 0)
     acts = module[:n_perturbations] if known_modules else rng.integers(n_modules, size=n_perturbations)
-    works = rng.random(n_perturbations) >= no_effect
+    works = rng.random(n_perturbations) >= 0.2
     strength = works * effect * rng.uniform(0.5, 1.0, n_perturbations)
     direct = (rng.random((n_perturbations, n_genes)) < 0.02) * rng.normal(0, 0.6, (n_perturbations, n_genes))
     shared = 0.25 * rng.normal(size=n_genes) * (rng.random(n_genes) < 0.3)
@@ -125,13 +108,13 @@ def perturbseq(
     n_controls = max(100, n_cells // 10)
     which = np.concatenate([np.zeros(n_controls, int), 1 + np.arange(n_cells - n_controls) % (len(sets) - 1)])
     which = rng.permutation(which)
-    guide, batch, donor = (rng.integers(n, size=n_cells) for n in (3, n_batches, n_donors))
+    guide, batch, donor = (rng.integers(n, size=n_cells) for n in (3, 2, 4))
     guide_works = np.clip(rng.normal(efficiency, 0.1, (len(sets), 3)), 0, 1)
     hit = rng.random(n_cells) < guide_works[which, guide]
     noise = rng.normal(0, 0.5, (n_cells, n_modules)) @ member.T  # the state of a cell, and where it is from
-    noise += 0.2 * rng.normal(size=(n_batches, n_genes))[batch] + 0.2 * rng.normal(size=(n_donors, n_genes))[donor]
+    noise += 0.2 * rng.normal(size=(2, n_genes))[batch] + 0.2 * rng.normal(size=(4, n_genes))[donor]
     share = np.exp(rng.normal(0, 1.5, n_genes) + noise + hit[:, None] * change[which])
-    share *= (depth * rng.lognormal(0, 0.3, n_cells) / share.sum(axis=1))[:, None]
+    share *= (1000.0 * rng.lognormal(0, 0.3, n_cells) / share.sum(axis=1))[:, None]
     counts = rng.poisson(share * rng.gamma(5.0, 0.2, share.shape))
 
     genes = [f"GENE{k}" for k in range(n_genes)]

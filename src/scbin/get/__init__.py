@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from scbin.get.measured import perturbations_df
-from scbin.get.networks import network_df
 from scbin.get.perturbation import perturb_df
-from scbin.get.predictions import evaluate_df, gap_df
-from scbin.get.tables import history_df, tokens_df
+from scbin.get.tables import evaluate_df, history_df, network_df, tokens_df
 
 __all__ = [
     "evaluate_df",
-    "gap_df",
     "history_df",
     "network_df",
     "perturb_df",

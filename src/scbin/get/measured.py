@@ -46,11 +46,11 @@ class Screen:
 def read_screen(adata: AnnData) -> Screen:
     """Return what `tl.fit_perturbations` left, or say that it is to be called."""
     entry = read_entry(adata, "measured")
-    arrays = (np.asarray(entry[key], dtype=np.float64) for key in ("change", "control", "variance"))
-    change, control, variance = arrays
-    features = {name: np.asarray(block, dtype=np.float64) for name, block in entry["features"].items()}
-    genes, names = (np.asarray(entry[key], dtype=object) for key in ("genes", "feature_names"))
-    return Screen(entry["table"], change, genes, control, variance, features, names, json.loads(str(entry["params"])))
+    numbers = {name: np.asarray(entry[name], dtype=float) for name in ("change", "control", "variance")}
+    features = {name: np.asarray(block, dtype=float) for name, block in entry["features"].items()}
+    genes, names = (np.asarray(entry[name], dtype=object) for name in ("genes", "feature_names"))
+    table, params = entry["table"].reset_index(drop=True), json.loads(str(entry["params"]))
+    return Screen(table, genes=genes, features=features, names=names, params=params, **numbers)
 
 
 def read_entry(adata: AnnData, what: str) -> dict[str, Any]:
@@ -98,9 +98,8 @@ def perturbations_df(
     """
     entry = read_entry(adata, what)
     table = entry["table"].copy()
-    if reproducible and "reproducible" not in table.columns:
-        raise ScbinInputError("A03", f"the table {what!r} does not say what is reproducible; leave reproducible= out.")
-    table = table[table["reproducible"].to_numpy(dtype=bool)] if reproducible else table
+    if reproducible and what != "predicted":
+        table = table[table["reproducible"].to_numpy(dtype=bool)]
     if what == "measured":
         table = table.sort_values("split_half", ascending=False, kind="stable")
     if what == "evaluated":

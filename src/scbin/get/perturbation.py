@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
@@ -12,12 +13,24 @@ from scbin._arguments import checked
 from scbin._errors import ScbinInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from anndata import AnnData
 
 SIGNIFICANT = 0.05
-RISING = ("p_value", "fdr", "gene", "perturbed", "affected", "group")
+# Geneformer's columns, made of ours, by the column (or the goal) that tells what a table is
+_GENE = "Gene=gene Gene_name=gene Ensembl_ID=gene_id"
+_GENEFORMER = {
+    "difference": f"{_GENE} Test_avg_shift=shift Null_avg_shift=null_shift Test_vs_null_avg_shift=difference "
+    "Test_vs_null_pval=p_value Test_vs_null_FDR=fdr N_Detections_test=n_cells N_Detections_null=n_cells_null Sig=1*(fdr<.05)",
+    "impact": f"{_GENE} Test_avg_shift=1-shift Impact_component=1*impact Impact_component_percent=100*impact_share "
+    "N_Detections=n_cells",
+    "affected": "Perturbed=perturbed Gene_name=perturbed Ensembl_ID=perturbed_id Affected=affected Affected_gene_name=affected "
+    "Affected_Ensembl_ID=affected_id Cosine_sim_mean=1-shift N_Detections=n_cells",
+    "goal": f"{_GENE} Shift_to_goal_end=shift Goal_end_vs_random_pval=p_value Goal_end_FDR=fdr N_Detections=n_cells Sig=1*(fdr<.05)",
+    "combined_minus_sum": "Anchor=anchor Anchor_name=anchor Anchor_Ensembl_ID=anchor_id "
+    f"{_GENE} Anchor_shift=1-anchor_shift Test_token_shift=1-gene_shift Sum_of_indiv_shifts=1-anchor_shift-gene_shift "
+    "Combo_shift=1-shift Combo_minus_sum_shift=-combined_minus_sum N_Detections=n_cells",
+    "gene": f"{_GENE} Test_avg_shift=1-shift N_Detections=n_cells",
+}
 
 
 @checked
@@ -25,12 +38,13 @@ def perturb_df(
     adata: AnnData,
     *,
     key: str | None = None,
-    group: str | None = None,
-    sort_by: str | None = "auto",
     min_cells: int = 5,
     style: Literal["scbin", "geneformer"] = "scbin",
 ) -> pd.DataFrame:
-    """Return the table of an in silico perturbation.
+    """Return the table of an in silico perturbation, sorted by what was asked.
+
+    First are the genes that move cells straightest to the goal (`alignment`) where there is a goal, else those of the largest
+    `effect_size`, else `shift`. Affected genes stay in their order.
 
     Parameters
     ----------
@@ -38,17 +52,11 @@ def perturb_df(
         Cells after `scbin.tl.perturb`.
     key
         Entry of `uns`. Default: `"scbin_perturb"`.
-    group
-        Only the rows of this group of cells, where the perturbation was made by groups.
-    sort_by
-        Column to sort by, the largest first (p values, FDR and names: the smallest). Missing values come last. `"auto"`: how
-        straight a gene moves cells to the goal (`alignment`) where there is a goal, else its `effect_size`, else its `shift`;
-        affected genes stay in their order. `None`: as stored.
     min_cells
         Leave out rows that rest on fewer cells: a gene seen in one or two is often the most extreme by chance.
     style
-        `"geneformer"` gives the columns that Geneformer's statistics write, under their names: shifts to states as they are, and
-        cosines instead of shifts where it reports those (a cosine of 1 is no effect).
+        `"geneformer"` gives the columns of Geneformer's statistics that the table has, under its names: shifts to a goal as they
+        are, else cosines (1 is no effect). Ensembl ids come from `adata.var["ensembl_id"]`, where that is there.
 
     Returns
     -------
@@ -57,7 +65,7 @@ def perturb_df(
     Raises
     ------
     ScbinInputError
-        If there is no such table, group or column.
+        If there is no such table.
 
     Examples
     --------
@@ -69,106 +77,42 @@ def perturb_df(
     ['B', 'A']
     """
     table, params = read_perturbation(adata, key)
-    if group is not None:
-        groups = table["group"].astype(str) if "group" in table.columns else pd.Series("", index=table.index)
-        if group not in set(groups):
-            known = ", ".join(map(repr, dict.fromkeys(groups)))
-            raise ScbinInputError("A06", f"the table has no group {group!r}. It has: {known}.")
-        table = table[groups == group]
-    if sort_by == "auto":
-        order = () if "affected" in table.columns else ("alignment", "effect_size", "shift")
-        sort_by = next((name for name in order if name in table.columns and table[name].notna().any()), None)
-    if sort_by not in (None, *table.columns):
-        known = ", ".join(map(repr, table.columns))
-        raise ScbinInputError("A06", f"the table has no column {sort_by!r}; it has {known}.")
-    if "n_cells" in table.columns:
-        table = table[table["n_cells"] >= min_cells]
-    if sort_by is not None:
-        table = table.sort_values(sort_by, ascending=sort_by in RISING, kind="stable", na_position="last")
+    table = table[table["n_cells"] >= min_cells] if "n_cells" in table else table
+    order = () if "affected" in table else ("alignment", "effect_size", "difference", "shift")
+    sort_by = [name for name in order if name in table and table[name].notna().any()][:1]
+    if sort_by:
+        table = table.sort_values(sort_by, ascending=False, kind="stable")
     table = table.reset_index(drop=True)
     table.attrs["what"] = "association shift of a network that has seen no perturbation"
     return table if style == "scbin" else _geneformer(table, params, adata)
+
+
+def _geneformer(table: pd.DataFrame, params: dict[str, Any], adata: AnnData) -> pd.DataFrame:
+    """Put a table under Geneformer's names."""
+    if params.get("level", "cell") not in ("cell", "gene"):
+        raise ScbinInputError("A03", f"Geneformer has no table for level={params['level']!r}. Use style='scbin'.")
+    tells = {*table} | ({"goal"} if params.get("goal") else set())
+    kind = next(name for name in _GENEFORMER if name in tells)
+    names = dict(each.split("=") for each in _GENEFORMER[kind].split())
+    for state in [name[9:] for name in table if name.startswith("shift_to_") and name != "shift_to_start"]:
+        ours = {"Shift_to_alt_end": "shift_to", "Alt_end_vs_random_pval": "p_value", "Alt_end_FDR": "fdr"}
+        names |= {f"{new}_{state}": f"`{old}_{state}`" for new, old in ours.items() if f"{old}_{state}" in table}
+    if kind == "combined_minus_sum":
+        table[["anchor", "gene"]] = table["gene"].str.split(",", expand=True)
+    ids = dict(zip(adata.var_names, adata.var.get("ensembl_id", adata.var_names), strict=True))
+    for column in {"gene", "anchor", "perturbed", "affected"} & {*table}:
+        table[f"{column}_id"] = [",".join(ids.get(part, part) for part in name.split(",")) for name in table[column]]
+    return pd.DataFrame({new: table.eval(old) for new, old in names.items()})
 
 
 def read_perturbation(adata: AnnData, key: str | None = None) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return a copy of the table and the parameters of a perturbation."""
     key = _keys.PERTURB if key is None else key
     entry = adata.uns.get(key)
-    table = entry.get("table") if hasattr(entry, "get") else None
-    if not isinstance(table, pd.DataFrame):
-        raise ScbinInputError(
-            "A06", f"adata.uns[{key!r}] holds no table of a perturbation. Run scbin.tl.perturb(adata, model) first."
-        )
-    try:
-        params = json.loads(str(entry.get("params", "{}")))
-    except ValueError:
-        params = None
-    if not isinstance(params, dict):
-        raise ScbinInputError("A04", f"adata.uns[{key!r}]['params'] is not what scbin wrote there. Perturb again.")
-    return table.copy(), params
-
-
-def pairs_of(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table of genes that were perturbed two by two ("A,B") with both apart; any other table as it is."""
-    parts = table.get("gene", pd.Series(dtype=object)).astype(str).str.split(",")
-    if not len(parts) or (parts.str.len() != 2).any():
-        return table
-    return table.assign(anchor=parts.str[0], partner=parts.str[1], combined_shift=table["shift"])
-
-
-# ---- Geneformer's columns -------------------------------------------------------------------------------------------
-
-
-def _geneformer(table: pd.DataFrame, params: Mapping[str, Any], adata: AnnData) -> pd.DataFrame:
-    """Put a table under the names that Geneformer gives; which statistic it is, its columns say.
-
-    Without a goal Geneformer reports cosines, 1 - shift: the names of such columns are marked with a minus.
-    """
-    if params.get("level", "cell") not in ("cell", "gene"):
-        raise ScbinInputError("A03", f"Geneformer has no table for level={params['level']!r}. Use style='scbin'.")
-    genes, goal = {"gene": ("Gene", "Gene_name", "Ensembl_ID")}, params.get("goal") is not None
-    if "combined_minus_sum" in table.columns and not goal:
-        table = pairs_of(table).assign(combined_minus_sum=-table["combined_minus_sum"])
-        genes = {"anchor": ("Anchor", "Anchor_name", "Anchor_Ensembl_ID"), "partner": genes["gene"]}
-        names = {"-Anchor_shift": "anchor_shift", "-Test_token_shift": "gene_shift", "-Combo_shift": "combined_shift"}
-        names |= {"-Sum_of_indiv_shifts": "sum_of_shifts", "Combo_minus_sum_shift": "combined_minus_sum"}
-    elif "affected" in table.columns:
-        genes = {"perturbed": ("Perturbed", "Gene_name", "Ensembl_ID")}
-        genes["affected"] = ("Affected", "Affected_gene_name", "Affected_Ensembl_ID")
-        names = {"-Cosine_sim_mean": "shift", "Cosine_sim_stdev": "sd"}
-    elif "difference" in table.columns:
-        names = {"Test_avg_shift": "shift", "Null_avg_shift": "null_shift", "Test_vs_null_avg_shift": "difference"}
-        names |= {"Test_vs_null_pval": "p_value", "Test_vs_null_FDR": "fdr"}
-        names |= {"N_Detections_test": "n_cells", "N_Detections_null": "n_cells_null"}
-    elif "impact" in table.columns:
-        table = table.assign(impact=table["impact"].astype(int), impact_share=100 * table["impact_share"])
-        names = {"-Test_avg_shift": "shift", "Impact_component": "impact", "Impact_component_percent": "impact_share"}
-    elif goal:
-        others = [name[9:] for name in table.columns if name.startswith("shift_to_") and name != "shift_to_start"]
-        names = {"Shift_to_goal_end": "shift", **{f"Shift_to_alt_end_{name}": f"shift_to_{name}" for name in others}}
-        names |= {"Goal_end_vs_random_pval": "p_value"}
-        names |= {f"Alt_end_vs_random_pval_{name}": f"p_value_{name}" for name in others} | {"Goal_end_FDR": "fdr"}
-        names |= {f"Alt_end_FDR_{name}": f"fdr_{name}" for name in others}
-    else:
-        names = {"-Test_avg_shift": "shift", "Test_vs_random_pval": "p_value", "Test_vs_random_FDR": "fdr"}
-    names |= {} if "difference" in table.columns else {"N_Detections": "n_cells"}
-    frame = pd.concat([_named(table[column].astype(str), adata, titles) for column, titles in genes.items()], axis=1)
-    for new, old in names.items():
-        if old in table.columns:
-            frame[new.removeprefix("-")] = 1 - table[old] if new.startswith("-") else table[old]
-    if "fdr" in names.values() and "fdr" in table.columns:
-        frame["Sig"] = (table["fdr"] < SIGNIFICANT).astype(int)
-    return frame
-
-
-def _named(genes: pd.Series, adata: AnnData, titles: tuple[str, str, str]) -> pd.DataFrame:
-    """Return gene, symbol and Ensembl id, as far as `adata.var` tells; several genes in one row are joined by commas."""
-    frame = pd.DataFrame({titles[0]: genes.astype(object)})
-    symbols = ("gene_symbol", "gene_symbols", "feature_name", "gene_name")
-    for title, candidates in zip(
-        titles[1:], (symbols, ("ensembl_id", "gene_ids", "gene_id", "feature_id")), strict=True
-    ):
-        found = next((name for name in candidates if name in adata.var.columns), None)
-        of = {} if found is None else dict(zip(adata.var_names, adata.var[found].astype(str), strict=True))
-        frame[title] = [",".join(of.get(part, part) for part in name.split(",")) for name in genes]
-    return frame
+    table: Any = entry.get("table") if hasattr(entry, "get") else None
+    with suppress(ValueError):
+        params = json.loads(str(entry.get("params", "{}"))) if isinstance(table, pd.DataFrame) else None
+        if isinstance(params, dict):
+            return table.copy(), params
+    found = f"adata.uns[{key!r}] holds no perturbation that scbin wrote"
+    raise ScbinInputError("A06", f"{found}. Run scbin.tl.perturb(adata, model) first.")

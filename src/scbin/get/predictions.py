@@ -1,15 +1,15 @@
-"""What `tl.predict` and `tl.evaluate` left in an AnnData, as tables."""
+"""Predictions that `tl.predict` left in an AnnData, beside the truth."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from scbin import _docs, _keys
-from scbin._adata import check_adata, obsm_column, read_obs, read_uns
+from scbin import _keys
+from scbin._adata import check_adata, read_obs, read_uns
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError
 from scbin.tokens.phenotypes import age_labels, labels_of
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-Cells = Literal["auto", "test", "all"]
+Cells = Literal["auto", "all"]
 Kind = Literal["class", "number"]
 
 
@@ -70,9 +70,6 @@ def true_values(
     return Column(name, "class", codes_of(labels, names), names)
 
 
-# ---- predictions ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Record:
     """What predictions of one target are, as `uns` remembers it."""
@@ -88,44 +85,31 @@ class Record:
 
 def read_record(adata: AnnData) -> dict[str, dict[str, Any]]:
     """Return the whole record, by name."""
-    return {name: entry for name, entry in read_uns(adata, _keys.PREDICT, dict).items() if isinstance(entry, dict)}
+    return read_uns(adata, _keys.PREDICT, dict)
 
 
 def recorded(adata: AnnData, name: str) -> Record:
-    """Return what is known of the predictions called `name`, which need not be there."""
+    """Return what is known of the predictions called `name`: as recorded, else as their column of obs tells."""
     entry = {"column": f"scbin_{name}", "asked": name, **read_record(adata).get(name, {})}
     given = adata.obs.get(entry["column"])
-    is_number = given is not None and pd.api.types.is_numeric_dtype(given)
-    entry = {"kind": "number" if is_number else "class", **entry, "classes": tuple(entry.get("classes", ()))}
-    return Record(**{item.name: entry[item.name] for item in fields(Record) if item.name in entry})
+    if given is not None and pd.api.types.is_numeric_dtype(given):
+        entry = {"kind": "number", **entry}
+    elif given is not None and not entry.get("classes"):
+        entry["classes"] = given.astype("category").cat.categories.astype(str)
+    return Record(**{**entry, "classes": tuple(entry.get("classes", ()))})
 
 
 def predicted_targets(adata: AnnData) -> list[str]:
     """Return the names of what was predicted for the cells of an AnnData and is still there."""
     made = {name: recorded(adata, name) for name in read_record(adata)}
-    return [name for name, each in made.items() if each.kind != "gene" and each.column in adata.obs.columns]
+    return [name for name, each in made.items() if each.kind != "gene" and each.column in adata.obs]
 
 
-def read_truth(
-    adata: AnnData,
-    target: str,
-    record: Record,
-    truth_key: str | None,
-    *,
-    classes: Sequence[str] = (),
-    needed: bool = True,
-) -> tuple[Column, bool]:
-    """Return the truth: the column `truth_key`, or the one named after the target or what was asked for; and whether it is one.
-
-    Where there is none and none is `needed`, the predictions themselves.
-    """
-    names = [name for name in (target, record.asked) if name in adata.obs.columns and name != record.column]
-    names += [record.asked] if obsm_column(adata, record.asked) is not None else []
-    if truth_key is None and not names and needed:
-        found = f"{record.asked!r} is not a column of adata.obs, so there is no truth to compare with"
-        raise ScbinInputError("A06", f"{found}. Pass truth_key=.")
-    key = [*names, record.column][0] if truth_key is None else truth_key
-    return true_values(read_obs(adata, key), target, record.kind, classes, record.age_groups), key != record.column
+def read_truth(adata: AnnData, target: str, record: Record, truth_key: str | None) -> Column:
+    """Return the truth: the column `truth_key`, or the one named after the target or what was asked for."""
+    if truth_key is None:
+        truth_key = target if target in adata.obs and target != record.column else record.asked
+    return true_values(read_obs(adata, truth_key), target, record.kind, record.classes, record.age_groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,123 +127,29 @@ class Predicted:
     predicted: np.ndarray  # (n,)
     classes: tuple[str, ...] = ()
     probability: np.ndarray | None = None  # (n, classes) float64, NaN where the cell could not be read
-    has_truth: bool = True
 
 
 @checked
-def read_predicted(
-    adata: AnnData, target: str, *, truth_key: str | None = None, cells: Cells = "auto", need_truth: bool = True
-) -> Predicted:
-    """Return the predictions of `target` for the cells whose truth is known.
-
-    `cells` are those that `scbin_split` calls test, all, or with `"auto"` the test cells where there are any. Without
-    `need_truth`, where there is none, the predictions stand in its place.
-    """
+def read_predicted(adata: AnnData, target: str, *, truth_key: str | None = None, cells: Cells = "auto") -> Predicted:
+    """Return the predictions of `target` for the cells whose truth is known: the test cells where there are any, or all."""
     record = recorded(check_adata(adata), target)
-    if record.kind == "gene" or record.column not in adata.obs.columns:
+    if record.kind == "gene" or record.column not in adata.obs:
         made = ", ".join(map(repr, predicted_targets(adata))) or "none"
-        found = f"{target!r} was not predicted for these cells. Predicted so far: {made}"
-        raise ScbinInputError("A06", f"{found}. Call scbin.tl.predict(adata, model, target={record.asked!r}).")
-    given = adata.obs[record.column]
-    here = () if record.kind == "number" else tuple(given.astype("category").cat.categories.astype(str))
-    # a subset of the cells has lost the categories that none of them has
-    known = record.classes if set(here) <= set(record.classes) else here
-    true, has_truth = read_truth(adata, target, record, truth_key, classes=known, needed=need_truth)
+        fix = f"Predicted so far: {made}. Call scbin.tl.predict(adata, model, target={record.asked!r})."
+        raise ScbinInputError("A06", f"{target!r} was not predicted for these cells. {fix}")
+    true, given = read_truth(adata, target, record, truth_key), adata.obs[record.column]
     test = np.zeros(adata.n_obs, dtype=bool)
-    if _keys.SPLIT in adata.obs.columns and cells != "all":
-        test = (adata.obs[_keys.SPLIT].astype(object) == "test").to_numpy(dtype=bool)
-    if cells == "test" and not test.any():
-        raise ScbinInputError("L03", "cells='test', but obs['scbin_split'] names no test cells. Call scbin.tl.split.")
+    if _keys.SPLIT in adata.obs and cells == "auto":
+        test = adata.obs[_keys.SPLIT].astype(str).eq("test").to_numpy()
     rows = np.flatnonzero(true.known & test if test.any() else true.known)
     if not len(rows):
         raise ScbinInputError("L01", f"no cell to compare has a known {target!r}: all are missing.")
     if true.kind == "number":
-        return Predicted(target, "number", rows, true.values[rows], numbers_of(given)[rows], has_truth=has_truth)
-    texts = given.iloc[rows].astype(object).map(str, na_action="ignore")
-    predicted = np.nan_to_num(codes_of(texts, true.classes), nan=-1).astype(np.int64)
+        return Predicted(target, "number", rows, true.values[rows], numbers_of(given)[rows])
+    predicted = pd.Index(true.classes, dtype=object).get_indexer(given.iloc[rows].astype(str))
     probability, slot = None, f"{record.column}_probability"
     if slot in adata.obsm:
         stored = np.asarray(adata.obsm[slot], dtype=np.float64)[rows]
-        if stored.shape[1] != len(known):
-            found = f"{stored.shape[1]} columns for {len(known)} classes"
-            raise ScbinInputError("A03", f"adata.obsm[{slot!r}] has {found}. Predict again.")
-        probability = np.pad(stored, ((0, 0), (0, len(true.classes) - len(known))))
+        probability = np.pad(stored, ((0, 0), (0, len(true.classes) - stored.shape[1])))
         probability[np.isnan(stored).any(axis=1)] = np.nan
-    return Predicted(target, "class", rows, true.codes(rows), predicted, true.classes, probability, has_truth)
-
-
-# ---- tables ---------------------------------------------------------------------------------------------------------
-
-
-def evaluate_df(adata: AnnData, target: str | None = None) -> pd.DataFrame:
-    """Return what :func:`scbin.tl.evaluate` found: one row per method, one column per score.
-
-    Parameters
-    ----------
-    adata
-        Cells that were evaluated on.
-    target
-        Which evaluation, where there were several. Default: all of them, with `target` as first column.
-
-    Returns
-    -------
-    A table with the methods as index, scbin first.
-
-    Examples
-    --------
-    >>> import anndata, numpy, pandas, scbin
-    >>> adata = anndata.AnnData(numpy.ones((2, 2)))
-    >>> table = {"target": ["cell_type"] * 2, "method": ["scbin", "majority class"], "accuracy": [0.9, 0.4]}
-    >>> adata.uns["scbin"] = {"evaluate": pandas.DataFrame(table)}
-    >>> float(scbin.get.evaluate_df(adata, "cell_type").loc["scbin", "accuracy"])
-    0.9
-    """
-    check_adata(adata)
-    table = read_uns(adata, _keys.EVALUATE, pd.DataFrame).reset_index(drop=True)
-    if not {"target", "method"} <= set(table.columns):
-        raise ScbinInputError("A06", "nothing was evaluated here. Call scbin.tl.evaluate(adata, model, target=...).")
-    if target is not None:
-        if target not in set(table["target"]):
-            made = ", ".join(map(repr, dict.fromkeys(table["target"])))
-            raise ScbinInputError("A06", f"{target!r} was not evaluated here. Evaluated so far: {made}.")
-        table = table[table["target"] == target].drop(columns="target")
-    return table.set_index("method").dropna(axis=1, how="all")
-
-
-@_docs.shared
-def gap_df(adata: AnnData, target: str, *, truth_key: str | None = None, cells: Cells = "auto") -> pd.DataFrame:
-    """Return the gap between a predicted number and the true one, such as the age gap of every cell.
-
-    Average it over the cells of a donor before donors are compared: cells of one donor are not independent. Predictions lean
-    towards the mean, so the gap falls with the true number; compare groups of the same age, or correct for it first.
-
-    Parameters
-    ----------
-    {predictions}
-
-    Returns
-    -------
-    A table with the names of the cells as index and the columns `truth`, `predicted`, `gap` (predicted - true) and `z`, the gap
-    less its mean over the table, in its standard deviations (0 where all gaps are equal). Cells without a truth are left out;
-    those without a prediction have NaN.
-
-    Raises
-    ------
-    ScbinInputError
-        If nothing was predicted, or classes were.
-
-    Examples
-    --------
-    >>> import anndata, numpy, scbin
-    >>> adata = anndata.AnnData(numpy.ones((3, 2)))
-    >>> adata.obs["age"], adata.obs["scbin_age"] = [30.0, 40.0, 50.0], [33.0, 40.0, 47.0]
-    >>> scbin.get.gap_df(adata, "age")["gap"].tolist()
-    [3.0, 0.0, -3.0]
-    """
-    found = read_predicted(adata, target, truth_key=truth_key, cells=cells)
-    if found.kind == "class":
-        raise ScbinInputError("A03", f"{target!r} was predicted as classes, which have no gap. See scbin.pl.confusion.")
-    gap = found.predicted - found.truth
-    z = (gap - np.nanmean(gap)) / (np.nanstd(gap) or 1.0) if np.isfinite(gap).any() else gap
-    columns = {"truth": found.truth, "predicted": found.predicted, "gap": gap, "z": z}
-    return pd.DataFrame(columns, index=adata.obs_names[found.cells])
+    return Predicted(target, "class", rows, true.codes(rows), predicted, true.classes, probability)

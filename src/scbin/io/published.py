@@ -15,17 +15,7 @@ from scbin._arguments import shown
 from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinModelError
 from scbin.io.dictionaries import VERSIONS, find_dictionaries, geneformer_vocabulary
 from scbin.io.directory import CONFIG, WEIGHTS, Content, assemble, expected_tensors
-from scbin.io.untrusted import (
-    MAX_JSON,
-    MAX_WEIGHTS,
-    check_plain,
-    check_weights_there,
-    make_config,
-    read_header,
-    read_json,
-    read_tensors,
-)
-from scbin.nn.backbone import layer_number
+from scbin.io.files import MAX_JSON, check_files, check_plain, make_config, read_header, read_json, read_tensors
 from scbin.nn.bert import BertBackbone
 from scbin.nn.labels import GeneHead, LabelHead
 from scbin.nn.network import CellNetwork
@@ -40,8 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import BertConfig
 
-Vector = tuple[Any, int | None]  # pooling and layer of the cell vector, None: the usual one
-
 HEAD, EMBEDDINGS = "cls.predictions.", "bert.embeddings."
 WORDS, POSITIONS = f"{EMBEDDINGS}word_embeddings.weight", f"{EMBEDDINGS}position_embeddings.weight"
 DECODER, BIAS, DECODER_BIAS = (f"{HEAD}{name}" for name in ("decoder.weight", "bias", "decoder.bias"))
@@ -54,11 +42,7 @@ IGNORED = (DECODER, DECODER_BIAS, f"{EMBEDDINGS}position_ids")
 
 def _read_config(path: Path) -> dict[str, Any]:
     """Return config.json of a directory, after looking at the two files that are read; others are left alone."""
-    check_weights_there(path, WEIGHTS)
-    for name, most in ((CONFIG, MAX_JSON), (WEIGHTS, MAX_WEIGHTS)):
-        if not os.path.lexists(path / name):
-            raise ScbinModelError("M01", f"{path} has no {name}. A published model is {CONFIG} and {WEIGHTS}.")
-        check_plain(path / name, most)
+    check_files(path, (CONFIG, WEIGHTS))
     return read_json(path / CONFIG)
 
 
@@ -70,89 +54,75 @@ def _bert_config(content: Mapping[str, Any], **changes: Any) -> BertConfig:
 
 def _read_weights(
     path: Path, config: BertConfig, theirs: Callable[[str], str | None] = lambda name: name, hidden: str = ""
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the tensors of a network by BERT's names and, of a classifier, those of its head by the names of ours.
+) -> dict[str, Tensor]:
+    """Return the tensors of a network by BERT's names and, of a classifier, `dense` and `output` of its head.
 
     `theirs` turns BERT's names into those in the file, `None` where it has no such tensor; `hidden` is their name of the layer
-    before the output of a classifier of cells. A classifier is published without the output layer of a BERT: what it gets for one
-    changes nothing and knows nothing.
+    before the output of a classifier of cells. A classifier is published without the output layer of a BERT: it gets zeros.
     """
-    found, expected = read_header(path / WEIGHTS), expected_tensors(config)
-    shape = found.get("classifier.weight", ("", ()))[1] if hidden else ()
-    widths = {"classifier": shape[0], hidden: config.hidden_size} if len(shape) == 2 else {}
-    layers = {"classifier": "output", hidden: "dense"}
-    if f"{hidden}.weight" not in found:
-        widths.pop(hidden, None)  # of genes
-    stored = {name: theirs(name) for name in expected if not (widths and name.startswith(HEAD))}
-    shapes = {file_name: expected[name] for name, file_name in stored.items() if file_name is not None}
-    for layer, width in widths.items():
-        shapes[f"{layer}.weight"] = torch.empty(width, config.hidden_size, device="meta")
-        shapes[f"{layer}.bias"] = torch.empty(width, device="meta")
-    read = read_tensors(path / WEIGHTS, shapes, IGNORED)
-    tensors = {name: torch.zeros(blank.shape) for name, blank in expected.items() if stored.get(name) is None}
-    tensors |= {name: read[file_name] for name, file_name in stored.items() if file_name is not None}
-    if widths:
-        tensors[f"{HEAD}transform.dense.weight"].fill_diagonal_(1)
-        tensors[f"{HEAD}transform.LayerNorm.weight"].fill_(1)
-        tensors |= {DECODER: tensors[WORDS]} if DECODER in expected else {}
-    return tensors, {f"{layers[layer]}.{k}": read[f"{layer}.{k}"] for layer in widths for k in ("weight", "bias")}
+    found, width = read_header(path / WEIGHTS), config.hidden_size
+    entries = {name: (theirs(name), blank) for name, blank in expected_tensors(config).items()}
+    n_classes = found.get("classifier.weight", ("", ()))[1][:1] if hidden else ()
+    if n_classes:
+        entries |= {name: (None, blank) for name, (_, blank) in entries.items() if name.startswith(HEAD)}
+        for own, layer, n in (("dense", hidden, (width,)), ("output", "classifier", n_classes)):
+            if f"{layer}.weight" in found:  # a classifier of genes has no dense layer
+                entries[f"{own}.weight"] = f"{layer}.weight", torch.empty(*n, width, device="meta")
+                entries[f"{own}.bias"] = f"{layer}.bias", torch.empty(n, device="meta")
+    read = read_tensors(path / WEIGHTS, {name: blank for name, blank in entries.values() if name is not None}, IGNORED)
+    return {own: torch.zeros(blank.shape) if name is None else read[name] for own, (name, blank) in entries.items()}
+
+
+def _content(
+    source: str, bert: Any, vocabulary: Vocabulary, usual: tuple[Any, int] = ("mean", -1), head: Any = None
+) -> Content:
+    """Return what a model consists of; a classifier has the vector that its head reads."""
+    if head is not None:
+        usual = ("mean" if isinstance(head, GeneHead) else "first", -1)
+    backbone = BertBackbone(bert)
+    network = CellNetwork(backbone, PooledVector(vocabulary, backbone.hidden_size, *usual), labels=head)
+    return network.eval(), vocabulary, {"published_as": source}, pd.DataFrame()
 
 
 def _head(
-    vocabulary: Vocabulary, weights: dict[str, Tensor], target: str, class_names: Any, stored: Any = None, **design: Any
+    vocabulary: Vocabulary, tensors: Mapping[str, Tensor], target: str, class_names: Any, stored: Any, **design: Any
 ) -> Any:
     """Return the head of a classifier; its classes are those given, or those that config.json stores, or LABEL_0 and so on."""
+    weights = {name: tensor for name, tensor in tensors.items() if name.startswith(("dense.", "output."))}
     n_classes, size = weights["output.weight"].shape if weights else (0, 0)
-    if class_names is not None and (isinstance(class_names, str) or len(class_names) != n_classes or not weights):
+    known = stored if isinstance(stored, dict) else {}
+    names = class_names or [str(known.get(str(k), f"LABEL_{k}")) for k in range(n_classes)]
+    if isinstance(names, str) or len(names) != n_classes:
         what = f"class_names={shown(class_names)} was given, but the model tells {n_classes} classes apart"
         raise ScbinInputError("A02", f"{what}. Name each of them; leave it out where the model is no classifier.")
     if not weights:
         return None
-    stored = stored if isinstance(stored, dict) else {}
-    names = [stored.get(str(k)) for k in range(n_classes)] if class_names is None else list(class_names)
-    names = [name if isinstance(name, str) else f"LABEL_{k}" for k, name in enumerate(names)]
-    if any(name.startswith("LABEL_") for name in names):
-        text = "the model does not store what LABEL_0 ... are. Pass class_names= in the order of training."
-        warnings.warn(ScbinInputWarning("M06", text), stacklevel=5)
-    of_cells, answers = "dense.weight" in weights, [{"name": target, "classes": names}]
-    head: Any = LabelHead if of_cells else GeneHead
-    head = head(vocabulary, size, answers, **({"expression": False, **design} if of_cells else {}))
+    targets: list[Any] = [{"name": target, "classes": list(names)}]
+    head: Any = GeneHead(vocabulary, size, targets)
+    if "dense.weight" in weights:  # of cells
+        head = LabelHead(vocabulary, size, targets, expression=False, **design)
     head.load_state_dict(head.state_dict() | weights)
     return head.eval()
-
-
-def _content(
-    source: str, backbone: Any, vocabulary: Vocabulary, vector: Vector, usual: Vector = ("mean", -1), head: Any = None
-) -> Content:
-    """Return what a model consists of; a classifier has the vector that its head reads, and no other."""
-    if head is not None:
-        if vector != (None, None):
-            raise ScbinInputError("A03", "a classifier's head says which layer and pooling it reads; pass neither.")
-        usual = ("mean" if isinstance(head, GeneHead) else "first", -1)
-    pooling, layer = (own if given is None else given for given, own in zip(vector, usual, strict=True))
-    layer_number(layer, backbone.n_layers)
-    cells = PooledVector(vocabulary, backbone.hidden_size, pooling, layer)
-    return CellNetwork(backbone, cells, labels=head).eval(), vocabulary, {"published_as": source}, pd.DataFrame()
 
 
 # ---- Geneformer -------------------------------------------------------------------------------------------------------
 
 
-def read_geneformer(path: Path, dictionaries: Path | None, vector: Vector, target: str, class_names: Any) -> Content:
+def read_geneformer(path: Path, dictionaries: Path | None, target: str, class_names: Any) -> Content:
     """Return a Geneformer model, V1 or V2, pretrained or a classifier of cells or genes, with the vocabulary of its version."""
     content = _read_config(path)
     config = _bert_config(content)
-    tensors, weights = _read_weights(path, config, hidden="bert.pooler.dense")
+    tensors = _read_weights(path, config, hidden="bert.pooler.dense")
     vocabulary = geneformer_vocabulary(*find_dictionaries(path, dictionaries, config.vocab_size))
     vocabulary = replace(vocabulary, max_length=config.max_position_embeddings)
     if vocabulary.name_map is None:
         text = "the dictionaries name no gene by symbol, or are not there: genes are found by Ensembl id only."
         warnings.warn(ScbinInputWarning("V05", text), stacklevel=4)
     design = {"hidden": "tanh", "dropout": config.hidden_dropout_prob}
-    head = _head(vocabulary, weights, target, class_names, content.get("id2label"), **design)
+    head = _head(vocabulary, tensors, target, class_names, content.get("id2label"), **design)
     source = f"Geneformer {VERSIONS.get(config.vocab_size, f'with {config.vocab_size:,} tokens')}"
     usual = ("cls" if CLS in vocabulary.specials else "mean", -2)
-    return _content(source, BertBackbone(assemble(config, tensors)), vocabulary, vector, usual, head)
+    return _content(source, assemble(config, tensors), vocabulary, usual, head)
 
 
 # ---- Polygene and PerturbGene: bins of expression, a position for each gene -------------------------------------------
@@ -165,20 +135,18 @@ def _bins_vocabulary(
     genes: Sequence[str], n_genes: int, edges: Any, n_edges: int, published: Collection[int], **parts: Any
 ) -> Vocabulary:
     """Return the vocabulary, if the network has a position for each gene and an id for each bin."""
-    if isinstance(genes, str) or not all(isinstance(gene, str) and gene for gene in genes):
-        raise ScbinInputError("A01", "genes needs the list of gene names in the order of the training.")
     if len(genes) != n_genes or (n_edges not in published if edges is None else len(edges) != n_edges):
         what = f"this model has positions for {n_genes:,} genes and token ids for {n_edges} edges between bins"
-        fix = f"Pass the {n_genes:,} genes of its training in that order, not {len(genes):,}; check phenotypes= and edges="
+        fix = f"Pass its {n_genes:,} genes in the order of training, not {len(genes):,}; check phenotypes= and edges="
         raise ScbinInputError("A02", f"{what}, which is not what was given. {fix}.")
-    between = np.linspace(0.1, 9.0, n_edges) if edges is None else np.asarray(edges, dtype=np.float64)
+    between = np.linspace(0.1, 9.0, n_edges) if edges is None else edges
     return Vocabulary(
         encoding="bins",
         genes=tuple(map(str, genes)),
         first_gene_position=FRAME - 1,
         max_length=n_genes + FRAME,
         # Polygene has tokens for genes in bin 0 too, which no other attends to: leaving them out changes nothing else
-        bins=Bins(tuple(between.tolist())),
+        bins=Bins(tuple(map(float, between))),
         gene_shares=(1 / n_genes,) * n_genes,  # what counts each gene held in training is unknown
         **parts,
     )
@@ -189,34 +157,27 @@ def _values(phenotypes: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str
     given = {"age" if name == "development_stage" else name: values for name, values in phenotypes.items()}
     for name in {**sizes, **given}:
         values, n = given.get(name, ()), sizes.get(name, -1)
-        texts = not isinstance(values, str) and all(isinstance(value, str) for value in values)
-        if not texts or not values or len(values) != (n or len(values)):
-            listed = ", ".join(f"{n or ''} {known}".strip() for known, n in sizes.items())
-            what = f"phenotypes needs the values of {listed} in the order of their tokens"
-            raise ScbinInputError("A02", f"{what}; of {name!r} it has {shown(values)}.")
+        if isinstance(values, str) or not values or len(values) != (n or len(values)):
+            what = f"phenotypes needs the values of {', '.join(sizes)} in the order of their tokens"
+            raise ScbinInputError("A02", f"{what}; those of {name!r} are not as many as in the model: {shown(values)}.")
     return {name: tuple(map(_plain_value, given[name])) for name in sizes}
 
 
 def _plain_value(text: str) -> str:
     """Return the value that a token such as `[B_cell]` stands for; a value without brackets is one already."""
-    inner = text.strip()
-    return inner[1:-1].replace("_", " ") if inner.startswith("[") and inner.endswith("]") else text
+    return text[1:-1].replace("_", " ") if text.startswith("[") and text.endswith("]") else text
 
 
 NAMES, POLYGENE_BIN = "vocab.txt", 274
-# first id of the values and their number, id of "missing"
-POLYGENE = {
-    **{"sex": (241, 2, 7), "tissue": (21, 45, 8), "cell_type": (66, 161, 9)},
-    **{"age": (227, 14, 10), "disease": (243, 31, 11)},
-}
+# first id of the values and their number; the id of "missing" is six more than the position
+POLYGENE = {"sex": (241, 2), "tissue": (21, 45), "cell_type": (66, 161), "age": (227, 14), "disease": (243, 31)}
 
 
-def read_polygene(path: Path, genes: Sequence[str], phenotypes: Any, edges: Any, vector: Vector) -> Content:
+def read_polygene(path: Path, genes: Sequence[str], phenotypes: Any, edges: Any) -> Content:
     """Return a Polygene model: our own layout with other token ids."""
     config = _bert_config(_read_config(path))
     listed = _polygene_names(path / NAMES) if phenotypes is None else phenotypes
-    values = _values(listed, {name: n for name, (_, n, _) in POLYGENE.items()})
-    known = [Phenotype(n, values[n], POSITION_OF[n], first, missing) for n, (first, _, missing) in POLYGENE.items()]
+    values = _values(listed, {name: n for name, (_, n) in POLYGENE.items()})
     vocabulary = _bins_vocabulary(
         genes,
         config.max_position_embeddings - FRAME,
@@ -224,23 +185,21 @@ def read_polygene(path: Path, genes: Sequence[str], phenotypes: Any, edges: Any,
         config.vocab_size - POLYGENE_BIN - 1,
         published=range(1, 256),
         specials={PAD: 0, MASK: 1, CLS: 3, START: 5, END: 6},
-        phenotypes=tuple(known),
+        phenotypes=tuple(Phenotype(k, values[k], at, POLYGENE[k][0], 6 + at) for k, at in POSITION_OF.items()),
         first_gene_id=POLYGENE_BIN,
     )
-    tensors, _ = _read_weights(path, config)
-    return _content("Polygene", BertBackbone(assemble(config, tensors)), vocabulary, vector)
+    return _content("Polygene", assemble(config, _read_weights(path, config)), vocabulary)
 
 
 def _polygene_names(path: Path) -> dict[str, list[str]]:
     """Return the values of each phenotype in the order of their ids, from the text beside the model."""
     if not os.path.lexists(path):
-        what = f"{path.parent} has no {NAMES} with the names of the tokens"
-        raise ScbinInputError("A03", f"{what}: pass phenotypes={{'sex': [...], ...}}.")
+        raise ScbinInputError("A03", f"{path} with the names of the tokens is not there: pass phenotypes=.")
     check_plain(path, MAX_JSON)
     texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
     if len(texts) < POLYGENE_BIN or [text.upper() for text in texts[:4]] != ["[PAD]", "[MASK]", "[SEP]", "[CLS]"]:
         raise ScbinModelError("M02", f"{path.name} does not list Polygene's tokens, one per line from [PAD] on.")
-    return {name: texts[first : first + n] for name, (first, n, _) in POLYGENE.items()}
+    return {name: texts[first : first + n] for name, (first, n) in POLYGENE.items()}
 
 
 ORDER = ("cell_type", "age", "disease", "sex", "tissue")  # of its token ids and of its token types
@@ -254,13 +213,9 @@ KEYS = {
 }
 # parts of our names, in the order in which they are replaced, and of theirs
 DISTILBERT = {
-    "bert.embeddings.position_embeddings": "distilbert.embeddings.token_type_embeddings",
-    "bert.embeddings.word": "distilbert.embeddings.word",
-    "bert.embeddings.LayerNorm": "distilbert.embeddings.LayerNorm",
-    "bert.encoder.layer": "distilbert.transformer.layer",
-    "attention.self.query": "attention.q_lin",
-    "attention.self.key": "attention.k_lin",
-    "attention.self.value": "attention.v_lin",
+    "embeddings.position": "embeddings.token_type",
+    "bert.encoder": "bert.transformer",
+    **{f"attention.self.{name}": f"attention.{name[0]}_lin" for name in ("query", "key", "value")},
     "attention.output.dense": "attention.out_lin",
     "attention.output.LayerNorm": "sa_layer_norm",
     "intermediate.dense": "ffn.lin1",
@@ -269,7 +224,7 @@ DISTILBERT = {
     "cls.predictions.transform.dense": "vocab_transform",
     "cls.predictions.transform.LayerNorm": "vocab_layer_norm",
     "cls.predictions.decoder": "vocab_projector",
-    "cls.predictions.bias": "vocab_projector.bias",
+    "cls.predictions": "vocab_projector",
 }
 
 
@@ -279,11 +234,11 @@ def _of_distilbert(name: str) -> str | None:
         return None
     for ours, theirs in DISTILBERT.items():
         name = name.replace(ours, theirs)
-    return name
+    return f"distil{name}" if name.startswith("bert.") else name
 
 
 def read_perturbgene(
-    path: Path, genes: Sequence[str], phenotypes: Any, edges: Any, vector: Vector, target: str, class_names: Any
+    path: Path, genes: Sequence[str], phenotypes: Any, edges: Any, target: str, class_names: Any
 ) -> Content:
     """Return a PerturbGene model, a DistilBERT whose token types are our positions, pretrained or a classifier of cells."""
     content = {KEYS[key]: value for key, value in _read_config(path).items() if key in KEYS}
@@ -302,8 +257,8 @@ def read_perturbgene(
         phenotypes=tuple(Phenotype(n, values[n], at, start_of[n], missing_id=0) for n, at in POSITION_OF.items()),
         first_gene_id=first_bin,
     )
-    tensors, weights = _read_weights(path, theirs, _of_distilbert, hidden="pre_classifier")
-    head = _head(vocabulary, weights, target, class_names, hidden="relu", dropout=DROPOUT)
+    tensors = _read_weights(path, theirs, _of_distilbert, hidden="pre_classifier")
+    head = _head(vocabulary, tensors, target, class_names, None, hidden="relu", dropout=DROPOUT)
     for name in (WORDS, DECODER, BIAS):  # rows in the order of our ids
         tensors[name] = torch.cat([tensors[name][SPECIALS], tensors[name][4:]])
     tensors[DECODER_BIAS] = tensors[BIAS].clone()
@@ -312,4 +267,4 @@ def read_perturbgene(
     start = torch.zeros_like(old[:1])  # [START], which they do not have and no row has
     tensors[POSITIONS] = torch.cat([old[rows], start, old[6:], old[:1]])
     config = _bert_config(theirs.to_dict(), max_position_embeddings=vocabulary.n_positions)
-    return _content("PerturbGene", BertBackbone(assemble(config, tensors)), vocabulary, vector, head=head)
+    return _content("PerturbGene", assemble(config, tensors), vocabulary, head=head)

@@ -1,16 +1,14 @@
-"""Encoders behind three calls, and what our own kinds of them share."""
+"""What an encoder is: three calls, whatever is behind them."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from scbin._errors import ScbinInputError
-from scbin.nn.presets import SIZES, Network
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from scbin.nn.packs import Pack
-    from scbin.tokens.vocabulary import Vocabulary
 
 
 @runtime_checkable
@@ -37,13 +34,10 @@ class Backbone(Protocol):
         """Return what goes into the first layer (T, hidden)."""
         ...
 
-    def encode(
-        self, pack: Pack, layer: int = -1, *, embedded: Tensor | None = None, gates: Tensor | None = None
-    ) -> Tensor:
+    def encode(self, pack: Pack, layer: int = -1, *, gates: Tensor | None = None) -> Tensor:
         """Return the hidden states of a pack after one layer (T, hidden), computing none behind it.
 
-        `layer` is -1 for the last, 0 for the embeddings. `embedded` (T, hidden) takes the place of `embed(pack)`. `gates` (T,)
-        are logarithms added to the attention that each token receives.
+        `layer` is -1 for the last, 0 for the embeddings. `gates` (T,) are logarithms added to the attention that each token receives.
         """
         ...
 
@@ -65,61 +59,6 @@ class Backbone(Protocol):
 
 BACKBONES: dict[str, Any] = {}
 """Classes of backbones by kind; filled in `scbin.nn.network`. Add yours here."""
-
-
-class TableBackbone(nn.Module):
-    """The embeddings of our own kinds: the sum of a token's and a position's vector, and logits from the same table of tokens.
-
-    `forward(states, pack, n_layers, gates)` is what each kind adds.
-    """
-
-    def __init__(self, vocabulary: Vocabulary, preset: Network, **options: Any):
-        super().__init__()
-        self.sizes = {name: getattr(preset, name) for name in SIZES}
-        self.sizes |= {"max_length": max(vocabulary.n_positions, preset.max_length or 0), **options}
-        self.hidden_size, self.n_layers = preset.hidden_size, preset.num_hidden_layers
-        self.tokens = nn.Embedding(vocabulary.n_tokens, self.hidden_size)
-        self.positions = nn.Embedding(self.sizes["max_length"], self.hidden_size)
-        for table in self.tables():
-            nn.init.normal_(table, std=0.02)
-        self.norm = nn.LayerNorm(self.hidden_size)
-        linear = nn.Linear(self.hidden_size, self.hidden_size)
-        self.transform = nn.Sequential(linear, nn.GELU(), nn.LayerNorm(self.hidden_size))
-        self.bias = nn.Parameter(torch.zeros(vocabulary.n_tokens))
-
-    @classmethod
-    def build(cls, vocabulary: Vocabulary, preset: Network) -> Self:
-        """Build one with random weights for a vocabulary."""
-        return cls(vocabulary, preset)
-
-    @classmethod
-    def from_config(cls, vocabulary: Vocabulary, config: dict[str, Any]) -> Self:
-        """Build the shape that `config` describes, without its weights."""
-        shape = {name: config[name] for name in (*SIZES, "max_length")}
-        return cls(vocabulary, Network(**shape), **{name: value for name, value in config.items() if name not in shape})
-
-    def config(self) -> dict[str, Any]:
-        """Return the shape as plain values."""
-        return dict(self.sizes)
-
-    def tables(self) -> tuple[Tensor, Tensor]:
-        """Return the tables of the token ids and of the positions."""
-        return self.tokens.weight, self.positions.weight
-
-    def embed(self, pack: Pack) -> Tensor:
-        """Return what goes into the first layer (T, hidden)."""
-        return self.norm(self.tokens(pack.input_ids) + self.positions(pack.position_ids))
-
-    def encode(
-        self, pack: Pack, layer: int = -1, *, embedded: Tensor | None = None, gates: Tensor | None = None
-    ) -> Tensor:
-        """Return the hidden states of a pack after one layer (T, hidden)."""
-        states = self.embed(pack) if embedded is None else embedded
-        return self(states, pack, layer_number(layer, self.n_layers), gates)
-
-    def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None, *, ids: Tensor | None = None) -> Tensor:
-        """Return the logits of some token ids at some hidden states (M, K)."""
-        return token_logits(self.transform(hidden), self.tokens.weight, self.bias, start, stop, ids)
 
 
 def token_logits(

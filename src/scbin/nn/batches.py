@@ -62,13 +62,11 @@ class BatchCorrection(nn.Module):
         order = np.random.default_rng(seed).permutation(np.flatnonzero(np.isfinite(vectors).all(axis=1)))
         chosen = np.sort(order[:MOST_CELLS])
         kept = torch.from_numpy(np.isin(chosen, order[:MOST_ANCHORS]))
-        own = torch.from_numpy(np.asarray(codes)[chosen].astype(np.int64))
-        scores = torch.from_numpy(vectors[chosen].astype(np.float64))
+        own, scores = torch.from_numpy(codes[chosen]), torch.from_numpy(vectors[chosen].astype(np.float64))
         made = cls(int(kept.sum()), vectors.shape[1], batches)
         if len(scores):
-            centre = scores.mean(0)
-            scores = scores - centre
-            made.centre.copy_(centre)
+            made.centre.copy_(scores.mean(0))
+            scores = scores - scores.mean(0)
             made.anchors.copy_(scores[kept])
             made.moves.copy_((across_batches(scores, own) - scores)[kept])
             made.codes.copy_(own[kept])

@@ -10,8 +10,7 @@ from transformers import BertConfig, BertForMaskedLM
 from scbin._errors import ScbinInputError
 from scbin.nn.attention import PACKED
 from scbin.nn.backbone import layer_number, token_logits
-from scbin.nn.limits import CONFIG_KEYS, misfit
-from scbin.nn.presets import SHAPE, Network
+from scbin.nn.presets import CONFIG_KEYS, SHAPE, Network, misfit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,14 +39,12 @@ class BertBackbone(nn.Module):
         words, places = embeddings.word_embeddings(pack.input_ids), embeddings.position_embeddings(pack.position_ids)
         return embeddings.dropout(embeddings.LayerNorm(words + places + embeddings.token_type_embeddings.weight[0]))
 
-    def encode(
-        self, pack: Pack, layer: int = -1, *, embedded: Tensor | None = None, gates: Tensor | None = None
-    ) -> Tensor:
+    def encode(self, pack: Pack, layer: int = -1, *, gates: Tensor | None = None) -> Tensor:
         """Return the hidden states of a pack after one layer (T, hidden).
 
         The modules of stock BERT are called one after another, so that weights, hooks and adapters on them count as usual.
         """
-        states = (self.embed(pack) if embedded is None else embedded)[None]
+        states = self.embed(pack)[None]
         for block in self.bert.bert.encoder.layer[: layer_number(layer, self.n_layers)]:
             states = block(states, None, layout=pack.layout, key_bias=gates)
         return states[0]
@@ -76,9 +73,9 @@ class BertBackbone(nn.Module):
             if words := misfit(size, CONFIG_KEYS[name]):
                 told = f"the tokens need {name}={size:,} of the network; it takes {words}"
                 raise ScbinInputError("M04", f"{told}. Tokenize with fewer genes or bins.")
-        shape = {name: getattr(preset, name) for name in SHAPE}
-        config = BertConfig(pad_token_id=0, attn_implementation=PACKED, **sizes, **shape)  # type: ignore[call-arg]
-        return cls(BertForMaskedLM(config))
+        shape: dict[str, Any] = {name: getattr(preset, name) for name in SHAPE} | {"attention_probs_dropout_prob": 0.0}
+        shape |= {"pad_token_id": 0, "attn_implementation": PACKED}
+        return cls(BertForMaskedLM(BertConfig(**sizes, **shape)))
 
     @classmethod
     def from_config(cls, vocabulary: Vocabulary, config: dict[str, Any]) -> BertBackbone:

@@ -71,12 +71,7 @@ class CountHead(nn.Module):
         """
         with torch.autocast(z.device.type, enabled=False):
             mean = torch.logsumexp(self.bias + self.batch_weights.log()[:, None], dim=0)  # (genes,)
-            if batch is None:
-                bias = mean
-            elif len(self.batches) == 1:
-                bias = self.bias[0]
-            else:
-                bias = F.embedding(batch + 1, torch.cat([mean[None], self.bias]))
+            bias = mean if batch is None else F.embedding(batch + 1, torch.cat([mean[None], self.bias]))
             return F.linear(z.float() * self.scale, self.loadings) + bias + log_depth.float()[:, None]
 
     def log_likelihood(

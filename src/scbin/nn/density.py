@@ -38,8 +38,8 @@ class Density(nn.Module):
 
     def __init__(self, n_cells: int, size: int, n_phenotypes: int, n_genes: int):
         super().__init__()
-        shapes = {"vectors": (n_cells, size), "log_depth": (n_cells,), "weights": (n_cells,)}
-        for name, shape in (shapes | {"typical": (n_genes,), "variance": (n_genes,)}).items():
+        shapes: dict[str, Any] = {"vectors": (n_cells, size), "log_depth": n_cells, "weights": n_cells}
+        for name, shape in {**shapes, "typical": n_genes, "variance": n_genes}.items():
             self.register_buffer(name, torch.zeros(shape))
         self.register_buffer("values", torch.full((n_cells, n_phenotypes), -1))
 
@@ -61,7 +61,7 @@ class Density(nn.Module):
 
         `vectors` are those of all cells of the tokens (cells, size), not corrected for batches, NaN where there are no tokens.
         """
-        cells = np.arange(tokens.n_cells) if cells is None else np.asarray(cells)
+        cells = np.arange(tokens.n_cells) if cells is None else cells
         cells = np.random.default_rng(seed).permutation(cells[np.isfinite(vectors[cells]).all(axis=1)])
         rows, vocabulary = tokens.take(cells), tokens.vocabulary
         values = np.full((len(cells), len(vocabulary.phenotypes)), -1)
@@ -114,8 +114,8 @@ class Density(nn.Module):
         generators
             One per cell, which alone decides what is drawn.
         """
-        names = ("vectors", "values", "log_depth", "weights")
-        vectors, values, log_depth, weights = (getattr(self, name).cpu().numpy() for name in names)
+        parts = (self.vectors, self.values, self.log_depth, self.weights)
+        vectors, values, log_depth, weights = (part.cpu().numpy() for part in parts)
         chosen, drawn = np.empty(len(wanted), dtype=np.int64), np.empty((len(wanted), vectors.shape[1]))
         for pattern in np.unique(wanted, axis=0):
             agree = ((values == pattern) & (pattern >= 0)).sum(axis=1)
@@ -133,10 +133,8 @@ class Density(nn.Module):
         result = np.where(wanted >= 0, wanted, values[chosen])
         if (result != values[chosen]).any():  # vectors as a sum over phenotypes, by least squares
             columns = [np.arange(n) for n in values.max(axis=0, initial=0) + 1]
-            own, before, after = (
-                np.hstack([np.ones((len(of), 1)), *(of[:, [k]] == n for k, n in enumerate(columns))])
-                for of in (values, values[chosen], result)
-            )
+            tables = ([of[:, [k]] == n for k, n in enumerate(columns)] for of in (values, values[chosen], result))
+            own, before, after = (np.hstack([np.ones((len(table[0]), 1)), *table]) for table in tables)
             ridge = np.diag(np.append(1e-9, np.ones(own.shape[1] - 1)))
             drawn += (after - before) @ np.linalg.solve(own.T @ own + ridge, own.T @ vectors)
         return drawn.astype(np.float32), log_depth[chosen], result

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
-from scbin._arguments import instances
+from scbin._arguments import choices, instances
 from scbin._errors import ScbinInputError
 
 if TYPE_CHECKING:
@@ -38,10 +38,10 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         return torch.device(name)
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+        there = present[chosen.type] and (chosen.type != "cuda" or (chosen.index or 0) < torch.cuda.device_count())
+    except (RuntimeError, KeyError) as error:
         raise ScbinInputError("A02", f"{device!r} is not a device; use 'auto', 'cuda', 'mps' or 'cpu'.") from error
-    beyond = chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count()
-    if beyond or not present.get(chosen.type, False):
+    if not there:
         here = ", ".join(repr(name) for name, is_here in present.items() if is_here)
         raise ScbinInputError("A02", f"device {str(device)!r} is not on this machine. Here: {here}; 'auto' chooses.")
     return chosen
@@ -58,16 +58,12 @@ def resolve_precision(precision: Precision, device: torch.device, trains: int = 
     On CPUs it stays with float32, but for the training of networks: of a hidden size `trains` from 256 on, where there are matrix
     units for bfloat16. Below, the conversions cost more than the products save.
     """
-    if precision == "float32":
-        return torch.float32
-    if precision == "bfloat16":
-        return torch.bfloat16
     if precision != "auto":
-        raise ScbinInputError("A02", f"precision is {precision!r}; choose 'auto', 'float32' or 'bfloat16'.")
-    if device.type == "cuda":
-        return torch.bfloat16 if has_bfloat16(device) else torch.float32
+        choices({"precision": get_args(Precision)}, precision=precision)
+        return torch.bfloat16 if precision == "bfloat16" else torch.float32
     has_matrix_units = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return torch.bfloat16 if device.type == "cpu" and trains >= 256 and has_matrix_units() else torch.float32
+    on_cpu = device.type == "cpu" and trains >= 256 and has_matrix_units()
+    return torch.bfloat16 if on_cpu or (device.type == "cuda" and has_bfloat16(device)) else torch.float32
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,16 +20,18 @@ if TYPE_CHECKING:
     from scbin.tokens.vocabulary import Vocabulary
 
 
-def gene_values(rows: csr_matrix, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-    """Return the gene of each token of some rows (n,), -1 where it is none, and the expression it stands for (n,) float32."""
-    tables = vocabulary.tables()
-    genes = np.maximum(tables.gene_of_id[rows.data], tables.gene_of_position[rows.indices])
-    return genes, tables.value_of_id[rows.data] * tables.value_of_position[rows.indices] * (genes >= 0)
+def gene_values(tables: Any, ids: Any, positions: Any) -> tuple[Any, Any]:
+    """Return the gene of each token (n,), -1 where it is none, and the expression it stands for (n,) float32.
+
+    `tables` are those of the vocabulary for arrays, or an :class:`Expression` for tensors.
+    """
+    genes = tables.gene_of_id[ids] + tables.gene_of_position[positions] + 1  # one of the two is -1
+    return genes, tables.value_of_id[ids] * tables.value_of_position[positions] * (genes >= 0)
 
 
 def token_expression(rows: csr_matrix, vocabulary: Vocabulary) -> csr_matrix:
     """Return the expression that tokens stand for (cells, genes) float32, in the unit of the vocabulary."""
-    genes, values = gene_values(rows, vocabulary)
+    genes, values = gene_values(vocabulary.tables(), rows.data, rows.indices)
     shape = (rows.shape[0], len(vocabulary.genes))
     matrix = csr_matrix((values, np.maximum(genes, 0), rows.indptr.copy()), shape)  # indptr changes in place below
     matrix.sum_duplicates()
@@ -51,18 +54,13 @@ def token_weights(vocabulary: Vocabulary) -> np.ndarray:
 
 
 class Expression(nn.Module):
-    """The same on the device: the gene of each token of a pack, and how much of it, on the scale of log1p values."""
-
-    gene_of_id: Tensor
-    gene_of_position: Tensor
-    value_of_id: Tensor
-    value_of_position: Tensor
+    """The tables of a vocabulary on the device: the gene of each token of a pack, and how much of it, as log1p values."""
 
     def __init__(self, vocabulary: Vocabulary):
         super().__init__()
         tables, self.unit = vocabulary.tables(), vocabulary.unit
-        for name in ("gene_of_id", "gene_of_position", "value_of_id", "value_of_position"):
-            self.register_buffer(name, torch.from_numpy(getattr(tables, name)), persistent=False)
+        for field in fields(tables):
+            self.register_buffer(field.name, torch.from_numpy(getattr(tables, field.name)), persistent=False)
 
     def forward(self, pack: Pack, gates: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return genes (T,) int64, 0 where a token is none, and values (T,) float32, 0 there.
@@ -70,9 +68,7 @@ class Expression(nn.Module):
         Counts become log1p of counts per 10,000 of the row; other units stay. `gates` (T,) are logarithms of factors on what
         each token adds to the sum of its row; its own value is not multiplied.
         """
-        genes = torch.maximum(self.gene_of_id[pack.input_ids], self.gene_of_position[pack.position_ids])
-        values = self.value_of_id[pack.input_ids] * self.value_of_position[pack.position_ids]
-        values = torch.where(genes >= 0, values, 0.0).float()
+        genes, values = gene_values(self, pack.input_ids, pack.position_ids)
         if self.unit == "counts":
             depth = row_sums(values if gates is None else values * gates.float().exp(), pack)
             values = torch.log1p(values * (TARGET / depth.clamp_min(1.0))[pack.rows])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -106,32 +106,26 @@ class Screen:
         rows, first = self.rows, self.rows.vocabulary.first_gene_position
         at, _ = rows.find(cells[which], genes)
         rank = rows.tokens.indices[at].astype(np.int64) - first
-        nodes = [
-            np.unique(np.linspace(0, n - 1, min(N_NODES, n)).round().astype(np.int64)) for n in rows.n_genes[cells]
-        ]
-        starts = np.concatenate([[0], np.cumsum([len(node) for node in nodes])])
-        owner = np.repeat(np.arange(len(cells)), np.diff(starts))
+        nodes = [np.unique(np.linspace(0, n - 1, min(N_NODES, n)).round().astype(int)) for n in rows.n_genes[cells]]
+        owner = np.repeat(np.arange(len(cells)), [len(node) for node in nodes])
         ids, positions, pair, bounds = rows.take(cells[owner])
         positions = positions - (positions > first + np.concatenate(nodes)[pair])
         moved = sparse.csr_matrix((ids, positions, bounds), shape=(len(owner), rows.tokens.shape[1]))
         shifts = self._embed(moved) - vectors[owner]
         result = np.empty((len(which), shifts.shape[1]))
         for c, node in enumerate(nodes):
-            mine, part = which == c, shifts[starts[c] : starts[c + 1]]
-            result[mine] = make_interp_spline(node, part, k=min(1, len(node) - 1))(rank[mine])
+            line = make_interp_spline(node, shifts[owner == c], k=min(1, len(node) - 1))
+            result[which == c] = line(rank[which == c])
         return result
 
     def _embed(self, tokens: sparse.csr_matrix) -> np.ndarray:
         """Return the vectors of some token rows (rows, size)."""
         precision: Any = str(self.runner.dtype).removeprefix("torch.")
-        how: dict[str, Any] = {"device": str(self.runner.device), "precision": precision}
-        return embed(
-            self.runner.network, MemoryTokens(tokens, self.rows.vocabulary), token_budget=self.token_budget, **how
-        )
+        how: dict[str, Any] = {"device": str(self.runner.device), "token_budget": self.token_budget}
+        return embed(self.runner.network, MemoryTokens(tokens, self.rows.vocabulary), precision=precision, **how)
 
 
-@dataclass(frozen=True, eq=False)
-class Gated:
+class Gated(NamedTuple):
     """Cells with the tokens that edits would bring laid behind their own, and what each edit opens and closes."""
 
     tokens: sparse.csr_matrix  # (cells, positions): columns are not unique, an edited gene stands there twice
@@ -150,7 +144,7 @@ def gate_edits(rows: GeneRows, edit: Edit, cells: np.ndarray, which: np.ndarray,
     if not vocabulary.position_is_gene:
         new, comes, changed = np.zeros_like(level), np.zeros(len(which), dtype=bool), old >= 0
     else:
-        new = new_levels(vocabulary, edit, genes, level, rows.highest[cells[which]])
+        new = new_levels(vocabulary, edit, level, rows.highest[cells[which]])
         changed = new != level
         comes = changed & ((new > 0) | vocabulary.keeps_zeros)
     n_own, n_new = np.diff(bounds), np.bincount(which[comes], minlength=len(cells))

@@ -10,7 +10,6 @@ from scbin._arguments import choices
 from scbin.nn.backbone import BACKBONES, seeded
 from scbin.nn.bert import BertBackbone
 from scbin.nn.counts import CountHead
-from scbin.nn.latent import LatentBackbone
 from scbin.nn.mlp import MlpBackbone
 from scbin.nn.presets import Network, preset
 from scbin.nn.vector import LatentVector, PooledVector
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from scbin.nn.backbone import Backbone
     from scbin.tokens.vocabulary import Vocabulary
 
-for _kind in (BertBackbone, LatentBackbone, MlpBackbone):
+for _kind in (BertBackbone, MlpBackbone):
     BACKBONES[_kind.kind] = _kind
 
 
@@ -52,15 +51,20 @@ class CellNetwork(nn.Module):
         self,
         backbone: Backbone,
         vector: Any,
-        counts: CountHead | None = None,
-        labels: nn.Module | None = None,
-        batches: nn.Module | None = None,
-        density: nn.Module | None = None,
+        counts: Any = None,
+        labels: Any = None,
+        batches: Any = None,
+        density: Any = None,
     ):
         super().__init__()
-        self.vector: Any = vector
-        self.backbone, self.counts, self.labels = backbone, counts, labels
-        self.batches, self.density = batches, density
+        self.backbone, self.vector = backbone, vector
+        self.counts: CountHead | None = counts
+        self.labels, self.batches, self.density = labels, batches, density
+
+    @property
+    def gene_layer(self) -> int:
+        """The layer whose hidden states stand for genes: that of the cell vector, the last where that reads embeddings alone."""
+        return int(self.vector.layer) or -1
 
 
 def build_network(
@@ -96,7 +100,7 @@ def build_network(
     --------
     >>> from scbin.tokens.vocabulary import Vocabulary
     >>> vocabulary = Vocabulary.build("rank", ["A", "B", "C"], max_length=8)
-    >>> build_network(vocabulary, "tiny", "latent", vector_options={"size": 10}).vector.size
+    >>> build_network(vocabulary, "tiny", vector_options={"size": 10}).vector.size
     10
     """
     choices({"backbone": tuple(BACKBONES), "vector": ("latent", "pooled")}, backbone=backbone, vector=vector)

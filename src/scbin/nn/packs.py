@@ -27,6 +27,7 @@ class Pack:
     position_ids: Tensor  # (T,) int64
     layout: Layout  # where each row begins
     cells: np.ndarray  # (B,) int64
+    gates: Tensor | None = None  # (T,) logarithms added to the attention that each token receives
 
     @property
     def n_rows(self) -> int:
@@ -42,23 +43,16 @@ class Pack:
     def rows(self) -> Tensor:
         """The row that each token belongs to (T,)."""
         lengths = torch.diff(self.layout.cu_seqlens).long()
-        return torch.repeat_interleave(
-            torch.arange(self.n_rows, device=lengths.device), lengths, output_size=self.n_tokens
-        )
+        numbers = torch.arange(self.n_rows, device=lengths.device)
+        return torch.repeat_interleave(numbers, lengths, output_size=self.n_tokens)
 
 
 def make_pack(
-    ids: np.ndarray,
-    positions: np.ndarray,
-    lengths: np.ndarray,
-    cells: np.ndarray,
-    device: torch.device | str = "cpu",
-    key_lengths: np.ndarray | None = None,
+    ids: np.ndarray, positions: np.ndarray, lengths: np.ndarray, cells: np.ndarray, device: torch.device | str = "cpu"
 ) -> Pack:
     """Put token ids and positions (T,) of rows of these lengths (B,) on a device as a pack."""
-    layout = pack_layout(np.asarray(lengths), device, key_lengths)
-    ids, positions = np.asarray(ids, dtype=np.int64), np.asarray(positions, dtype=np.int64)
-    return Pack(to_device(ids, device), to_device(positions, device), layout, np.asarray(cells, dtype=np.int64))
+    ids, positions, cells = (np.asarray(part, dtype=np.int64) for part in (ids, positions, cells))
+    return Pack(to_device(ids, device), to_device(positions, device), pack_layout(np.asarray(lengths), device), cells)
 
 
 def pack_rows(rows: csr_matrix, cells: np.ndarray, device: torch.device | str = "cpu") -> Pack:
@@ -86,12 +80,11 @@ def plan_packs(lengths: np.ndarray, token_budget: int) -> list[np.ndarray]:
     [array([1]), array([0, 3])]
     """
     lengths = np.asarray(lengths, dtype=np.int64)
-    order = np.argsort(-lengths, kind="stable")
-    order = order[lengths[order] > 0]
-    packs, start, filled = [], 0, 0
-    for end, row in enumerate(order):
-        if filled and filled + lengths[row] > token_budget:
-            packs.append(np.sort(order[start:end]))
-            start, filled = end, 0
-        filled += int(lengths[row])
-    return [*packs, np.sort(order[start:])] if len(order) else []
+    order = np.argsort(-lengths, kind="stable")[: np.count_nonzero(lengths)]
+    cuts, filled = [], 0
+    for place, length in enumerate(lengths[order].tolist()):
+        if filled and filled + length > token_budget:
+            cuts.append(place)
+            filled = 0
+        filled += length
+    return [np.sort(part) for part in np.split(order, cuts)] if len(order) else []

@@ -30,12 +30,7 @@ class Runner:
     """A network on a device, in a precision, that takes packs; `trains` says what `"auto"` precision is for."""
 
     def __init__(
-        self,
-        network: CellNetwork,
-        device: str | torch.device = "auto",
-        precision: Precision = "auto",
-        *,
-        trains: bool = False,
+        self, network: CellNetwork, device: Any = "auto", precision: Precision = "auto", *, trains: bool = False
     ):
         self.device = resolve_device(device)
         self.dtype = resolve_precision(precision, self.device, network.backbone.hidden_size if trains else 0)
@@ -48,7 +43,7 @@ class Runner:
     def __call__(self, pack: Pack, layer: int = -1, **options: Any) -> Tensor:
         """Return the hidden states (T, hidden) of a pack; `options` are those of `Backbone.encode`."""
         with self.autocast():
-            return self.network.backbone.encode(pack, layer, **options)
+            return self.network.backbone.encode(pack, layer, **{"gates": pack.gates, **options})
 
 
 @contextmanager
@@ -76,8 +71,8 @@ def run(
 ) -> Iterator[tuple[Pack, Any]]:
     """Yield packs of token rows with their hidden states (T, hidden), without gradients; rows without tokens are left out.
 
-    `pack.cells` are row numbers of the tokens. Without a `layer` the network is not asked: the states are None. The parameters `device`, `precision`, `token_budget` and `progress` are those
-    of every verb.
+    `pack.cells` are row numbers of the tokens. Without a `layer` the network is not asked: the states are None. The parameters
+    `device`, `precision`, `token_budget` and `progress` are those of every verb.
     """
     rows = np.arange(tokens.n_cells) if rows is None else np.asarray(rows)
     stretches = np.array_split(rows, np.arange(_STRETCH, len(rows), _STRETCH))  # rows on disk are read in turn
@@ -101,12 +96,9 @@ def gene_tokens(pack: Pack, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndar
 
 def embed(network: CellNetwork, tokens: Tokens, **options: Any) -> np.ndarray:
     """Return one vector per cell (cells, size), NaN for cells without tokens; `options` are those of `run`."""
-    result: np.ndarray | None = None
+    result = np.full((tokens.n_cells, network.vector.size), np.nan, dtype=np.float32)
     layer = None if getattr(network.vector, "latents", None) == 0 else network.vector.layer  # None: it reads no states
     for pack, hidden in run(network, tokens, layer=layer, label="embedding", **options):
         with torch.inference_mode():
-            vectors = network.vector(hidden, pack).float().cpu().numpy()
-        if result is None:
-            result = np.full((tokens.n_cells, vectors.shape[1]), np.nan, dtype=np.float32)
-        result[pack.cells] = vectors
-    return np.full((tokens.n_cells, network.vector.size), np.nan, np.float32) if result is None else result
+            result[pack.cells] = network.vector(hidden, pack).float().cpu().numpy()
+    return result

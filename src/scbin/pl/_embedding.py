@@ -1,24 +1,23 @@
-"""`pl.embedding`: the cells as the model sees them, in two dimensions."""
+"""`pl.embedding`, `pl.generated`: the cells as the model sees them, in two dimensions."""
 
 from __future__ import annotations
 
-import difflib
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 
 from scbin import _docs, _keys
-from scbin._adata import check_adata, make_real, read_uns, write, write_uns
-from scbin._arguments import texts
+from scbin._adata import check_adata, make_real, read_obs, read_uns, write, write_uns
 from scbin._errors import ScbinInputError
+from scbin.pl import _style
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from anndata import AnnData
     from matplotlib.axes import Axes
 
 FEWEST_FOR_UMAP = 10
@@ -63,11 +62,6 @@ def embedding(
     `adata.uns["<color>_colors"]`
         Colours of the categories, as scanpy keeps them.
 
-    Raises
-    ------
-    ScbinInputError
-        If the embedding is missing, or a name in `color` is neither a column nor a gene.
-
     Examples
     --------
     >>> import anndata, numpy, scbin
@@ -77,46 +71,89 @@ def embedding(
     >>> ax.get_title()
     'cell_type'
     """
+    import scanpy as sc
+
     check_adata(adata)
-    several = color is not None and not isinstance(color, str)
-    colors: Any = [] if color is None else color if several and np.iterable(color) else [color]
-    known = {*map(str, adata.obs.columns), *adata.var_names, *(adata.raw.var_names if adata.raw is not None else ())}
-    for key in colors:
-        texts(color=key)
-        if key not in known and "gene_symbols" not in kwargs:  # before the UMAP: a typo costs nothing
-            close = ", ".join(map(repr, difflib.get_close_matches(key, known, n=3, cutoff=0.0))) or "none"
-            raise ScbinInputError("A06", f"color={key!r} is no column of adata.obs and no gene. Closest: {close}.")
+    genes = adata.var_names if adata.raw is None else adata.var_names.union(adata.raw.var_names)
+    for key in [color] if isinstance(color, str) else color or ():
+        if key not in genes and "gene_symbols" not in kwargs:  # before the UMAP: a typo costs nothing
+            read_obs(adata, key)
     make_real(adata)
     matrix = read_embedding(adata, basis)
     slot = basis if matrix.shape[1] == 2 else umap_slot(adata, basis, matrix)
-    import scanpy as sc
-
     with warnings.catch_warnings():
-        for category in (PendingDeprecationWarning, DeprecationWarning, FutureWarning):
-            warnings.simplefilter("ignore", category)  # between scanpy and its libraries
+        warnings.simplefilter("ignore", PendingDeprecationWarning)  # between scanpy and matplotlib
         drawn = sc.pl.embedding(adata, slot, color=color, ax=ax, show=False, **kwargs)
     axes = drawn if isinstance(drawn, list) else [drawn]
     name = basis.removeprefix("X_").replace("_", " ") + (" UMAP" if slot != basis else "")
-    left_out = int((~np.isfinite(matrix).all(axis=1)).sum())
     for panel in axes:
-        panel.set_xlabel(name + " 1" + (f"\n{left_out:,} cells have no embedding" if left_out else ""))
-        panel.set_ylabel(f"{name} 2")
-        legend = panel.get_legend()
-        for text in [panel.title, *([] if legend is None else legend.get_texts())]:
-            text.set_parse_math(False)  # labels are no formulas
-    return axes if several else axes[0]
+        panel.set(xlabel=f"{name} 1", ylabel=f"{name} 2")
+    return axes[0] if color is None or isinstance(color, str) else axes
+
+
+@_docs.shared
+def generated(
+    adata: AnnData,
+    made: AnnData,
+    *,
+    color: str | None = None,
+    basis: str = _keys.EMBEDDING,
+    ax: Axes | None = None,
+    **kwargs: Any,
+) -> Axes:
+    """Draw real and generated cells on one map, the generated ones ringed, to see whether they lie where they should.
+
+    Generated cells that cover the cluster of their type, and not only its centre, vary as real ones do. The map is a UMAP of
+    both together, computed for the plot and stored nowhere.
+
+    Parameters
+    ----------
+    adata
+        Real cells with an embedding.
+    made
+        Cells from :func:`scbin.tl.generate`, with the embedding of the same model.
+    color
+        Column of both `obs`, such as the phenotype that was asked for.
+    basis
+        The embedding, in `obsm` of both.
+    {ax}
+    **kwargs
+        For :func:`scanpy.pl.embedding`: `palette`, `size`, `title` and more.
+
+    Returns
+    -------
+    The axes.
+
+    Examples
+    --------
+    >>> import anndata, numpy, scbin
+    >>> rng = numpy.random.default_rng(0)
+    >>> real, made = (anndata.AnnData(numpy.eye(8)) for _ in range(2))
+    >>> for adata in (real, made):
+    ...     adata.obsm["X_scbin"] = rng.normal(size=(8, 4)).astype("float32")
+    >>> scbin.pl.generated(real, made).get_title()
+    'ringed cells are generated'
+    """
+    parts = [read_embedding(check_adata(cells), basis) for cells in (adata, made)]
+    matrix = np.concatenate(parts)
+    cells = AnnData(np.zeros((len(matrix), 1), dtype=np.float32))
+    cells.obsm["X_umap"] = matrix if matrix.shape[1] == 2 else compute_umap(matrix)
+    if color is not None:
+        labels = pd.concat([read_obs(part, color).astype(object) for part in (adata, made)])
+        cells.obs[color] = pd.Categorical(labels.map(str, na_action="ignore"))
+    style = {"title": f"{'' if color is None else f'{color}: '}ringed cells are generated"} | kwargs
+    drawn: Any = embedding(cells, color=color, basis="X_umap", ax=ax or _style.new_axes(6.0, 4.2), **style)
+    rings = {"facecolors": "none", "edgecolors": _style.MAIN if color is None else "#333333", "linewidths": 0.7}
+    drawn.scatter(*cells.obsm["X_umap"][adata.n_obs :].T, s=0.4 * drawn.collections[0].get_sizes()[0], **rings)
+    return drawn
 
 
 def read_embedding(adata: AnnData, basis: str) -> np.ndarray:
     """Return `obsm[basis]` as a dense float32 matrix (cells, dimensions) that can be drawn."""
-    texts(basis=basis)
     if basis not in adata.obsm:
-        there = ", ".join(repr(key) for key in adata.obsm) or "none"
-        advice = "scbin.tl.pretrain(adata) or scbin.tl.embed(adata, model) writes it."
-        advice = advice if basis == _keys.EMBEDDING else "Pass one of them as basis=."
-        raise ScbinInputError("A06", f"{basis!r} is not in adata.obsm. Available: {there}. {advice}")
-    matrix = adata.obsm[basis]
-    matrix = np.asarray(matrix.toarray() if hasattr(matrix, "toarray") else matrix, dtype=np.float32)
+        advice = "scbin.tl.pretrain(adata) or scbin.tl.embed(adata, model) writes 'X_scbin'."
+        raise ScbinInputError("A06", f"{basis!r} is not in adata.obsm. Available: {list(adata.obsm)}. {advice}")
+    matrix = np.asarray(adata.obsm[basis], dtype=np.float32)
     if matrix.ndim != 2 or matrix.shape[1] < 2 or not np.isfinite(matrix).all(axis=1).any():
         need = "a plot needs two columns and a cell without NaN"
         raise ScbinInputError("I53", f"adata.obsm[{basis!r}] has shape {matrix.shape}; {need}.")
@@ -134,8 +171,7 @@ def umap_slot(adata: AnnData, basis: str, matrix: np.ndarray) -> str:
     slot = _keys.UMAP + ("" if basis == _keys.EMBEDDING else "_" + basis.removeprefix("X_").removeprefix("scbin_"))
     record = read_uns(adata, _keys.UMAP_RECORD, dict)
     if slot in adata.obsm and slot in record:
-        kept = np.asarray(adata.obsm[slot])
-        if kept.shape == (len(matrix), 2) and np.isin(_fingerprints(kept, matrix), np.asarray(record[slot])).all():
+        if np.isin(_fingerprints(adata.obsm[slot], matrix), record[slot]).all():
             return slot
     coordinates = compute_umap(matrix)
     write(adata, "obsm", slot, coordinates)
@@ -145,21 +181,17 @@ def umap_slot(adata: AnnData, basis: str, matrix: np.ndarray) -> str:
 
 def compute_umap(matrix: np.ndarray, *, n_neighbors: int = 15, seed: int = 0) -> np.ndarray:
     """Lay out the finite rows of an embedding in two dimensions (cells, 2); the other rows are NaN."""
+    import scanpy as sc
+
     finite = np.isfinite(matrix).all(axis=1)
     coordinates = np.full((len(matrix), 2), np.nan, dtype=np.float32)
     if finite.sum() < FEWEST_FOR_UMAP:  # a neighbour graph says nothing; the first two principal components
         centred = matrix[finite] - matrix[finite].mean(axis=0)
-        left, scale, _ = np.linalg.svd(np.pad(centred, ((0, 1), (0, 0))), full_matrices=False)
-        coordinates[finite] = (left * scale)[:-1, :2]
+        coordinates[finite] = centred @ np.linalg.svd(centred)[2][:2].T
         return coordinates
-    import scanpy as sc
-    from anndata import AnnData
-
     cells = AnnData(matrix[finite])  # an object of our own: neighbours and UMAP of the user's stay as they are
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # remarks of scanpy and umap on their own insides, for instance when cells are equal
+        warnings.simplefilter("ignore")  # remarks of scanpy and umap on themselves, for instance on equal cells
         import_umap()
         sc.pp.neighbors(cells, n_neighbors=min(n_neighbors, cells.n_obs - 1), use_rep="X", random_state=seed)
         sc.tl.umap(cells, random_state=seed)

@@ -9,9 +9,8 @@ import pandas as pd
 
 from scbin import _docs, _keys
 from scbin._adata import check_adata, read_uns
-from scbin._arguments import checked
 from scbin._errors import ScbinInputError
-from scbin.get.networks import network_df
+from scbin.get.tables import network_df
 from scbin.pl import _style
 
 if TYPE_CHECKING:
@@ -22,12 +21,17 @@ if TYPE_CHECKING:
 
 
 @_docs.shared
-@checked
 def gene_network(
-    adata: AnnData, genes: str | Sequence[str] | None = None, *, n_edges: int = 50, group: str | None = None,
-    key: str | None = None, seed: int = 0, title: str | None = None, ax: Axes | None = None,
-) -> Axes:  # fmt: skip
-    """Plot the strongest edges of a network of genes, laid out by networkx: negative weights are orange.
+    adata: AnnData,
+    genes: str | Sequence[str] | None = None,
+    *,
+    n_edges: int = 50,
+    group: str | None = None,
+    key: str | None = None,
+    ax: Axes | None = None,
+    **kwargs: Any,
+) -> Axes:
+    """Plot the strongest edges of a network of genes, laid out by networkx: negative weights are orange, sources bold.
 
     Parameters
     ----------
@@ -41,18 +45,13 @@ def gene_network(
         The network of this group of cells.
     key
         The slot of `varp`. Default: `"scbin_network"`.
-    {seed}
-    {title}
     {ax}
+    **kwargs
+        For :func:`networkx.draw_networkx`: `node_size`, `font_size`, `pos` and more.
 
     Returns
     -------
     The axes.
-
-    Raises
-    ------
-    ScbinInputError
-        If there is no network, or it has no such edges.
 
     Examples
     --------
@@ -63,38 +62,26 @@ def gene_network(
     >>> len(scbin.pl.gene_network(adata).texts)
     3
     """
-    try:
-        import networkx as nx
-        from matplotlib.patheffects import withStroke
-    except ImportError as error:
-        raise ScbinInputError("A05", "networks are laid out by networkx: pip install 'scbin[networks]'.") from error
+    import networkx as nx
+
     edges = network_df(adata, genes, group=group, key=key)[:n_edges]
     if edges.empty:
         raise ScbinInputError("A06", "this network has no such edges. Raise n_edges= in scbin.tl.gene_network.")
     graph = nx.from_pandas_edgelist(edges.assign(strength=edges["weight"].abs()), edge_attr=["weight", "strength"])
-    ax = _style.new_axes(6.4, 5.6) if ax is None else ax
-    places = nx.spring_layout(graph, seed=seed, weight="strength", k=2.5 / np.sqrt(len(graph)))
     weights = np.array([weight for _, _, weight in graph.edges.data("weight")])
-    colors = np.where(weights < 0, _style.SECOND, _style.MAIN).tolist()
-    widths = (0.5 + 2.5 * np.abs(weights) / np.abs(weights).max()).tolist()
-    nx.draw_networkx_edges(graph, places, ax=ax, edge_color=colors, width=widths, alpha=0.6)
-    sources = set(edges["source"])
-    fill = [_style.QUIET if node in sources else _style.MISSING for node in graph]
-    nx.draw_networkx_nodes(graph, places, ax=ax, node_size=60, node_color=fill)
-    for node, (x, y) in places.items():
-        place: dict[str, Any] = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": 7}
-        ax.annotate(
-            str(node), (x, y), parse_math=False, path_effects=[withStroke(linewidth=2, foreground="white")], **place
-        )
+    style: dict[str, Any] = {"edge_color": np.where(weights < 0, _style.SECOND, _style.MAIN).tolist(), "node_size": 0}
+    style |= {"width": (0.5 + 2.5 * np.abs(weights) / np.abs(weights).max()).tolist(), "font_size": 8}
+    style["pos"] = nx.spring_layout(graph, seed=0, weight="strength", k=2.5 / np.sqrt(len(graph)))
+    ax = _style.new_axes(6.4, 5.6) if ax is None else ax
+    nx.draw_networkx(graph, ax=ax, bbox={"fc": "white", "ec": "none", "pad": 1}, **style | kwargs)
+    for text in ax.texts:
+        text.set_fontweight("bold" if text.get_text() in set(edges["source"]) else "normal")
     ax.set_axis_off()
-    ax.set_title("" if title is None else title)
     return ax
 
 
 @_docs.shared
-def gene_roc(
-    adata: AnnData, methods: Sequence[str] | None = None, *, title: str | None = None, ax: Axes | None = None
-) -> Axes:
+def gene_roc(adata: AnnData, methods: Sequence[str] | None = None, *, ax: Axes | None = None) -> Axes:
     """Plot the mean ROC curve of each method that told classes of genes, in the last cross-validation over genes.
 
     Parameters
@@ -103,17 +90,7 @@ def gene_roc(
         Cells that `scbin.tl.evaluate(adata, model, target=..., level="gene")` was called on.
     methods
         Which methods. Default: all. With one, a band shows the standard deviation over folds.
-    {title}
-    {ax}
-
-    Returns
-    -------
-    The axes.
-
-    Raises
-    ------
-    ScbinInputError
-        If there are no curves, or none of a method.
+    {axes}
 
     Examples
     --------
@@ -122,48 +99,33 @@ def gene_roc(
     >>> curve = {"method": "detection", "fpr": [0, 0.5, 1], "tpr": [0, 0.8, 1], "sd": 0.1}
     >>> adata.uns["scbin"] = {"gene_roc": pandas.DataFrame(curve)}
     >>> scbin.pl.gene_roc(adata).get_xlabel()
-    'false positive rate'
+    'False positive rate'
     """
     table = _table(adata, _keys.GENE_ROC, "scbin.tl.evaluate(adata, model, target=..., level='gene')")
-    chosen = list(dict.fromkeys(table["method"])) if methods is None else list(methods)
-    if unknown := sorted(set(chosen) - set(table["method"])):
-        raise ScbinInputError(
-            "A06", f"no curve of {unknown[0]!r}; there are: {', '.join(dict.fromkeys(table['method']))}."
-        )
+    methods = list(dict.fromkeys(table["method"])) if methods is None else list(methods)
+    if unknown := set(methods) - set(table["method"]):
+        raise ScbinInputError("A06", f"no curve of {unknown}; there are: {', '.join(dict.fromkeys(table['method']))}.")
     ax = _style.new_axes(5.6, 4.0) if ax is None else ax
-    lines = []
-    for method, color in zip(chosen, _style.palette(len(chosen)), strict=True):
+    for method, color in zip(methods, _style.palette(len(methods)), strict=True):
         curve = table[table["method"] == method]
-        lines += ax.plot(curve["fpr"], curve["tpr"], color=color, linewidth=1.4)
-        if len(chosen) == 1:
-            low, high = (curve["tpr"] - curve["sd"]).clip(0), (curve["tpr"] + curve["sd"]).clip(upper=1)
-            ax.fill_between(curve["fpr"], low, high, color=color, alpha=0.2, linewidth=0)
+        ax.plot(curve["fpr"], curve["tpr"], color=color, linewidth=1.4)
+        low, high = ((curve["tpr"] + sign * curve["sd"]).clip(0, 1) for sign in (-1, 1))
+        ax.fill_between(curve["fpr"], low, high, color=color, alpha=0.2 if len(methods) == 1 else 0, linewidth=0)
+    _style.legend_beside(ax, ax.lines, methods)
     ax.plot([0, 1], [0, 1], color=_style.QUIET, linestyle=":", linewidth=1)
-    ax.set(xlabel="false positive rate", ylabel="true positive rate", title=title or "")
-    ax.spines[["top", "right"]].set_visible(False)
-    _style.legend_beside(ax, lines, chosen)
+    ax.set(xlabel="False positive rate", ylabel="True positive rate")
     return ax
 
 
 @_docs.shared
-def clock(adata: AnnData, *, title: str | None = None, ax: Axes | None = None) -> Axes:
+def clock(adata: AnnData, *, ax: Axes | None = None) -> Axes:
     """Plot the predicted age of every donor against the true one, with the line that gaps are corrected by.
 
     Parameters
     ----------
     adata
         Cells with age gaps (:func:`scbin.tl.age_gap`).
-    {title}
-    {ax}
-
-    Returns
-    -------
-    The axes.
-
-    Raises
-    ------
-    ScbinInputError
-        If there are no age gaps.
+    {axes}
 
     Examples
     --------
@@ -175,44 +137,29 @@ def clock(adata: AnnData, *, title: str | None = None, ax: Axes | None = None) -
     >>> scbin.pl.clock(adata).get_xlabel()
     'true age of the donor'
     """
+    import seaborn as sns
+
     table = _table(adata, _keys.AGE_GAP, "scbin.tl.age_gap(adata, donor_key=...)")
     ax = _style.new_axes(5.2, 4.0) if ax is None else ax
-    parts = list(table.groupby(table["group"].astype(str) if "group" in table else np.full(len(table), "donors")))
-    handles = []
-    for (_, part), color in zip(parts, _style.palette(len(parts)), strict=True):
-        handles.append(ax.scatter(part["truth"], part["predicted"], color=color, s=18))
-        ends = part.sort_values("truth").iloc[[0, -1]]
-        ax.plot(ends["truth"], ends["expected"], color=color, linewidth=1)
-    span = [table["truth"].min(), table["truth"].max()]
-    ax.plot(span, span, color=_style.QUIET, linestyle=":", linewidth=1)
-    ax.set(xlabel="true age of the donor", ylabel="predicted age, mean over cells", title=title or "")
-    ax.spines[["top", "right"]].set_visible(False)
-    if len(parts) > 1:
-        _style.legend_beside(ax, handles, [str(name) for name, _ in parts])
+    hue = "group" if "group" in table else None
+    sns.scatterplot(table, x="truth", y="predicted", hue=hue, ax=ax)
+    sns.lineplot(table, x="truth", y="expected", hue=hue, ax=ax, estimator=None, legend=False)
+    ax.axline((table["truth"].mean(),) * 2, slope=1, color=_style.QUIET, linestyle=":", linewidth=1)
+    if hue is not None:
+        sns.move_legend(ax, "center left", bbox_to_anchor=(1.01, 0.5), frameon=False, title=None)
+    ax.set(xlabel="true age of the donor", ylabel="predicted age, mean over cells")
     return ax
 
 
 @_docs.shared
-def age_gap(adata: AnnData, *, corrected: bool = True, title: str | None = None, ax: Axes | None = None) -> Axes:
-    """Plot the age gaps of donors as violins: by what `compare` tells apart, else by group of cells. Every dot is a donor.
+def age_gap(adata: AnnData, *, ax: Axes | None = None) -> Axes:
+    """Plot the corrected age gaps of donors as violins: by what `compare` tells apart, else by group of cells. Every dot is a donor.
 
     Parameters
     ----------
     adata
         Cells with age gaps (:func:`scbin.tl.age_gap`).
-    corrected
-        For the regression to the mean.
-    {title}
-    {ax}
-
-    Returns
-    -------
-    The axes.
-
-    Raises
-    ------
-    ScbinInputError
-        If there are no age gaps.
+    {axes}
 
     Examples
     --------
@@ -226,19 +173,14 @@ def age_gap(adata: AnnData, *, corrected: bool = True, title: str | None = None,
     """
     import seaborn as sns
 
-    table, y = (
-        _table(adata, _keys.AGE_GAP, "scbin.tl.age_gap(adata, donor_key=...)"),
-        "corrected_gap" if corrected else "gap",
-    )
+    table = _table(adata, _keys.AGE_GAP, "scbin.tl.age_gap(adata, donor_key=...)")
     by = next((name for name in ("compare", "group") if name in table), None)
     table = table.assign(x="donors" if by is None else table[by].astype(str))
     ax = _style.new_axes(1.6 + 0.9 * table["x"].nunique(), 3.6) if ax is None else ax
-    sns.violinplot(table, x="x", y=y, ax=ax, color=_style.MISSING, inner=None, linewidth=0.8, cut=0)
-    sns.stripplot(table, x="x", y=y, ax=ax, color=_style.MAIN, size=4)
+    sns.violinplot(table, x="x", y="corrected_gap", ax=ax, color=_style.MISSING, inner=None, linewidth=0.8, cut=0)
+    sns.stripplot(table, x="x", y="corrected_gap", ax=ax, color=_style.MAIN, size=4)
     ax.axhline(0, color=_style.QUIET, linestyle=":", linewidth=1)
-    ax.set(xlabel="", ylabel=f"age gap, {'corrected' if corrected else 'predicted - true'}", title=title or "")
-    ax.tick_params(axis="x", rotation=45 if table["x"].nunique() > 4 else 0)
-    ax.spines[["top", "right"]].set_visible(False)
+    ax.set(xlabel="", ylabel="age gap, corrected")
     return ax
 
 

@@ -9,13 +9,11 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from anndata import AnnData
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.legend import Legend
 
 MAIN, SECOND, QUIET, MISSING = "#1f77b4", "#d9642c", "#8a8a8a", "lightgray"
-LEGEND_ROWS = 18
 
 
 def new_axes(width: float = 6.4, height: float = 3.6) -> Axes:
@@ -29,8 +27,7 @@ def palette(n: int) -> list[str]:
     """Return `n` colours: those that scanpy gives to so many categories."""
     from scanpy.plotting import palettes
 
-    few, some, many = palettes.default_20, palettes.default_28, palettes.default_102
-    chosen = few if n <= len(few) else some if n <= len(some) else many
+    chosen = palettes.default_20 if n <= 20 else palettes.default_28 if n <= 28 else palettes.default_102
     return [chosen[i % len(chosen)] for i in range(n)]
 
 
@@ -48,21 +45,9 @@ def shorten(text: object, longest: int = 34) -> str:
 
 
 def legend_beside(ax: Axes, handles: Sequence[Artist], labels: Sequence[str]) -> Legend:
-    """Put a legend to the right of the axes; labels are drawn as they are, not read as formulas."""
+    """Put a legend to the right of the axes."""
     style: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "frameon": False, "fontsize": 8}
-    # the text follows below: matplotlib leaves out labels with a leading underscore
-    legend = ax.legend(handles, ["."] * len(handles), ncols=-(-len(handles) // LEGEND_ROWS) or 1, **style)
-    for text, label in zip(legend.get_texts(), labels, strict=True):
-        text.set_parse_math(False)
-        text.set_text(shorten(label))
-    return legend
-
-
-def colours_of(adata: AnnData, column: str, values: Sequence[str]) -> list[str]:
-    """Return the colours of the values of a column of `obs`: those that scanpy keeps in `uns` where it has them all, else new ones."""
-    categories = map(str, adata.obs[column].astype("category").cat.categories)
-    kept = dict(zip(categories, adata.uns.get(f"{column}_colors", ()), strict=False))
-    return [str(kept[value]) for value in values] if kept.keys() >= set(values) else palette(len(values))
+    return ax.legend(handles, [shorten(label) for label in labels], ncols=-(-len(handles) // 18) or 1, **style)
 
 
 def write_names(

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from scbin.pp._check import check
-from scbin.pp._tokenize import iter_tokens, tokenize
+from scbin.pp._tokenize import tokenize
 
-__all__ = ["check", "iter_tokens", "tokenize"]
+__all__ = ["check", "tokenize"]

@@ -10,7 +10,7 @@ import pandas as pd
 from scbin._adata import check_adata
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError, ScbinInputWarning, count
-from scbin.pp._plan import Request, prepare
+from scbin.pp._plan import Request, prepare, warn_without_tokens
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -48,20 +48,17 @@ def check(adata: AnnData, *, quiet: bool = False, **arguments: Any) -> pd.DataFr
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            check_adata(adata)
-            plan = prepare(adata, request)
-            _, _, record, lines = plan.finish(list(plan.encode()))
-            rows += [("ok", "", line.removeprefix("scbin: ")) for line in (*lines, repr(plan.vocabulary))]
-            if "overlap_genes" in record:
-                counts, genes = record["overlap_counts"], record["overlap_genes"]
-                rows.append(("ok", "", f"in the vocabulary: {counts:.0%} of the counts, {genes:.0%} of the genes."))
+            plan = prepare(check_adata(adata), request)
+            n_tokens = sum(part.nnz for part in plan.encode())
+            status, record = plan.finish()
+            warn_without_tokens(status)
+            rows += [("ok", "", line) for line in (*plan.lines(n_tokens, record), repr(plan.vocabulary))]
         except ScbinInputError as error:
             rows.append(("error", error.code, error.message))
     found = [w.message for w in caught if isinstance(w.message, ScbinInputWarning)]
-    rows += [("warning", message.code, message.message) for message in found]
+    table = pd.DataFrame(rows + [("warning", w.code, w.message) for w in found], columns=["kind", "code", "finding"])
     if not quiet:
-        shape = f"{count(adata.n_obs, 'cell')} x {count(adata.n_vars, 'gene')}" if hasattr(adata, "n_obs") else ""
-        print(shape or type(adata).__name__)
-        for kind, code, finding in rows:
+        print(f"{count(adata.n_obs, 'cell')} x {count(adata.n_vars, 'gene')}" if hasattr(adata, "n_obs") else adata)
+        for kind, code, finding in table.itertuples(index=False):
             print(f"  {kind:8}{code:5}{finding}")
-    return pd.DataFrame(rows, columns=["kind", "code", "finding"])
+    return table

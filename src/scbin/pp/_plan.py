@@ -4,32 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from anndata import AnnData
-from scipy import sparse
 
-from scbin._adata import gene_columns, iter_blocks, layer_names, matrix_of, read_obs, warn
-from scbin._arguments import check_fields, instances, texts
+from scbin._adata import gene_columns, iter_blocks, layer_names, read_obs, warn
+from scbin._arguments import check_fields, instances
 from scbin._errors import ScbinInputError, count
-from scbin.tokens.encoding import Encoded, Encoder
-from scbin.tokens.fit import Cells, Flavor
-from scbin.tokens.genes import GeneMatch, clean_names, match_genes
+from scbin.tokens.encoding import Encoder
+from scbin.tokens.fit import Cells
+from scbin.tokens.genes import GeneMatch, clean_names, match_genes, some
 from scbin.tokens.phenotypes import AGE_COLUMNS, age_labels, labels_of, token_ids, values_of
 from scbin.tokens.rules import Bins, Tokenization
 from scbin.tokens.values import Block, Reading, Scan, Values, read_values
 from scbin.tokens.vocabulary import Vocabulary, encoding_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-Item = TypeVar("Item")
-COUNT_LAYERS = ("counts", "raw_counts", "raw")
+    from anndata import AnnData
+    from scipy import sparse
+
 WARN_OVERLAP, LEAST_OVERLAP = 0.8, 0.2
 # share of the counts that is all; ratio of two shares from which bins move by more than half a bin
 ALL_COUNTS, OTHER_TOTALS = 0.999, 1.3
@@ -39,7 +37,7 @@ WITHOUT_TOKENS = {"empty": ("I19", "no counts at all"), "no_vocab_gene": ("I20",
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for; the names are the arguments of `tokenize`. Without a `tokenization` it is the default one."""
+    """What the user asked for; the names are the arguments of `tokenize`."""
 
     encoding: str = "bins"
     rule: Any = None
@@ -49,7 +47,6 @@ class Request:
     values: Values = "auto"
     gene_key: str | None = None
     n_genes: int = 2000
-    flavor: Flavor | None = None
     mask_var: str | None = None
     tokenization: Any = None
 
@@ -59,12 +56,20 @@ class Request:
         instances((str, Bins, Sequence, np.ndarray), "a rule, a list of edges or a Bins", optional=True, rule=self.rule)
         instances(Tokenization, "a scbin.Tokenization", optional=True, tokenization=self.tokenization)
         object.__setattr__(self, "tokenization", self.tokenization or Tokenization())
-        what, asked = "a column of obs, a list of columns, or {category: column}", self.phenotypes
-        instances((str, Mapping, Sequence, np.ndarray, pd.Index), what, optional=True, phenotypes=asked)
-        for column in asked.values() if isinstance(asked, Mapping) else asked if asked is not None else ():
-            texts(phenotypes=column)
+        what = "a column of obs, a list of columns, or {category: column}"
+        instances((str, Mapping, Sequence, np.ndarray, pd.Index), what, optional=True, phenotypes=self.phenotypes)
+        for column in (self.columns or {}).values():
+            instances(str, "a text", phenotypes=column)
         if self.n_genes < 1:
             raise ScbinInputError("A02", f"n_genes is {self.n_genes}; at least one gene is needed.")
+
+    @property
+    def columns(self) -> dict[str, str] | None:
+        """The column of obs of each category that was asked for, None if that was left open."""
+        asked = self.phenotypes
+        if asked is None or isinstance(asked, Mapping):
+            return asked if asked is None else dict(asked)
+        return {"age" if n == "development_stage" else n: n for n in ([asked] if isinstance(asked, str) else asked)}
 
     @property
     def vocabulary(self) -> Vocabulary | None:
@@ -94,9 +99,13 @@ class Source:
         self.used = gene_columns(adata)
         self._unsorted: set[int] = set()
 
+    def stored(self) -> Iterator[Block]:
+        """Go through the rows as they are stored."""
+        return iter_blocks(self.adata, self.layer)
+
     def blocks(self) -> Iterator[Block]:
         """Go through the rows; after the scan, all are sorted and without duplicates. On disk, the next block is read meanwhile."""
-        blocks = iter_blocks(self.adata, self.layer)
+        blocks = self.stored()
         for block in ahead(blocks) if self.adata.isbacked else blocks:
             yield block.sorted() if block.start in self._unsorted else block
 
@@ -110,36 +119,17 @@ class Source:
         return scan
 
     def read(self, scan: Scan, values: Values) -> Reading:
-        """Decide what the values are; an error names the layer that would do."""
-        note = self.adata.uns.get("log1p")
-        base = note.get("base") if isinstance(note, dict) else None
+        """Decide what the values are; an error names what else there is."""
         try:
-            return read_values(scan, values, noted=note is not None, noted_base=None if base is None else float(base))
+            return read_values(scan, values, self.adata.uns.get("log1p"))
         except ScbinInputError as error:
-            hint = self.suggest_counts()
-            if hint is None and error.code == "I03":
-                hint = self._suggest(layer_names(self.adata), lambda x: x >= 0, "has no negative values", "read it")
-            raise ScbinInputError(error.code, error.message if hint is None else f"{error.message} {hint}") from None
-
-    def suggest_counts(self) -> str | None:
-        """Name a layer, or `.raw`, that holds whole, non-negative numbers, if there is one beside this matrix."""
-        layers = [layer for layer in COUNT_LAYERS if layer in self.adata.layers]
-        return self._suggest(layers, lambda x: (x >= 0) & (x == np.rint(x)), "holds counts", "use them")
-
-    def _suggest(self, layers: list[str], fits: Callable[[Any], Any], what: str, to: str) -> str | None:
-        """Name the first of some layers, else `.raw`, that can be read and whose values are finite and fit."""
-        raw = [] if self.adata.isbacked or self.adata.raw is None else [None]
-        for layer in [*(name for name in layers if name != self.layer), *raw]:
-            adata = self.adata if layer is not None else AnnData(self.adata.raw.X)
-            with suppress(ScbinInputError):
-                if all((fits(block.data) & np.isfinite(block.data)).all() for block in iter_blocks(adata, layer)):
-                    if layer is None:
-                        return f".raw {what}: adata.raw.to_adata() gives them as an AnnData of its own."
-                    return f'layers[{layer!r}] {what}: pass layer="{layer}" to {to}.'
-        return None
+            there = [f"layer={name!r}" for name in layer_names(self.adata) if name != self.layer]
+            there += [] if self.adata.isbacked or self.adata.raw is None else ["adata.raw.to_adata()"]
+            hint = f" Also here: {', '.join(there)}." if there else ""
+            raise ScbinInputError(error.code, f"{error.message}{hint}") from None
 
 
-def ahead(items: Iterator[Item]) -> Iterator[Item]:
+def ahead(items: Iterator[Block]) -> Iterator[Block]:
     """Make the next item in a thread while this one is used."""
     with ThreadPoolExecutor(1, thread_name_prefix="scbin-read") as reader:
         coming = reader.submit(next, items, None)
@@ -161,131 +151,123 @@ class Plan:
     vocabulary: Vocabulary
     phenotype_ids: np.ndarray  # (cells, phenotypes)
     request: Request
-    record: dict[str, Any]
+    columns: dict[str, str]  # of obs, by phenotype
+    seen: list[pd.DataFrame] = field(default_factory=list)  # of the blocks that were encoded, see `Encoded`
 
-    def encode(self) -> Iterator[Encoded]:
+    def encode(self) -> Iterator[sparse.csr_matrix]:
         """Yield the tokens of consecutive row blocks."""
         encoder = Encoder(self.vocabulary, self.match.columns, self.reading)
         for block in self.source.blocks():
-            yield encoder.encode(block, self.phenotype_ids[block.start : block.start + block.n_rows])
+            tokens, seen = encoder.encode(block, self.phenotype_ids[block.start : block.start + block.n_rows])
+            self.seen.append(seen)
+            yield tokens
 
-    def finish(self, encoded: Sequence[Encoded]) -> tuple[sparse.csr_matrix, pd.Categorical, dict[str, Any], list[str]]:
-        """Join the blocks; return the tokens, the status of each cell, the record of the run and what to log of it."""
-        names = ("totals", "matched", "cut", "status")
-        totals, matched, cut, codes = (np.concatenate([[], *(getattr(part, n) for part in encoded)]) for n in names)
-        codes = codes.astype(np.int64)
-        none = sparse.csr_matrix((0, self.vocabulary.n_positions), dtype=self.vocabulary.dtype)
-        tokens = sparse.vstack([none, *(part.tokens for part in encoded)], format="csr")
-        record = {
-            **self.record,
-            "cells": len(codes),
-            "tokens": int(tokens.nnz),
-            "cut_cells": int((cut > 0).sum()),
-            "cut_share": _share(cut.sum(), matched.sum()),
-            "counts_in_vocabulary": _share(matched.sum(), totals.sum()),
-            **self.check_coverage(matched.sum(), totals.sum(), sum(part.rounded for part in encoded)),
-        }
-        for status, (code, what) in WITHOUT_TOKENS.items():
-            cells = np.flatnonzero(codes == STATUS.index(status))
-            if len(cells):
-                first = ", ".join(map(repr, self.source.adata.obs_names[cells[:3]])) + " ..." * (len(cells) > 3)
-                found = f"{count(len(cells), 'cell has', 'cells have')} {what} ({first})"
-                kept = "it keeps its row" if len(cells) == 1 else "they keep their rows"
-                warn(
-                    code, f"{found}; {kept} without tokens. sc.pp.filter_cells(adata, min_genes=1) removes empty ones."
-                )
-        return tokens, pd.Categorical.from_codes(codes, categories=STATUS), record, self._lines(record)
-
-    def check_coverage(self, matched: float, totals: float, rounded: int) -> dict[str, float]:
-        """Say how many cells had logs of no counts; weigh the genes found by the counts they held where the vocabulary was made."""
-        if rounded:
-            found = f"{count(rounded, 'cell has logs', 'cells have logs')} that are not those of whole counts"
+    def finish(self) -> tuple[pd.Categorical, dict[str, Any]]:
+        """Return the status of each cell and the record of the run when all rows are encoded; warn of what is missing."""
+        none = pd.DataFrame(
+            {name: np.zeros(0, dtype=np.int64) for name in ("total", "matched", "cut", "rounded", "status")}
+        )
+        seen = pd.concat(self.seen or [none])
+        if n := int(seen["rounded"].sum()):
+            found = f"{count(n, 'cell has logs', 'cells have logs')} that are not those of whole counts"
             warn("I01", f"{found}: rounded to the nearest. layer= with the counts is safer.")
-        if self.request.like is None:
-            return {}
-        shares, found_genes = self.vocabulary.gene_shares, np.unique(self.match.columns[self.match.columns >= 0])
+        record: dict[str, Any] = {
+            "values": self.reading.text,
+            "layer": self.request.layer,
+            "phenotypes": self.columns,
+            "cut_cells": int(seen["cut"].sum()),
+            "counts_in_vocabulary": _share(seen["matched"].sum(), seen["total"].sum()),
+        }
+        if self.request.like is not None:
+            record |= self._overlap(record["counts_in_vocabulary"] if seen["total"].sum() > 0 else None)
+        return pd.Categorical.from_codes(seen["status"].to_numpy(), categories=STATUS), record
+
+    def _overlap(self, here: float | None) -> dict[str, float]:
+        """Weigh the genes found by the counts they held where the vocabulary was made; warn if much is missing.
+
+        `here` is the share of the counts of these cells that lies in the vocabulary, None where there are none.
+        """
+        columns, bins, shares = (
+            self.match.columns,
+            self.vocabulary.bins,
+            np.asarray(self.vocabulary.gene_shares or [0.0]),
+        )
+        found_genes = np.unique(columns[columns >= 0])
         genes = len(found_genes) / max(1, len(self.vocabulary.genes))
-        counts = _share(matched, totals) if totals > 0 else genes
-        if shares is not None and sum(shares) > 0:
-            counts = _share(np.asarray(shares)[found_genes].sum(), sum(shares))
-        found = f"only {counts:.0%} of the counts and {genes:.0%} of the genes of the vocabulary are found here"
-        cause = "another annotation or species, or genes filtered away, is the likely cause."
+        counts, known = genes if here is None else here, shares.sum() > 0
+        there = float(shares[found_genes].sum()) if known else 0.0
+        counts = _share(there, shares.sum()) if known else counts
         if self.source.adata.n_obs and counts < WARN_OVERLAP:
+            found = f"only {counts:.0%} of the counts and {genes:.0%} of the genes of the vocabulary are found here"
+            found += "; another annotation or species, or genes filtered away, is the likely cause."
             if counts < LEAST_OVERLAP and not self.request.tokenization.force:
                 fix = "Pass scbin.Tokenization(force=True) to go on nevertheless."
-                raise ScbinInputError("I32", f"{found}; {cause} {fix}")
-            warn("I32", f"{found}; {cause}")
-        bins = self.vocabulary.bins
-        if shares is None or len(set(shares)) == 1:  # not known, as of published models
-            return {"overlap_counts": counts, "overlap_genes": round(genes, 6)}
-        if totals > 0 and bins is not None and bins.reads == "log1p" and bins.per != "cell":
-            self._compare_totals(matched / totals, float(np.asarray(shares)[found_genes].sum()), sum(shares))
+                raise ScbinInputError("I32", f"{found} {fix}")
+            warn("I32", found)
+        measured = known and len(set(shares)) > 1  # those of published models are not
+        if measured and here is not None and bins is not None and bins.reads == "log1p" and bins.per != "cell":
+            _compare_totals(here, there, shares.sum())
         return {"overlap_counts": counts, "overlap_genes": round(genes, 6)}
 
-    def _compare_totals(self, here: float, there: float, all_there: float) -> None:
-        """Warn where the totals by which logs are scaled seem to be over other genes than where the vocabulary was made.
-
-        Either table may have lost the genes outside the vocabulary, and what the genes in it hold of the total differs then.
-        """
-        only_genes = (here > ALL_COUNTS) != (all_there > ALL_COUNTS) and abs(here - there) > 1 - WARN_OVERLAP
-        if min(here, there) > 0 and (only_genes or max(here / there, there / here) > OTHER_TOTALS):
-            found = f"the genes of the vocabulary hold {here:.2g} of the counts here, but {there:.2g} where it was made"
-            cause = "If genes were left out of one of the two tables, cells were scaled by totals over other genes"
-            fix = 'tokenize all measured genes, there as here, or use counts, rule="counts"'
-            warn("I01", f"{found}. {cause}, and bins are shifted: {fix}.")
-
-    def _lines(self, record: dict[str, Any]) -> list[str]:
+    def lines(self, n_tokens: int, record: dict[str, Any]) -> list[str]:
         """What was read and made, for the log."""
-        source, request, reading = self.source, self.request, self.reading
-        hint = source.suggest_counts() if reading.kind == "log1p" else None
-        lines = [f"{source.name} read as {reading.text}{'' if hint is None else '; ' + hint.rstrip('.')}."]
-        lines += [f"{note}." for note in self.match.notes]
-        if request.like is None and request.rule is None and request.encoding == "bins" and not reading.has_counts:
+        request, genes = self.request, self.vocabulary.genes
+        lines = [f"{self.source.name} read as {self.reading.text}."]
+        if request.like is None and request.rule is None and request.encoding == "bins" and not self.reading.has_counts:
             lines.append('whole counts are not known, so values were binned on the log scale, rule="linear".')
-        blank = [p.name for p in self.vocabulary.phenotypes if p.name not in record["phenotypes"]]
-        if blank:
-            named = ", ".join(map(repr, blank))
-            lines.append(f"no column of obs was read for {named}: cells have no such label; name one with phenotypes=.")
-        made = f"{count(record['cells'], 'cell')}, {count(record['tokens'], 'token')}, {count(record['genes'], 'gene')}"
-        lines.append(f"{made} ({record['genes_zero']:,} without counts here).")
+        if blank := [p.name for p in self.vocabulary.phenotypes if p.name not in self.columns]:
+            lines.append(
+                f"no column of obs was read for {some(blank)}: cells have no such label; name one with phenotypes=."
+            )
+        made = ((self.source.adata.n_obs, "cell"), (n_tokens, "token"), (len(genes), "gene"))
+        lines.append(f"{', '.join(count(*each) for each in made)}.")
         if record["cut_cells"]:
-            cells = count(record["cut_cells"], "cell")
-            lines.append(f"{cells} had more genes than fit; {record['cut_share']:.2%} of the counts were cut.")
-        if source.adata.isbacked:
-            if getattr(matrix_of(source.adata, source.layer), "format", None) == "csc":
-                lines.append("the matrix on disk is stored by columns (CSC), slow to read by cells; CSR is faster.")
-            lines.append("the file is open for reading; the tokens are in memory until adata.write(...).")
-        return [f"scbin: {line}" for line in lines]
+            lines.append(
+                f"{count(record['cut_cells'], 'cell')} had more genes than fit: those with the least values were cut."
+            )
+        return lines
 
 
 def _share(part: float, whole: float) -> float:
     return round(float(part / whole), 6) if whole > 0 else 0.0
 
 
-def prepare(adata: AnnData, request: Request) -> Plan:
+def _compare_totals(here: float, there: float, all_there: float) -> None:
+    """Warn where the totals by which logs are scaled seem to be over other genes than where the vocabulary was made.
+
+    Either table may have lost the genes outside the vocabulary, and what the genes in it hold of the total differs then.
+    """
+    only_genes = (here > ALL_COUNTS) != (all_there > ALL_COUNTS) and abs(here - there) > 1 - WARN_OVERLAP
+    if min(here, there) > 0 and (only_genes or max(here / there, there / here) > OTHER_TOTALS):
+        found = f"the genes of the vocabulary hold {here:.2g} of the counts here, but {there:.2g} where it was made"
+        cause = "If genes were left out of one of the two tables, cells were scaled by totals over other genes"
+        fix = 'tokenize all measured genes, there as here, or use counts, rule="counts"'
+        warn("I01", f"{found}. {cause}, and bins are shifted: {fix}.")
+
+
+def warn_without_tokens(status: pd.Categorical) -> None:
+    """Say how many cells have no tokens, and why."""
+    for kind, (code, what) in WITHOUT_TOKENS.items():
+        if n := int((status == kind).sum()):
+            found = f"{count(n, 'cell has', 'cells have')} {what}"
+            warn(
+                code,
+                f"{found}; without tokens, they keep their rows. sc.pp.filter_cells(adata, min_genes=1) removes them.",
+            )
+
+
+def prepare(adata: AnnData, request: Request, source: Source | None = None) -> Plan:
     """Check everything, decide what the values are, match or choose the genes. Nothing is written."""
-    given, source = request.vocabulary, Source(adata, request.layer)
+    given, source = request.vocabulary, source or Source(adata, request.layer)
     columns, labels, widths = _labels(adata, request, given)
     match = _match(source, given, request)
-    scan = source.scan()
-    reading = source.read(scan, request.values)
-    vocabulary = given or _fit(source, reading, match, labels, widths, request)
-    match = match if given else match.onto(vocabulary.genes)
+    reading = source.read(source.scan(), request.values)
+    vocabulary = given
+    if vocabulary is None:
+        vocabulary, match = _fit(source, reading, match, labels, widths, request)
     _warn_of_values(source, reading, match, vocabulary, is_given=given is not None)
-    ids = _phenotype_ids(vocabulary, labels, adata.n_obs, is_given=given is not None)
-    record = {
-        "values": reading.kind,
-        "text": reading.text,
-        "base": reading.base,
-        "target_sum": reading.target_sum,
-        "unit": vocabulary.unit,
-        "layer": request.layer,
-        "encoding": vocabulary.encoding,
-        "genes": len(vocabulary.genes),
-        "genes_zero": int((~scan.seen & source.used).sum()),
-        "phenotypes": columns,
-    }
-    return Plan(source, reading, match, vocabulary, ids, request, record)
+    ids = _phenotype_ids(vocabulary, labels, adata.n_obs)
+    return Plan(source, reading, match, vocabulary, ids, request, columns)
 
 
 def _labels(adata: AnnData, request: Request, given: Vocabulary | None) -> tuple[dict[str, str], dict, dict[str, int]]:
@@ -293,12 +275,10 @@ def _labels(adata: AnnData, request: Request, given: Vocabulary | None) -> tuple
 
     For a given vocabulary the columns are by default those of its own names that exist, and the widths are its own.
     """
-    asked: Any = () if request.phenotypes is None else request.phenotypes
-    if request.phenotypes is None and given is not None:
+    named = request.columns or {}
+    if request.columns is None and given is not None:
         own = {p.name: AGE_COLUMNS if p.name == "age" else (p.name,) for p in given.phenotypes}
-        asked = {name: c for name, columns in own.items() for c in columns if c in adata.obs.columns}
-    names = [asked] if isinstance(asked, str) else asked
-    named = asked if isinstance(asked, Mapping) else {"age" if n == "development_stage" else n: n for n in names}
+        named = {name: c for name, columns in own.items() for c in columns if c in adata.obs.columns}
     labels, widths = {}, {}
     for name, column in named.items():
         is_age = column in AGE_COLUMNS or name == "age"
@@ -307,71 +287,56 @@ def _labels(adata: AnnData, request: Request, given: Vocabulary | None) -> tuple
         if width is not None:
             widths[name] = width
             labels[name], unread = age_labels(labels[name], width)
-            if unread:
-                listed = ", ".join(f"{text!r} ({n})" for text, n in list(unread.items())[:3])
-                warn("I39", f"{count(len(unread), 'label')} of {column!r} without an age became [NO_AGE]: {listed}.")
-    return dict(named), labels, widths
+            _warn_of_labels("I39", f"of {column!r} without an age became [NO_AGE]", unread)
+    return named, labels, widths
 
 
 def _match(source: Source, given: Vocabulary | None, request: Request) -> GeneMatch:
     """Match the columns to genes by name."""
-    adata, key, fine = source.adata, request.gene_key, request.tokenization
-    if key is not None and key not in adata.var.columns:
-        there = ", ".join(map(repr, adata.var.columns)) or "none"
+    var, key = source.adata.var, request.gene_key
+    if key is not None and key not in var.columns:
+        there = ", ".join(map(repr, var.columns)) or "none"
         raise ScbinInputError("A06", f"{key!r} is not a column of adata.var. Available: {there}.")
-    others = {str(c): adata.var[c].astype(object) for c in adata.var.columns if adata.var[c].dtype.kind not in "biufc"}
-    return match_genes(
-        clean_names(list(adata.var_names if key is None else adata.var[key].astype(object)), key),
-        given,
-        used=source.used,
-        case=fine.case,
-        duplicates=fine.duplicates,
-        beside=others if given else {},
-        cells=[str(name) for name in adata.obs_names[:2000]],
-    )
+    names = clean_names(var.index if key is None else var[key].astype(object), key)
+    return match_genes(names, given, used=source.used)
 
 
 def _fit(
     source: Source, reading: Reading, match: GeneMatch, labels: Mapping[str, Any], widths: dict, request: Request
-) -> Vocabulary:
+) -> tuple[Vocabulary, GeneMatch]:
     """Make a vocabulary from the cells: genes, bins or medians, phenotype values."""
-    fine, flavor, encoding = request.tokenization, request.flavor, encoding_of(request.encoding)
+    fine, encoding = request.tokenization, encoding_of(request.encoding)
     if source.adata.n_obs == 0:
         fix = "Pass the one that the cells shall be read with: like=model."
         raise ScbinInputError("I47", f"there is no cell to make a vocabulary from. {fix}")
-    for asked, what in ((fine.depth, "depth=True"), (flavor == "pearson_residuals", f"flavor={flavor!r}")):
-        if asked and not reading.counted:
-            raise ScbinInputError("A03", f"{what} needs counts, but {source.name} holds {reading.text}.")
+    if fine.depth and not reading.counted:
+        raise ScbinInputError("A03", f"depth=True needs counts, but {source.name} holds {reading.text}.")
     marked = None if request.mask_var is None else _marked_genes(source.adata.var, request.mask_var, match)
-    cells = Cells(match.genes, match.columns, reading, source.blocks, marked, request.n_genes, flavor)
+    cells = Cells(match.genes, match.columns, reading, source.blocks, marked, request.n_genes)
     fitted = encoding.fit(cells, request.rule, fine)
     kept = fitted.pop("genes")
-    return Vocabulary.build(
+    match = match.onto(kept)
+    vocabulary = Vocabulary.build(
         request.encoding,
-        [match.genes[k] for k in kept],
+        match.genes,
         phenotypes={name: values_of(column) for name, column in labels.items()},
         age_groups=widths,
-        gene_shares=cells.moments.shares[kept].tolist(),
+        gene_shares=cells.shares(kept),
         max_length=fine.max_length,
         layout="scbin" if encoding.position_is_gene else fine.layout,
         depth=fine.depth if fine.depth is not None else reading.counted and fine.layout == "scbin",
         **fitted,
     )
+    return vocabulary, match
 
 
 def _marked_genes(var: pd.DataFrame, mask_var: str, match: GeneMatch) -> np.ndarray:
     """Return the genes that a boolean column of var marks."""
-    if mask_var not in var.columns:
-        there = ", ".join(repr(str(name)) for name in var.columns if pd.api.types.is_bool_dtype(var[name])) or "none"
-        found = f"mask_var={mask_var!r} is not a column of adata.var"
-        raise ScbinInputError("A06", f"{found}. Columns of True and False: {there}.")
-    marked = var[mask_var]
-    if marked.isna().any() or not set(marked.unique()) <= {True, False}:
-        found = ", ".join(map(repr, marked.unique()[:3]))
-        raise ScbinInputError("A02", f"var[{mask_var!r}] holds {found}, not True and False. Use its .astype(bool).")
-    genes = match.columns[marked.to_numpy(dtype=bool)]
-    if not (genes >= 0).any():
-        raise ScbinInputError("A02", f"var[{mask_var!r}] marks no gene; pass mask_var=None to choose by variance.")
+    columns = [c for c in var.columns if pd.api.types.is_bool_dtype(var[c]) and (match.columns[var[c]] >= 0).any()]
+    if mask_var not in columns:
+        there = ", ".join(map(repr, columns)) or "none"
+        raise ScbinInputError("A06", f"{mask_var!r} is no column of var that marks genes by True. There are: {there}.")
+    genes = match.columns[var[mask_var]]
     return np.unique(genes[genes >= 0])
 
 
@@ -379,47 +344,43 @@ def _warn_of_values(
     source: Source, reading: Reading, match: GeneMatch, vocabulary: Vocabulary, *, is_given: bool
 ) -> None:
     """Refuse or warn of values that the vocabulary cannot read as they are."""
+    bins = vocabulary.bins
     if vocabulary.codec.reads(vocabulary) == "counts" and not reading.has_counts:
         found = f"these tokens read counts, but {source.name} holds {reading.text}"
         fix = 'Pass the layer that holds counts, layer=, or rule="linear".'
         raise ScbinInputError("I07" if reading.fractional else "I01", f"{found}. {fix}")
-    for code, message in (*reading.warnings, *match.warnings):
+    for code, message in reading.warnings:
         warn(code, message)
-    left_out, bins = int((~source.used).sum()), vocabulary.bins
-    if left_out:
-        columns, was = count(left_out, "column is", "columns are"), "was" if left_out == 1 else "were"
-        warn("I33", f"{columns} not 'Gene Expression' in var['feature_types'] and {was} left out.")
-    if not source.adata.obs_names.is_unique:
-        warn("I24", "obs_names are not unique; cells are told apart by their place in the table.")
+    if match.repeated:
+        found = count(len(match.repeated), "gene stands", "genes stand")
+        warn("I22", f"{found} in several columns ({some(match.repeated)}); their columns were added up.")
+    if left_out := int((~source.used).sum()):
+        warn("I33", f"{left_out:,} of the columns are not 'Gene Expression' in var['feature_types'] and were left out.")
     if reading.kind == "log1p":
-        unknown = reading.target_sum is None and reading.by != "uns"
-        logs = bins if bins is not None and bins.reads == "log1p" and unknown else None
-        if logs is not None and not is_given and logs.per != "cell" and reading.exact:
-            text = "the cells were normalised to no common sum before the logarithm, or genes are missing: other tables of the"
-            warn("I01", f'{text} same cells will have other bins. Tokenize all measured genes, or use rule="counts".')
-        if logs is not None and is_given:
-            text = "the cells were normalised to no common sum before the logarithm, or genes are missing, those of the"
-            fix = f"vocabulary to {logs.target_sum:,.6g}: bins may be shifted. Tokenize the counts instead."
-            warn("I01", f"{text} {fix}")
+        unknown = reading.target_sum is None and not reading.by.startswith("uns")
+        logs = bins is not None and bins.reads == "log1p" and bins.per != "cell"
+        if unknown and logs and (is_given or reading.exact):
+            text = "the cells were normalised to no common sum before the logarithm, or genes are missing"
+            fix = 'tokenize all measured genes, or counts, rule="counts"'
+            warn("I01", f"{text}: these bins are not those that other tables of the same cells have; {fix}.")
         if is_given and vocabulary.depth is not None and not reading.exact:
             warn("I01", "the vocabulary has a [DEPTH] token, but counts are not known here: it is [NO_DEPTH].")
 
 
-def _phenotype_ids(vocabulary: Vocabulary, labels: Mapping[str, Any], n_obs: int, *, is_given: bool) -> np.ndarray:
-    """Return the control tokens (cells, phenotypes); say which labels are new to a vocabulary, or rare in one that is made."""
+def _phenotype_ids(vocabulary: Vocabulary, labels: Mapping[str, Any], n_obs: int) -> np.ndarray:
+    """Return the control tokens (cells, phenotypes); say which labels are new to the vocabulary."""
     ids = np.zeros((n_obs, len(vocabulary.phenotypes)), dtype=np.int64)
     for k, phenotype in enumerate(vocabulary.phenotypes):
         ids[:, k] = phenotype.missing_id
-        if phenotype.name not in labels:
-            continue
-        ids[:, k], unseen = token_ids(labels[phenotype.name], phenotype)
-        if unseen:
-            listed = ", ".join(f"{value[:60]!r} ({count(n, 'cell')})" for value, n in list(unseen.items())[:3])
-            found = f"{count(len(unseen), 'label')} of {phenotype.name!r}, new to the vocabulary"
-            warn("I36", f"{found}, became [NO_{phenotype.name.upper()}]: {listed}.")
-        counts = pd.Series(labels[phenotype.name]).value_counts()
-        few = [f"{value[:60]!r} ({counts[value]})" for value in phenotype.values if 0 < counts.get(value, 0) < 3]
-        if few and not is_given:
-            found = f"{count(len(few), 'label')} of {phenotype.name!r} with fewer than 3 cells"
-            warn("I40", f"there {'is' if len(few) == 1 else 'are'} {found}: {', '.join(few[:3])}.")
+        if phenotype.name in labels:
+            ids[:, k], unseen = token_ids(labels[phenotype.name], phenotype)
+            what = f"of {phenotype.name!r}, new to the vocabulary, became [NO_{phenotype.name.upper()}]"
+            _warn_of_labels("I36", what, unseen)
     return ids
+
+
+def _warn_of_labels(code: str, what: str, labels: Mapping[str, int]) -> None:
+    """Warn of some labels, if there are any, with the number of their cells."""
+    if labels:
+        listed = ", ".join(f"{text[:60]!r} ({n})" for text, n in list(labels.items())[:3])
+        warn(code, f"{count(len(labels), 'label')} {what}: {listed}.")

@@ -7,24 +7,22 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from anndata import AnnData
+from scipy import sparse
 
 from scbin import _docs, _keys
 from scbin._adata import check_adata, check_writable, copied, write_tokens, write_uns
 from scbin._arguments import checked
-from scbin._errors import ScbinInputError, ScbinTypeError
+from scbin._errors import ScbinInputError
 from scbin.io.corpus import is_paths
 from scbin.pp._files import tokenize_files
-from scbin.pp._plan import Request, prepare
+from scbin.pp._plan import Request, prepare, warn_without_tokens
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from scipy import sparse
-
     from scbin.io.corpus import Paths
-    from scbin.tokens.fit import Flavor
     from scbin.tokens.rules import Bins, Rule, Tokenization
     from scbin.tokens.values import Values
 
@@ -45,7 +43,6 @@ def tokenize(
     values: Values = "auto",
     gene_key: str | None = None,
     n_genes: int = 2000,
-    flavor: Flavor | None = None,
     mask_var: str | None = None,
     tokenization: Tokenization | None = None,
     key_added: str | None = None,
@@ -63,8 +60,7 @@ def tokenize(
     ----------
     adata
         Cells by genes; or files of them, see :func:`scbin.open_tokens` for how they can be named. Files are read by blocks, so they need
-        not fit into memory. Their genes are united by name; a vocabulary is made from all cells, or from 20,000 of them where there are
-        more.
+        not fit into memory. Their genes are united by name; a vocabulary is made from all cells.
     out
         For files: the folder to write files with tokens to, under the same names, or a name with `{}` in it for that of each file,
         `"corpus/{}.zarr"`. They have obs, var and tokens, not the matrix. A file that is there is not made again, so a call that was
@@ -88,12 +84,11 @@ def tokenize(
     gene_key
         Column of `var` with the gene names; `var_names` by default.
     n_genes
-        Number of highly variable genes to use; not for `"rank"`.
-    flavor
-        How they are chosen: `"pearson_residuals"`, the default where counts are known, as
-        :func:`scanpy.experimental.pp.highly_variable_genes`; `"dispersion"`, the default else. For scanpy's other rules see `mask_var`.
+        Number of highly variable genes to use; not for `"rank"`. They are chosen by Pearson residuals, as
+        :func:`scanpy.experimental.pp.highly_variable_genes` does, where counts are known, else by dispersion.
     mask_var
-        Boolean column of `var` that marks the genes to use, such as `"highly_variable"`, instead of choosing them.
+        Boolean column of `var` that marks the genes to use instead of the most variable ones, such as `"highly_variable"`, which
+        all of scanpy's rules write.
     tokenization
         Finer choices, see :class:`scbin.Tokenization`.
     key_added
@@ -135,72 +130,21 @@ def tokenize(
     >>> adata.obsm["X_tokens"].shape
     (700, 770)
     """
-    asked = (encoding, rule, phenotypes, like, layer, values, gene_key, n_genes, flavor, mask_var, tokenization)
+    asked = Request(encoding, rule, phenotypes, like, layer, values, gene_key, n_genes, mask_var, tokenization)
     key, files = _keys.TOKENS if key_added is None else key_added, is_paths(adata)
     if not files and out is not None:
         raise ScbinInputError("A03", "out= is for files; tokens of an AnnData go into its obsm.")
     check_writable(AnnData() if files else check_adata(adata), "obsm", key)
-    if key.startswith((_keys.EMBEDDING, "X_umap_", "scbin_")):
-        found = f"key_added={key!r} is where embeddings stand"
-        raise ScbinInputError("A04", f"{found}. Choose another name for the tokens.")
     if not isinstance(adata, AnnData):
-        return tokenize_files(adata, out, key, Request(*asked), workers, client)
-    plan = prepare(adata, Request(*asked))
-    tokens, status, record, lines = plan.finish(list(plan.encode()))
+        return tokenize_files(adata, out, key, asked, workers, client)
+    plan = prepare(adata, asked)
+    none = sparse.csr_matrix((0, plan.vocabulary.n_positions), dtype=plan.vocabulary.dtype)
+    tokens = sparse.vstack([none, *plan.encode()], format="csr")
+    status, record = plan.finish()
+    warn_without_tokens(status)
     target = copied(adata) if copy else adata
     write_tokens(target, tokens, plan.vocabulary, status, key)
     write_uns(target, _keys.of_tokens(_keys.TOKENIZE, key), json.dumps(record))
-    for line in lines:
-        logger.info(line)
+    for line in plan.lines(tokens.nnz, record):
+        logger.info(f"scbin: {line}")
     return target if copy else None
-
-
-@_docs.shared
-def iter_tokens(
-    adata: AnnData,
-    *,
-    like: Any,
-    phenotypes: Sequence[str] | Mapping[str, str] | str | None = None,
-    layer: str | None = None,
-    values: Values = "auto",
-    gene_key: str | None = None,
-    tokenization: Tokenization | None = None,
-) -> Iterator[sparse.csr_matrix]:
-    """Yield the tokens of consecutive row blocks, for data whose tokens do not fit into memory.
-
-    The matrix is read twice: everything is checked before the first block is yielded. Nothing is written to `adata`.
-
-    Parameters
-    ----------
-    adata
-        Cells by genes, in memory, backed or with a dask matrix.
-    like
-        A model, its directory or a vocabulary.
-    phenotypes
-        Columns of `obs` that become control tokens: a list, or `{category: column}`.
-    {layer}
-    values
-        What the matrix holds, as in :func:`scbin.pp.tokenize`.
-    gene_key
-        Column of `var` with the gene names; `var_names` by default.
-    tokenization
-        Finer choices, see :class:`scbin.Tokenization`.
-
-    Examples
-    --------
-    >>> import scbin
-    >>> adata = scbin.datasets.pbmc68k_reduced()
-    >>> scbin.pp.tokenize(adata)
-    >>> vocabulary = scbin.Vocabulary.from_json(adata.uns["scbin"]["vocabulary"])
-    >>> [part.shape for part in scbin.pp.iter_tokens(adata, like=vocabulary)]
-    [(700, 769)]
-    """
-    check_adata(adata)
-    if like is None:
-        raise ScbinTypeError("A01", "like is None; pass a scbin model, the directory of one, or a vocabulary.")
-    plan = prepare(adata, Request("bins", None, phenotypes, like, layer, values, gene_key, tokenization=tokenization))
-    totals, matched, rounded = 0.0, 0.0, 0
-    for part in plan.encode():
-        totals, matched, rounded = totals + part.totals.sum(), matched + part.matched.sum(), rounded + part.rounded
-        yield part.tokens
-    plan.check_coverage(matched, totals, rounded)

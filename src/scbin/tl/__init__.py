@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from scbin.tl._age_gap import age_gap
-from scbin.tl._attention import attention
 from scbin.tl._embed import embed
 from scbin.tl._evaluate import evaluate
 from scbin.tl._evaluate_perturbations import evaluate_perturbations
 from scbin.tl._finetune import finetune
 from scbin.tl._fit_perturbations import fit_perturbations
-from scbin.tl._gene_association import gene_association
-from scbin.tl._gene_network import gene_network
 from scbin.tl._generate import generate
-from scbin.tl._genes import embed_genes, embed_phenotypes
+from scbin.tl._genes import attention, embed_genes, embed_phenotypes, gene_association, gene_network
 from scbin.tl._impute import impute
 from scbin.tl._perturb import perturb
 from scbin.tl._perturb_statistics import perturb_statistics

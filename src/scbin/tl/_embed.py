@@ -12,14 +12,14 @@ import torch
 
 from scbin import _docs, _keys
 from scbin._adata import check_writable, copied, read_tokens, write, write_uns
-from scbin._arguments import checked, choices
+from scbin._arguments import checked
 from scbin._errors import ScbinInputError
 from scbin.model import resolve_model
 from scbin.nn.backbone import layer_number
 from scbin.nn.network import CellNetwork
 from scbin.nn.run import embed as embed_tokens
 from scbin.nn.vector import PooledVector
-from scbin.tl._by_file import by_file
+from scbin.tl._by_file import adata_of, by_file
 from scbin.tl._labels import MaskedPhenotypes, has_column, obs_column
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ def embed(
     adata: ad.AnnData | Tokens | Paths,
     model: Model | str | os.PathLike[str] | None = None,
     *,
-    pooling: Pooling | None = None,
     layer: int | None = None,
+    pooling: Pooling | None = None,
     phenotypes: Literal["hide", "show"] = "hide",
     tokens_key: str | None = None,
     device: str = "auto",
@@ -63,12 +63,10 @@ def embed(
         Tokenized cells; new ones by `scbin.pp.tokenize(adata, like=model)`. Tokens that are not in an AnnData
         (:class:`scbin.tokens.tokens.Tokens`) give a new one.
     {model}
-    pooling
-        Instead of the model's own vector, a mean of the hidden states of the cell's tokens: `"weighted"` by expression, `"mean"` over
-        the genes, or `"cls"`.
     layer
-        Instead of the model's own vector, the pooled hidden states of a layer: -1 the last one, -2 the one before (Geneformer's
-        habit), 0 the embeddings.
+        Instead of the model's own vector, pooled hidden states of a layer: -1 the last one, -2 the one before, 0 the embeddings.
+    pooling
+        How they are pooled: `"weighted"` by expression (default), `"mean"` over the genes, or `"cls"`.
     {phenotypes_shown}
     {tokens_key}
     {device}
@@ -107,9 +105,6 @@ def embed(
     >>> test.obsm["X_scbin"].shape
     (100, 30)
     """
-    choices({"pooling": (None, "weighted", "mean", "cls")}, pooling=pooling)
-    if token_budget < 1:
-        raise ScbinInputError("A02", f"token_budget is {token_budget}; it needs to be at least 1.")
     in_adata = adata if isinstance(adata, ad.AnnData) else None
     chosen = resolve_model(model, in_adata)
     tokens = read_tokens(adata, chosen.vocabulary, tokens_key)
@@ -117,32 +112,19 @@ def embed(
     shown: Any = MaskedPhenotypes(tokens) if phenotypes == "hide" else tokens
     how: dict[str, Any] = {"device": device, "precision": precision, "token_budget": token_budget, "progress": progress}
 
-    network = _with_vector(chosen, pooling, layer)
+    network, backbone = chosen.network, chosen.network.backbone
+    if layer is not None or pooling is not None:
+        own: Any = network.vector
+        number = layer_number(own.layer if layer is None else layer, backbone.n_layers)
+        how_pooled = pooling or getattr(own, "pooling", None) or "weighted"
+        network = CellNetwork(backbone, PooledVector(chosen.vocabulary, backbone.hidden_size, how_pooled, layer=number))
     vectors = corrected(network, embed_tokens(network, shown, **how), adata, chosen.training.get("batch_key"))
 
-    if in_adata is None:
-        target = ad.AnnData(obs=pd.DataFrame(index=pd.Index(tokens.names).astype(str)))
-    else:
-        target = copied(in_adata) if copy else in_adata
+    target = adata_of(tokens) if in_adata is None else copied(in_adata) if copy else in_adata
     write(target, "obsm", key, vectors)
-    how_made = {"pooling": getattr(network.vector, "pooling", None), "layer": network.vector.layer}
-    how_made |= {"own_vector": network is chosen.network, "phenotypes": phenotypes, "precision": precision}
-    write_uns(target, _keys.EMBED, json.dumps({"model": chosen.fingerprint, **how_made}))
+    about = {"model": chosen.fingerprint, "layer": layer, "pooling": pooling, "phenotypes": phenotypes}
+    write_uns(target, _keys.EMBED, json.dumps(about))
     return target if copy or in_adata is None else None
-
-
-def _with_vector(model: Model, pooling: Pooling | None, layer: int | None) -> CellNetwork:
-    """Return the model's network, or one with another pooling of the same backbone."""
-    backbone, own = model.network.backbone, model.network.vector
-    own_layer, own_pooling = int(own.layer), getattr(own, "pooling", None)
-    number = layer_number(own_layer if layer is None else layer, backbone.n_layers)
-    # a learned vector has no pooling: a layer that is named then means pooled hidden states
-    if pooling in (None, own_pooling) and (
-        layer is None or (own_pooling and number == layer_number(own_layer, backbone.n_layers))
-    ):
-        return model.network
-    vector = PooledVector(model.vocabulary, backbone.hidden_size, pooling or own_pooling or "weighted", layer=number)
-    return CellNetwork(backbone, vector.to(next(model.network.parameters()).device))
 
 
 def corrected(
@@ -157,8 +139,7 @@ def corrected(
         return vectors
     own = np.full(len(vectors), -1)
     if batch_key is not None and has_column(data, batch_key):
-        codes = {name: code for code, name in enumerate(correction.batches)}
-        own = np.array([codes.get(name, -1) for name in obs_column(data, batch_key).astype(str)])
+        own = pd.Index(correction.batches).get_indexer(obs_column(data, batch_key).astype(str))
     moved, filled = vectors.copy(), np.flatnonzero(np.isfinite(vectors).all(axis=1))
     with torch.inference_mode():
         moved[filled] = correction(torch.from_numpy(vectors[filled]), torch.from_numpy(own[filled])).numpy()

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
+from scipy.special import softmax
 
 from scbin import _docs, _keys
-from scbin._adata import check_adata, read_tokens, read_uns, warn, write_uns
-from scbin._arguments import checked, shown
+from scbin._adata import check_adata, read_tokens, read_uns, write_uns
+from scbin._arguments import checked
 from scbin._errors import ScbinInputError
-from scbin.get.predictions import Record, evaluate_df, predicted_targets, read_predicted, read_truth, recorded
+from scbin.get.predictions import read_predicted, read_truth
+from scbin.get.tables import evaluate_df
 from scbin.model import resolve_model
+from scbin.tl._by_file import in_memory
 from scbin.tl._gene_classes import evaluate_gene_classes
-from scbin.tl._labels import MaskedPhenotypes
-from scbin.tl._leakage import LEAST, fraction_trained_on, hashes_of, warn_of_leakage
-from scbin.tl._masked_genes import GENES, score_masked_genes
+from scbin.tl._labels import MaskedPhenotypes, balanced_weights
+from scbin.tl._leakage import warn_of_leakage
+from scbin.tl._masked_genes import score_masked_genes
 from scbin.tl._metrics import class_scores, number_scores
 from scbin.tl._predict import predictable, predictions, record_of, write_predictions
-from scbin.tl._probe import CLASS_BASELINES, NUMBER_BASELINES, baseline_predictions, log_expression
+from scbin.tl._probe import Scaler, fit_probe, fitted_temperature, log_expression
 from scbin.tl._split import folds_of, read_split
 
 if TYPE_CHECKING:
@@ -29,30 +31,30 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-    from scbin.get.predictions import Column, Predicted
+    from scbin.get.predictions import Column
+    from scbin.io.corpus import FileTokens, Paths
     from scbin.model import Model
-    from scbin.nn.device import Precision
     from scbin.tl._split import Split
     from scbin.tokens.tokens import Tokens
 
+GENES = "genes"
 N_FOLDS = 5
 
 
 @_docs.shared
+@in_memory
 @checked
 def evaluate(
-    adata: AnnData,
+    adata: AnnData | FileTokens | Paths,
     model: Model | str | os.PathLike[str] | None = None,
     *,
-    target: str | Mapping[str, Any] | None = None,
+    target: Any = None,
     level: Literal["cell", "gene"] = "cell",
     truth_key: str | None = None,
     split_key: str | None = None,
-    baselines: Sequence[str] | Literal["all", "none"] = "all",
-    gene_mask: float = 0.15,
+    baselines: bool = True,
     tokens_key: str | None = None,
     device: str = "auto",
-    precision: Precision = "auto",
     token_budget: int = 32_768,
     seed: int = 0,
     progress: bool = True,
@@ -60,21 +62,20 @@ def evaluate(
     """Score a model's predictions, with simple methods beside it on the same cells.
 
     A score by itself says little: logistic regression alone tells cell types of blood apart in nine cells of ten. So each table has
-    the rows to beat. For classes: the majority class, balanced logistic regression on log expression (C by cross-validation), and
-    nearest neighbours among principal components. For numbers: the mean, and ridge regressions on genes and on principal
-    components. For masked genes: the most frequent bin of the gene, and negative binomials of gene x depth and of gene x depth x
-    PCA scores. They read the same tokens as the model.
+    the rows to beat. For classes: the majority class, and balanced logistic regression on log expression. For numbers: the mean,
+    and ridge regression. Both have their penalty by cross-validation. For masked genes: the most frequent bin of the gene, and
+    negative binomials of gene x depth and of gene x depth x PCA scores. They read the same tokens as the model.
 
     Parameters
     ----------
     adata
-        Tokenized cells with the truth in `obs`.
+        Tokenized cells with the truth in `obs`. Files of them (see :func:`scbin.open_tokens`) are read into memory; nothing is
+        written then.
     model
-        A :class:`scbin.Model`, or the path of one. Default: the predictions that :func:`scbin.tl.predict` left in `adata`,
-        else the model trained on these cells.
+        A :class:`scbin.Model`, or the path of one. Default: the model trained on these cells.
     target
-        What is predicted; `"genes"` for masked prediction of genes. Default: the model's only target. With `level="gene"`
-        `{class: genes}`, or a column of `var`.
+        What is predicted; `"genes"` for prediction of genes of which 15 % are masked. Default: the model's only target. With
+        `level="gene"` `{class: genes}`, or a column of `var`.
     level
         `"gene"`: how well classes of genes can be told by what the model knows of genes (its hidden states, its count head), beside
         simple features of their expression. Logistic regressions, cross-validated over genes four times, with the spread over folds.
@@ -85,12 +86,9 @@ def evaluate(
         methods learn from the others. Default: `"scbin_split"`. A column of donors or batches cross-validates the simple methods
         by them; with no split at all, they are cross-validated over cells.
     baselines
-        Which simple methods to run, by name.
-    gene_mask
-        Fraction of the genes to mask, for `target="genes"`.
+        Whether to run the simple methods.
     {tokens_key}
     {device}
-    {precision}
     {token_budget}
     {seed}
     {progress}
@@ -98,15 +96,13 @@ def evaluate(
     Returns
     -------
     A table with one row per method, scbin first, and one column per score; :func:`scbin.get.evaluate_df` reads it again. Sets
-    the following fields, and those of :func:`scbin.tl.predict` if a model is given:
+    the following fields, and those of :func:`scbin.tl.predict`:
 
     `adata.uns["scbin"]["evaluate"]`
         The scores of this and earlier targets, as a `DataFrame`.
 
     For classes, means are over the classes that scored cells have: macro recall is then the balanced accuracy. A cell without a
-    prediction counts as wrong; of numbers such cells are left out for all methods. In a cross-validation, pairs of cells for the
-    ROC AUC are of the same fold. `calibration_error` compares the probability of the predicted class with how often it is right,
-    in 15 bins :cite:p:`guo2017`.
+    prediction counts as wrong; of numbers such cells are left out.
 
     Raises
     ------
@@ -122,150 +118,109 @@ def evaluate(
     >>> model = scbin.tl.finetune(adata, "new", target="louvain", max_steps=0, progress=False)
     >>> table = scbin.tl.evaluate(adata, model, progress=False)
     >>> list(table.index)
-    ['scbin', 'majority class', 'logistic regression', 'PCA + kNN']
+    ['scbin', 'majority class', 'logistic regression']
     """
-    check_adata(adata)
-    if not 0 <= seed < 2**32 or token_budget < 1 or not 0 < gene_mask < 1:
-        found = f"seed={seed}, token_budget={token_budget}, gene_mask={gene_mask}"
-        raise ScbinInputError("A02", f"{found}: they need to be in [0, 2**32), at least 1, and in (0, 1).")
-    options: dict[str, Any] = {"device": device, "precision": precision, "token_budget": token_budget}
-    options["progress"] = progress
+    adata = check_adata(adata)
+    options: dict[str, Any] = {"device": device, "token_budget": token_budget, "progress": progress}
     split = read_split(adata, split_key)
     if level == "gene":
         return _write(adata, *evaluate_gene_classes(adata, model, target, tokens_key, seed, **options))
     if target == GENES:
-        chosen = resolve_model(model, adata)
-        masked = MaskedPhenotypes(read_tokens(adata, chosen.vocabulary, tokens_key))
-        train, test, how = _cells_for_genes(adata, chosen, masked, split, seed)
-        return _write(adata, GENES, score_masked_genes(chosen, masked, train, test, gene_mask, seed, **options), how)
+        return _write(adata, GENES, _genes(adata, model, tokens_key, split, seed, options))
 
-    name, asked, record = _asked(adata, model, target)
-    truth, _ = read_truth(adata, name, record, truth_key, classes=record.classes)
-    if truth.known.sum() < 2:
-        raise ScbinInputError("L01", f"fewer than two cells have a known {name!r}: there is nothing to compare.")
-    methods = _methods(baselines, CLASS_BASELINES if truth.kind == "class" else NUMBER_BASELINES)
-    fold, how = plan_folds(truth, split, split_key, seed=seed)
-    tokens = read_tokens(adata, None if asked is None else asked.vocabulary, tokens_key)
-    last, own = adata.uns.get(_keys.UNS, {}).get(_keys.MODEL_ID), record.model if asked is None else asked.fingerprint
-    split_known, is_own = bool(split.test.any()), str(last) == own
-    warn_of_leakage(tokens, truth, np.flatnonzero(fold >= 0), record.cells, split_known=split_known, own=is_own)
-    if asked is not None:
-        write_predictions(adata, asked, predictions(asked, tokens, [name], **options), {name: record.column})
+    chosen = resolve_model(model, adata)
+    names = predictable(target, chosen)
+    name, record = names[0], record_of(chosen, names[0])
+    if len(names) != 1 or record.kind == "gene":
+        raise ScbinInputError("A02", f"name one target of cells with target=: {', '.join(names)}, or 'genes'.")
+    truth = read_truth(adata, name, record, truth_key)
+    codes = np.nan_to_num(truth.values) * bool(truth.classes)
+    fold = plan_folds(truth.known, codes, split, split_key, seed=seed)
+    tokens = read_tokens(adata, chosen.vocabulary, tokens_key)
+    warn_of_leakage(tokens, name, np.flatnonzero(fold >= 0), chosen, split_known=bool(split.test.any()))
+    write_predictions(adata, chosen, predictions(chosen, tokens, [name], **options), {name: record.column})
     made = read_predicted(adata, name, truth_key=truth_key, cells="all")
-    answers = _baselines(tokens, truth, fold, split.donors, methods, seed)
-    return _write(adata, name, _scores(made, truth, fold, answers), how)
+    rows = np.flatnonzero(fold >= 0)
+    at = np.searchsorted(made.cells, rows)
+    answers = simple_predictions(tokens, truth, fold, split.donors, seed) if baselines else {}
+    if truth.kind == "number":
+        given = {"scbin": made.predicted[at]} | {method: values[rows] for method, values in answers.items()}
+        return _write(adata, name, {method: number_scores(made.truth[at], own) for method, own in given.items()})
+    probability = None if made.probability is None else made.probability[at]
+    scores = {"scbin": class_scores(made.truth[at], made.predicted[at], probability)}
+    for method, values in answers.items():
+        scores[method] = class_scores(made.truth[at], values[rows].argmax(axis=1), values[rows])
+    return _write(adata, name, scores)
 
 
 # ---- what is compared -----------------------------------------------------------------------------------------------
 
 
-def _asked(
-    adata: AnnData, model: Model | str | os.PathLike[str] | None, target: Any
-) -> tuple[str, Model | None, Record]:
-    """Return which target of which model is scored, and what its predictions are; no model where they are there already."""
-    made = predicted_targets(adata)
-    if model is None and (target in made or (target is None and len(made) == 1)):
-        name = made[0] if target is None else target
-        return name, None, recorded(adata, name)
-    chosen = resolve_model(model, adata)
-    names = predictable(target, chosen)
-    record = record_of(chosen, names[0])
-    if len(names) != 1 or record.kind == "gene":
-        known = f"this model predicts {', '.join(map(repr, names))}, and 'genes' that are masked"
-        raise ScbinInputError("A02", f"name one target of cells with target=: {known}.")
-    return names[0], chosen, record
+def plan_folds(
+    known: np.ndarray, codes: np.ndarray, split: Split, split_key: str | None = None, *, seed: int = 0
+) -> np.ndarray:
+    """Return the fold that scores each cell (cells,), -1 where it is only trained on, -2 where it is not used.
 
-
-def plan_folds(truth: Column, split: Split, split_key: str | None = None, *, seed: int = 0) -> tuple[np.ndarray, str]:
-    """Return the fold that scores each cell (cells,), -1 where it is only trained on, -2 where it is not used; and this in words.
-
-    Test cells are one fold. Where there are none, all cells whose truth is known are cut into folds, by donor where `split_key`
-    names donors. Simple methods have nothing to choose by validation cells, so these are training cells for them.
+    Test cells are one fold. Where there are none, all cells that are `known` (cells,) are cut into folds, by donor where
+    `split_key` names donors. Simple methods have nothing to choose by validation cells, so these are training cells for them.
     """
-    fold = np.where(truth.known & (split.open | split.test), -1, -2)
-    rows = np.flatnonzero(fold == -1)
+    fold = np.where(known & (split.open | split.test), -1, -2)
     if split.test.any() or (split_key is not None and split.donors is None):
-        fold[truth.known & split.test] = 0
-        how = f"{(fold == 0).sum():,} test cells"
+        fold[known & split.test] = 0
     else:
+        rows = np.flatnonzero(fold == -1)
         own = None if split.donors is None else split.donors[rows]
-        fold[rows] = folds_of(truth.codes(rows), N_FOLDS, donors=own, seed=seed)
-        how = f"{len(rows):,} cells, {fold.max() + 1} folds" + (f" by {split_key}" if split_key else "")
+        fold[rows] = folds_of(codes[rows], N_FOLDS, donors=own, seed=seed)
     if not (fold == 0).any() or not ((fold != 0) & (fold > -2)).any():
-        found = f"of {len(rows):,} cells with a known truth, {(fold == 0).sum():,} are left to test on"
+        found = f"of {known.sum():,} cells that can be scored {(fold == 0).sum():,} are left to test on"
         raise ScbinInputError("L03", f"{found}; some are needed to train on and some to test on.")
-    return fold, how
+    return fold
 
 
-def _methods(baselines: object, known: tuple[str, ...]) -> tuple[str, ...]:
-    names = {"all": known, "none": ()}.get(str(baselines), [baselines] if isinstance(baselines, str) else baselines)
-    if not isinstance(names, Sequence) or not set(names) <= set(known):
-        raise ScbinInputError("A02", f"baselines is {shown(baselines)}; pass 'all', 'none', or some of {list(known)}.")
-    return tuple(names)
-
-
-def _baselines(
-    tokens: Tokens, truth: Column, fold: np.ndarray, donors: np.ndarray | None, methods: Sequence[str], seed: int
+def simple_predictions(
+    tokens: Tokens, truth: Column, fold: np.ndarray, donors: np.ndarray | None, seed: int
 ) -> dict[str, np.ndarray]:
-    """Return what each method predicts for each cell that is scored (cells, ...)."""
-    answers: dict[str, np.ndarray] = {}
-    for number in range(fold.max() + 1) if methods else ():
+    """Return what simple methods predict for each cell that is scored: probabilities (cells, classes) or numbers (cells,)."""
+    n_classes = len(truth.classes)
+    names = ("majority class", "logistic regression") if n_classes else ("mean", "ridge on genes")
+    found = [np.full((len(fold), n_classes) if n_classes else len(fold), np.nan) for _ in names]
+    for number in range(fold.max() + 1):
         train, test = np.flatnonzero((fold > -2) & (fold != number)), np.flatnonzero(fold == number)
         before, after = log_expression(tokens, train), log_expression(tokens, test)
-        own = None if donors is None else donors[train]
-        for method in methods:
-            values = baseline_predictions(method, before, truth, train, after, donors=own, seed=seed)
-            answers.setdefault(method, np.full((len(fold), *values.shape[1:]), np.nan))[test] = values
-    return answers
+        scaler = Scaler.fit(np.zeros((1, 1)), before)
+        before, after = (scaler.features(None, part, 0.0) for part in (before, after))
+        values = truth.values[train]
+        how: dict[str, Any] = {"donors": None if donors is None else donors[train], "seed": seed}
+        if n_classes:
+            codes = truth.codes(train)
+            probe = fit_probe(before, codes, n_classes, class_weights=balanced_weights(codes, n_classes), **how)
+            guess = np.bincount(codes, minlength=n_classes) / len(codes)
+            told = softmax(probe.outputs(after) / fitted_temperature(probe.held_out, probe.truth), axis=1)
+        else:
+            guess, scale = values.mean(), values.std() or 1.0
+            told = fit_probe(before, (values - guess) / scale, 0, **how).outputs(after)[:, 0] * scale + guess
+        found[0][test], found[1][test] = guess, told
+    return dict(zip(names, found, strict=True))
 
 
-def _scores(
-    made: Predicted, truth: Column, fold: np.ndarray, answers: dict[str, np.ndarray]
+def _genes(
+    adata: AnnData, model: Any, tokens_key: str | None, split: Split, seed: int, options: dict[str, Any]
 ) -> dict[str, dict[str, float]]:
-    """Return the scores of the model and of simple methods on the cells of the folds."""
-    rows = np.flatnonzero(fold >= 0)
-    at, fold = np.searchsorted(made.cells, rows), fold[rows]
-    given = made.predicted[at]
-    if truth.kind == "number":
-        rows, fold, given = (each[np.isfinite(given)] for each in (rows, fold, given))
-        found = {"scbin": given} | {method: values[rows] for method, values in answers.items()}
-        return {method: number_scores(truth.values[rows], values, fold) for method, values in found.items()}
-    scores = {"scbin": class_scores(made.truth[at], given, None if made.probability is None else made.probability[at])}
-    for method, values in answers.items():
-        scores[method] = class_scores(truth.codes(rows), values[rows].argmax(axis=1), values[rows], fold)
-    return scores
+    """Return scores of masked genes, of test cells or of a fifth of all."""
+    chosen = resolve_model(model, adata)
+    tokens = MaskedPhenotypes(read_tokens(adata, chosen.vocabulary, tokens_key))
+    fold = plan_folds(tokens.lengths > 0, np.zeros(tokens.n_cells), split, seed=seed)
+    train, test = np.flatnonzero((fold > -2) & (fold != 0)), np.flatnonzero(fold == 0)
+    warn_of_leakage(tokens, GENES, test, chosen, split_known=bool(split.test.any()))
+    return score_masked_genes(chosen, tokens, train, test, seed, **options)
 
 
-def _cells_for_genes(
-    adata: AnnData, model: Model, tokens: Tokens, split: Split, seed: int
-) -> tuple[np.ndarray, np.ndarray, str]:
-    """Return cells for the simple models to learn from and cells to mask genes of: test cells, or a third drawn at random."""
-    filled = tokens.lengths > 0
-    rows, test, how = np.flatnonzero(filled), filled & split.test, "test cells"
-    if not test.any():
-        how = "cells drawn at random"
-        test[rows] = folds_of(np.zeros(len(rows)), 3, seed=seed) == 0
-    train, test = np.flatnonzero(filled & split.open & ~test), np.flatnonzero(test)
-    if not len(train) or not len(test):
-        raise ScbinInputError(
-            "L01", f"{len(rows):,} cells have tokens, too few to train on some and to test on others."
-        )
-    fraction = fraction_trained_on(model.training.get("cells"), hashes_of(tokens, test))
-    if fraction is None:
-        fraction = float(str(adata.uns.get(_keys.UNS, {}).get(_keys.MODEL_ID)) == model.fingerprint)
-    if model.training.get("steps") and fraction >= LEAST:
-        found = f"the model was trained on about {fraction:.0%} of the cells whose genes are masked"
-        warn("L04", f"{found}. Call scbin.tl.split, and pretrain on the training cells only.")
-    return train, test, f"{len(test):,} {how}"
-
-
-def _write(adata: AnnData, target: str, scores: Mapping[str, Mapping[str, float]], how: str) -> pd.DataFrame:
+def _write(adata: AnnData, target: str, scores: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
     """Put the scores beside those of other targets, and return the table."""
     table = pd.DataFrame.from_dict(dict(scores), orient="index").rename_axis("method").reset_index()
     table.insert(0, "target", target)
     before = read_uns(adata, _keys.EVALUATE, pd.DataFrame)
-    before = before[before["target"] != target] if "target" in before.columns else before[:0]
-    table = pd.concat([before, table.assign(scored_on=how)], ignore_index=True)
-    table["scored_on"] = table.pop("scored_on")  # last, after the scores of every target
+    before = before[before["target"] != target] if "target" in before else before
+    table = pd.concat([before, table], ignore_index=True)
     write_uns(adata, _keys.EVALUATE, table)
     return evaluate_df(adata, target)

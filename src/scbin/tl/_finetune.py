@@ -4,63 +4,52 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
 from scipy.sparse import csr_matrix
-from scipy.special import log_softmax
 from sklearn.decomposition import TruncatedSVD
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from scbin import _docs, _keys
-from scbin._adata import check_writable, read_tokens, write
-from scbin._arguments import checked, instances, shown
+from scbin._adata import read_tokens, write, write_uns
+from scbin._arguments import checked, instances
 from scbin._errors import ScbinInputError
 from scbin.io.corpus import opened
-from scbin.model import Model, remember, resolve_model
+from scbin.model import Model, resolve_model
 from scbin.nn.backbone import seeded
 from scbin.nn.labels import LARGEST, GeneHead, LabelHead, Target, gene_outputs, label_outputs
 from scbin.nn.network import build_network
 from scbin.nn.presets import preset_for
 from scbin.nn.run import embed
 from scbin.tl._genes import mean_gene_vectors
-from scbin.tl._labels import (
-    MaskedPhenotypes,
-    cell_labels,
-    class_weights_of,
-    gene_labels,
-    kinds_of,
-    obs_column,
-    target_weights,
-    with_columns,
-)
+from scbin.tl._labels import MaskedPhenotypes, balanced_weights, cell_columns, gene_labels
 from scbin.tl._leakage import remembered_cells
-from scbin.tl._probe import Probe, Scaler, fit_classes, fit_numbers, fitted_temperature, log_expression, log_loss_of
+from scbin.tl._pretrain import note_model
+from scbin.tl._probe import Probe, Scaler, fit_probe, fitted_temperature, log_expression, losses_of
 from scbin.tl._split import Split, hold_out, read_split, warn_of_donors
 from scbin.train.adapters import adapted
 from scbin.train.distributed import is_first_process
-from scbin.train.labels import CellLabels, Finetuning, GeneLabels
+from scbin.train.labels import Labels
 from scbin.train.loop import train
 from scbin.train.pretraining import Pretraining
-from scbin.train.settings import Training
+from scbin.train.settings import Finetuning, Training
 from scbin.train.start import start
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from scbin.get.predictions import Column, Kind
     from scbin.io.corpus import Paths
     from scbin.nn.network import CellNetwork
     from scbin.tokens.tokens import Tokens
+    from scbin.tokens.vocabulary import Vocabulary
 
 NEW = "new"
 _RATE, _EPOCHS, _STEPS, _CELLS_PER_STEP = 3e-4, 8, 400, 32  # epochs, but about as many steps at most
@@ -68,7 +57,8 @@ _MOST_HELD_OUT, _MOST_FOR_GENES = 2_000, 2_000  # cells
 # standard errors that a gain on held-out cells must exceed: the best epoch was chosen on the same cells
 _CLEARLY = 2.0
 # what a probe reads: the weight of the standardised vector, and whether the standardised genes
-_ALONE, _BESIDE, _VECTOR = (0.0, True), (3.0, True), (1.0, False)
+_ALONE = (0.0, True)
+_READS = [_ALONE, (3.0, True), (1.0, False)]
 _LOADINGS = 30
 
 
@@ -78,13 +68,13 @@ def finetune(
     adata: AnnData | Tokens | Paths,
     model: Model | str | os.PathLike[str] | None = None,
     *,
-    target: str | Sequence[str] | Mapping[str, Any],
+    target: str | Sequence[str] | Mapping[str, Sequence[str]],
     kind: Kind | Mapping[str, Kind] = "class",
     level: Literal["cell", "gene"] = "cell",
     split_key: str | None = None,
-    class_weights: Literal["balanced"] | Mapping[str, float] | None = "balanced",
-    freeze: int | Literal["all"] = 0,
-    lora: bool | Mapping[str, Any] = False,
+    class_weights: Literal["balanced"] | None = "balanced",
+    freeze: int = 0,
+    lora: bool = False,
     finetuning: Finetuning | None = None,
     training: Training | None = None,
     max_steps: int | None = None,
@@ -96,11 +86,11 @@ def finetune(
 ) -> Model:
     """Teach a model the labels of cells (their type, the age of a donor) or of genes.
 
-    The head starts from a linear probe: the mean of scikit-learn's logistic (or ridge) regressions on the log expression of each gene,
-    on the cell's vector, and on both, or the first alone where that is better. Everything is chosen by cross-validation, by donor where donors are kept apart. Then network and head are
-    trained together, with some genes of every cell left out at random. That is kept only where held-out cells say so: where their
-    loss is better by more than two standard errors. One line says what came out, beside the same probe without the network.
-    Phenotype tokens are masked, so that no label leaks through its own token.
+    The head starts from a linear probe: the mean of scikit-learn's logistic (or ridge) regressions on the log expression of each
+    gene, on the cell's vector, and on both, or the first alone where that is better by cross-validation (by donor where donors are
+    kept apart). Then network and head are trained together, with some genes of every cell left out at random. That is kept only
+    where the loss of held-out cells is better by more than two standard errors. One line says what came out, beside the same probe
+    without the network. Phenotype tokens are masked, so that no label leaks through its own token.
 
     Parameters
     ----------
@@ -109,29 +99,28 @@ def finetune(
         A :class:`scbin.Model`, or the path of one; it stays as it is. `"new"` takes an untrained network that starts from the data.
         Default: the model trained on these cells, or else a new one.
     target
-        Column of `obs`, a matrix in `obsm` (each column is a number to learn, such as a protein), several of them, or `{name: weight in the loss}`. Cells without a label are left out: NaN, and `""`,
-        `"unknown"`, `"nan"`, `"na"`, `"n/a"` and `"<NA>"` in any case. With `level="gene"` `{class: genes}`, or a column of `var`.
+        Column of `obs`, a matrix in `obsm` (each column is a number to learn, such as a protein), or several of them. Cells without
+        a label are left out: NaN, and `""`, `"unknown"`, `"nan"`, `"na"`, `"n/a"` and `"<NA>"` in any case. With `level="gene"`
+        `{class: genes}`, or a column of `var`.
     kind
         `"class"` or `"number"`, such as an age; also by column.
     level
-        `"cell"`, or `"gene"`: labels are those of genes. The head reads simple features of their expression, which were measured to be
-        better than hidden states; these it reads with `finetuning=scbin.Finetuning(expression=False)`.
+        `"cell"`, or `"gene"`: labels are those of genes. The head starts from simple features of their expression, which were
+        measured to be better than hidden states.
     split_key
         Column of `obs` with donors or batches, none of which is then both in training and validation; or with `"train"`,
-        `"validation"` and `"test"`. Default: `"scbin_split"`, where :func:`scbin.tl.split` named test cells there. Test cells are never
-        looked at.
+        `"validation"` and `"test"`. Default: `"scbin_split"`, where :func:`scbin.tl.split` named test cells, which are never looked at.
     class_weights
-        `"balanced"`: every class counts alike in the loss, or `{class: weight}`.
+        `"balanced"`: every class counts alike in the loss.
     freeze
-        Number of layers of the backbone that stay as they are, from the first; `"all"`: only the head is fitted.
+        Number of layers of the backbone that stay as they are, from the first.
     lora
-        Train low-rank adapters in place of the backbone's weights, and merge them in the end; a mapping goes to
-        `peft.LoraConfig`. Needs `scbin[lora]`.
+        Train low-rank adapters in place of the backbone's weights, and merge them in the end. Needs `scbin[lora]`.
     finetuning
         How labels are held out and learned (:class:`scbin.Finetuning`).
     {training}
     max_steps
-        Stop after so many steps; 0 keeps to the linear probe.
+        Stop after so many steps; 0 keeps to the linear probe, and the network as it is.
     {tokens_key}
     {save_dir}
     {device}
@@ -143,7 +132,7 @@ def finetune(
     A new :class:`scbin.Model` with a head for labels, and the `history` of its training. Sets the following fields:
 
     `adata.obs["scbin_split"]`
-        `"train"`, `"validation"` or `"test"`; NaN for cells that were not used.
+        `"train"`, `"validation"` or `"test"`.
     `adata.uns["scbin"]["finetune"]`
         How the model was made and its held-out losses, as JSON.
     `adata.uns["scbin"]["finetune_history"]`
@@ -168,43 +157,62 @@ def finetune(
     >>> model.network.labels.targets[0].name
     'louvain'
     """
-    settings = Finetuning() if finetuning is None else finetuning
+    settings = finetuning or Finetuning()
     instances(Finetuning, "a scbin.Finetuning", finetuning=settings)
     instances(Training, "a scbin.Training", optional=True, training=training)
-    instances((bool, Mapping), "True, False, or a mapping for peft.LoraConfig", lora=lora)
-    starts_random = settings.hidden is not None and level == "cell"
-    if starts_random and max_steps == 0:
-        raise ScbinInputError("A03", "a head with a hidden layer starts at random: it needs max_steps above 0.")
     adata = opened(adata, tokens_key)
     old = start_model(model, adata)
     tokens = read_tokens(adata, None if old is None else old.vocabulary, tokens_key)
-    if isinstance(adata, AnnData):
-        check_writable(adata, "obs", _keys.SPLIT)
-    labels = _read_labels(adata, tokens, level, target, kind, split_key, class_weights, settings.validation, seed)
-    split, masked = labels.split, MaskedPhenotypes(tokens)
-    network: Any = _new_network(masked, split, seed) if old is None else copy.deepcopy(old.network)
-    n_layers = network.backbone.n_layers
-    if freeze != "all" and not 0 <= freeze <= n_layers:
-        raise ScbinInputError("A02", f"freeze is {freeze}; pass 'all', or 0 to {n_layers}, the layers of this network.")
-    training = _complete(training, max_steps, int(split.train.sum()))
+    split, usable, weights = read_split(adata, split_key), tokens.lengths > 0, [1.0]
+    if level == "gene":
+        columns = [gene_labels(adata, target, tokens.vocabulary)]
+    else:
+        columns, weights = cell_columns(adata, target, kind, usable, split.open)
+        usable = np.any([column.known for column in columns], axis=0)
+    by_class = level == "cell" and columns[0].kind == "class"
+    split = _divided(split, usable, columns[0].values if by_class else np.zeros(len(usable)), settings.validation, seed)
+    used = replace(split, train=split.train & usable, validation=split.validation & usable)
+    if (n := int(used.train.sum())) < 2:
+        need = "they need tokens, a label, and to be in the training part"
+        raise ScbinInputError("L03", f"{n} cells to train on: {need}.")
+    if level == "cell":
+        warn_of_donors(adata, used, split_key)
+    masked = MaskedPhenotypes(tokens)
+    network: Any = _new_network(masked, used, seed) if old is None else copy.deepcopy(old.network)
+    if not 0 <= freeze <= network.backbone.n_layers:
+        raise ScbinInputError("A02", f"freeze is {freeze}; this network has {network.backbone.n_layers} layers.")
+    training = training or Training()
+    training = replace(training, max_steps=max_steps) if max_steps else training
+    training = training.filled(learning_rate=_RATE, cells_per_step=_CELLS_PER_STEP, warmup=0.1)
+    epochs = max(1, min(_EPOCHS, round(_STEPS * (training.cells_per_step or 1) / n)))
+    training = training.filled(epochs=epochs).complete()
 
     options = {"device": device, "token_budget": training.token_budget}
-    items = (_genes if level == "gene" else _cells)(network, masked, labels, settings, options, seed)
-    losses = {"without network": items.losses(items.probe())}
-    if not starts_random:
-        items.install()
-    losses["linear probe"] = items.losses(items.outputs())
+    if level == "gene":
+        items = _genes(network, masked, columns, used, settings.validation, seed, options)
+    else:
+        items = _cells(network, masked, columns, used, seed, options)
+    if class_weights is None:
+        items.class_weights = [np.ones_like(each) for each in items.class_weights]
+    losses = {"without network": items.losses(items.probe(), weights)}
+    items.install()
+    losses["linear probe"] = items.losses(items.outputs(), weights)
     kept, history = "linear probe", pd.DataFrame()
-    if max_steps != 0 and (freeze != "all" or starts_random):
+    if max_steps != 0:
         untouched = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
-        with _changeable(network, freeze, lora, seed):
-            history = train(
-                network, items.task, masked, training, cells=np.flatnonzero(split.open),
-                held_out=np.flatnonzero(split.validation), save_dir=save_dir, device=device, seed=seed, progress=progress,
-            )  # fmt: skip
+        layer = network.gene_layer if level == "gene" else network.vector.layer
+        task = items.task(tokens.vocabulary, layer, settings, weights)
+        cells, held_out = np.flatnonzero(used.open), np.flatnonzero(used.validation)
+        how: dict[str, Any] = {"save_dir": save_dir, "device": device, "seed": seed, "progress": progress}
+        for weight in _frozen(network, freeze):
+            weight.requires_grad_(False)
+        with adapted(network.backbone, {} if lora else None, seed=seed):
+            history = train(network, task, masked, training, cells=cells, held_out=held_out, **how)
+        network.requires_grad_(True)
         outputs = items.outputs()
-        losses["fine-tuned"] = items.losses(outputs)
-        if starts_random or _is_better(losses["fine-tuned"], losses["linear probe"]):
+        losses["fine-tuned"] = items.losses(outputs, weights)
+        gain = losses["linear probe"] - losses["fine-tuned"]
+        if not len(gain) or gain.mean() > _CLEARLY * gain.std() / np.sqrt(len(gain)):
             kept = "fine-tuned"
             network.density = network.batches = None  # they belong to the vectors of before
             items.calibrate(outputs)
@@ -216,80 +224,40 @@ def finetune(
     means = {name: float(loss.mean()) for name, loss in losses.items() if len(loss)}
     report = {"kept": kept, "held_out_loss": means, "probe": items.report, "steps": max(len(history) - 1, 0)}
     report |= {"level": level, "split_key": split_key, "finetuning": asdict(settings), "training": training.learned()}
-    report |= {"targets": {column.name: column.kind for column in labels.columns}}
-    report |= {"n_cells": int(split.train.sum()), "n_held_out": int(split.validation.sum())}
-    report["cells"] = remembered_cells(tokens, np.flatnonzero(split.open))
-    described = {} if old is None else dict(old.training)
+    report |= {"targets": {column.name: column.kind for column in columns}, "n_cells": n}
+    report |= {"n_held_out": int(used.validation.sum()), "cells": remembered_cells(tokens, np.flatnonzero(used.open))}
+    described = {} if old is None else old.training
     result = Model(network.eval(), tokens.vocabulary, {**described, "finetune": report}, history)
     if progress and is_first_process():
         told = ", ".join(f"{loss:.3f} {name}" for name, loss in means.items()) or "not known"
         print(f"scbin: held-out loss {told}; kept the {kept}.")
-    if save_dir is not None and is_first_process():
-        result.save(Path(save_dir) / "model", overwrite=True)
+    note_model(result, adata, save_dir)
     if isinstance(adata, AnnData):
-        _write(adata, result, labels.whole, save_dir)
+        write(adata, "obs", _keys.SPLIT, split.column())
+        write_uns(adata, _keys.FINETUNE, json.dumps(result.training["finetune"]))
+        write_uns(adata, _keys.FINETUNE_HISTORY, history.copy())
     return result
 
 
-# ---- what is asked for ----------------------------------------------------------------------------------------------
+# ---- where it starts ------------------------------------------------------------------------------------------------
 
 
 def start_model(model: Model | str | os.PathLike[str] | None, data: AnnData | Tokens) -> Model | None:
     """Return the model to start from, `None` for a new one."""
     adata = data if isinstance(data, AnnData) else None
-    entry = {} if adata is None else adata.uns.get(_keys.UNS, {})
-    if model == NEW or (model is None and not (isinstance(entry, Mapping) and entry.get(_keys.MODEL_ID))):
-        return None
-    return resolve_model(model, adata)
+    known = adata is not None and adata.uns.get(_keys.UNS, {}).get(_keys.MODEL_ID)
+    return None if model == NEW or (model is None and not known) else resolve_model(model, adata)
 
 
-class _Labels(NamedTuple):
-    """Labels as they were read, and the cells to learn them from."""
-
-    columns: list[Column]
-    weights: list[float]  # of the columns
-    class_weights: list[np.ndarray]  # by column, of each class (classes,)
-    split: Split
-    whole: Split  # the same for cells that are not used, too
-
-
-def _read_labels(
-    data: AnnData | Tokens, tokens: Tokens, level: str, target: Any, kind: Any, split_key: str | None, class_weights: Any,
-    fraction: float, seed: int,
-) -> _Labels:  # fmt: skip
-    """Read the labels, and take or draw the cells to learn them (or to read genes in) and to validate on."""
-    known, usable = read_split(data, split_key), tokens.lengths > 0
-    if level == "gene":
-        if kind != "class":
-            raise ScbinInputError("A03", f"kind is {shown(kind)}, but genes are learned as classes.")
-        columns, weights = [gene_labels(data, target, tokens.vocabulary)], {"": 1.0}
-    else:
-        weights = target_weights(target)
-        every = with_columns(data, weights, kinds_of(weights, kind))
-        weights = {name: weight for name, (weight, _) in every.items()}
-        columns = [cell_labels(obs_column(data, name), name, of, usable, known.open) for name, (_, of) in every.items()]
-        usable = np.any([column.known for column in columns], axis=0)
-    held_out, donors, test = known.validation.copy(), known.donors, known.test
+def _divided(split: Split, usable: np.ndarray, strata: np.ndarray, fraction: float, seed: int) -> Split:
+    """Return a split with validation cells drawn from the usable ones, strata alike, where it has none."""
+    rows, held_out, donors = np.flatnonzero(split.open & usable), split.validation.copy(), split.donors
     if fraction and not (held_out & usable).any():
-        rows = np.flatnonzero(known.open & usable)
-        by_class = level == "cell" and columns[0].kind == "class"
-        strata = np.nan_to_num(columns[0].values[rows], nan=-1) if by_class else np.zeros(len(rows))
-        own = None if donors is None else donors[rows]
-        held_out[rows[hold_out(strata, fraction, donors=own, most=_MOST_HELD_OUT, seed=seed)]] = True
+        own, classes = None if donors is None else donors[rows], np.nan_to_num(strata[rows], nan=-1)
+        held_out[rows[hold_out(classes, fraction, donors=own, most=_MOST_HELD_OUT, seed=seed)]] = True
         if donors is not None:  # unlabelled cells of held-out donors go with them
-            held_out |= known.open & np.isin(donors, donors[held_out])
-    train = known.open & ~held_out
-    split, whole = Split(train & usable, held_out & usable, test, donors), Split(train, held_out, test)
-    if (n := int(split.train.sum())) < 2:
-        raise ScbinInputError(
-            "L03", f"{n} cells to train on: they need tokens, a label, and to be in the training part."
-        )
-    if level == "cell":
-        warn_of_donors(data, split, split_key)
-    learned = [column.known & split.train if level == "cell" else column.known for column in columns]
-    by_column = [class_weights_of(column, class_weights, each) for column, each in zip(columns, learned, strict=True)]
-    is_named = (known.test | known.validation).any()  # cells that are not used now keep their part
-    return _Labels(columns, list(weights.values()), by_column, split, whole if is_named else split)
+            held_out |= split.open & np.isin(donors, donors[held_out])
+    return replace(split, train=split.open & ~held_out, validation=held_out)
 
 
 def _new_network(tokens: Tokens, split: Split, seed: int) -> CellNetwork:
@@ -300,103 +268,82 @@ def _new_network(tokens: Tokens, split: Split, seed: int) -> CellNetwork:
     return network
 
 
-def _complete(training: Training | None, max_steps: int | None, n_cells: int) -> Training:
-    """Return the settings with fine-tuning's own values where nothing was chosen."""
-    training = Training() if training is None else training
-    training = replace(training, max_steps=max_steps) if max_steps else training
-    training = training.filled(learning_rate=_RATE, cells_per_step=_CELLS_PER_STEP, warmup=0.1)
-    epochs = max(1, min(_EPOCHS, round(_STEPS * (training.cells_per_step or 1) / max(n_cells, 1))))
-    return training.filled(epochs=epochs).complete()
-
-
-def _is_better(after: np.ndarray, before: np.ndarray) -> bool:
-    """Whether losses fell by more than chance, or nobody can say."""
-    gain = before - after
-    return not len(gain) or bool(gain.mean() > _CLEARLY * gain.std() / np.sqrt(len(gain)))
-
-
-@contextmanager
-def _changeable(network: Any, freeze: Any, lora: bool | Mapping[str, Any], seed: int) -> Iterator[None]:
-    """Let the first layers of the backbone (or all but the head) stay as they are, or train adapters, for a while."""
-    backbone: Any = network.backbone
-    parts = [backbone, network.vector]
-    if freeze != "all":
-        lists = [
-            part for part in backbone.modules() if isinstance(part, nn.ModuleList) and len(part) == backbone.n_layers
-        ]
-        if freeze and not lists:
-            raise ScbinInputError("A02", "this backbone has no layers to freeze one by one; use freeze='all', or 0.")
-        parts = list(lists[0][:freeze]) if freeze else []
-    still = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
-    if isinstance(network.labels, LabelHead) and network.labels.genes is not None:
-        still.append(network.labels.genes)  # as good as its penalty made it
-    try:
-        for parameter in still:
-            parameter.requires_grad_(False)
-        with adapted(backbone, dict(lora) if isinstance(lora, Mapping) else {} if lora else None, seed=seed):
-            yield
-    finally:
-        for parameter in still:
-            parameter.requires_grad_(True)
+def _frozen(network: Any, freeze: int) -> list[nn.Parameter]:
+    """Return what stays as it is: the first layers of the backbone, and the weights of genes, as good as their penalty made them."""
+    parts, n_layers = network.backbone.modules(), network.backbone.n_layers
+    layers: Any = next((part for part in parts if isinstance(part, nn.ModuleList) and len(part) == n_layers), [])
+    genes: list[Any] = [network.labels.genes] if isinstance(network.labels, LabelHead) else []
+    return genes + [weight for layer in layers[:freeze] for weight in layer.parameters()]
 
 
 # ---- cells and genes ------------------------------------------------------------------------------------------------
-
-
-def _cross_validated(probes: Sequence[Probe], kind: Kind) -> tuple[float, float]:
-    """Return the cross-validated loss of the mean of some probes, and the temperature, or factor of a number, that it then has."""
-    said, truth = np.mean([probe.held_out for probe in probes], axis=0), probes[0].truth
-    if not len(truth):
-        return np.nan, 1.0
-    if kind == "class":
-        scale = fitted_temperature(said, truth)
-        return float(log_loss_of(said / scale, truth).mean()), scale
-    scale = float(said[:, 0] @ truth / max(float((said**2).sum()), 1e-12))  # each is drawn to 0 by its penalty
-    return float(np.square(truth - said[:, 0] * scale).mean()), scale
 
 
 @dataclass(eq=False)
 class _Items:
     """Labelled cells or genes, one row each, with the head that learns them: probes for its start, losses of held-out ones."""
 
-    task: CellLabels
-    labels: _Labels
-    head: Any
-    rows: np.ndarray  # (items,) cells or genes
+    columns: list[Column]
+    rows: np.ndarray  # (items,) cells or genes, where they stand in the columns
     held_out: np.ndarray  # (items,) bool
     donors: np.ndarray | None  # (items,)
     vectors: np.ndarray  # (items, size): cell vectors, or mean hidden states of genes
     features: csr_matrix  # (items, features): log expression, or simple features of genes
     scaler: Scaler
-    reads: list[tuple[float, bool]]  # what a probe may read: weight of the vectors, and whether features
     outputs: Callable[[], np.ndarray]  # of the network for held-out items (held out, outputs)
     seed: int
-    report: dict[str, Any] = field(default_factory=dict)
-    probes: list[dict[tuple[float, bool], Probe]] = field(default_factory=list)  # by target
-    scales: list[float] = field(default_factory=list)  # by target: temperature, or factor of a number
+
+    def __post_init__(self) -> None:
+        self.head: Any = None
+        self.targets: list[Target] = []
+        self.values: list[np.ndarray] = []  # by target: class, or standardised number, NaN where unknown (items,)
+        self.class_weights: list[np.ndarray] = []
+        self.probes: list[dict[tuple[float, bool], Probe]] = []
+        self.scales: list[float] = []  # by target: temperature, or factor of a number
+        self.report: dict[str, Any] = {}
+        for column in self.columns:
+            values = column.values[self.rows]
+            known = values[~self.held_out & np.isfinite(values)]
+            unit = {"mean": float(known.mean()), "scale": float(known.std()) or 1.0} if column.kind == "number" else {}
+            self.targets.append(target := Target(column.name, column.kind, column.classes, **unit))
+            self.values.append((values - target.mean) / target.scale)
+            codes = known.astype(np.int64) if target.classes else np.zeros(len(known), dtype=np.int64)
+            self.class_weights.append(balanced_weights(codes, target.n_outputs))
+
+    def task(self, vocabulary: Vocabulary, layer: int, settings: Finetuning, weights: list[float]) -> Labels:
+        """Return what the trainer learns."""
+        n_rows, of_genes = len(self.columns[0].values), isinstance(self.head, GeneHead)
+        values = np.full((len(self.values), n_rows), np.nan)
+        values[:, self.rows] = self.values
+        held_out = np.isin(np.arange(n_rows), self.rows[self.held_out]) if of_genes else None
+        how: dict[str, Any] = {"class_weights": self.class_weights, "held_out": held_out, "layer": layer}
+        return Labels(self.head, vocabulary, list(values), settings, weights=weights, **how)
 
     def probe(self) -> np.ndarray:
-        """Fit the probes of each target and keep their mean, or the one without the network; return what that says of held-out items."""
+        """Fit probes and keep, by target, their mean or the one without the network; return what that says of held-out items."""
         outputs = []
-        for number, target in enumerate(self.head.targets):
-            fitted = {reads: self._fit(number, ~self.held_out, reads) for reads in dict.fromkeys([_ALONE, *self.reads])}
-            outputs.append(fitted[_ALONE].outputs(self._features(self.held_out, _ALONE)))
-            ways = [self.reads, [_ALONE]] if _ALONE in self.reads else [self.reads]
-            found = [_cross_validated([fitted[reads] for reads in way], target.kind) for way in ways]
-            best = int(np.nanargmin([loss for loss, _ in found])) if np.isfinite(found[0][0]) else 0
-            self.probes.append({reads: fitted[reads] for reads in ways[best]})
-            self.scales.append(found[best][1])
-            strengths = [probe.strength for probe in self.probes[-1].values()]
-            losses = {
-                "without_network": _cross_validated([fitted[_ALONE]], target.kind)[0],
-                "cross_validated_loss": found[best][0],
-            }
-            self.report[target.name] = {
-                "reads": [list(reads) for reads in ways[best]],
-                "strengths": strengths,
-                **losses,
-            }
+        for number in range(len(self.targets)):
+            reads = _READS if isinstance(self.head, LabelHead) else [_ALONE]
+            fitted = {each: self._fit(number, ~self.held_out, each) for each in reads}
+            alone = {_ALONE: fitted[_ALONE]}
+            outputs.append(alone[_ALONE].outputs(self._features(self.held_out, _ALONE)))
+            found = [(*self._cross_validated(number, probes), probes) for probes in (fitted, alone)]
+            _, scale, kept = min(found, key=lambda each: each[0])
+            self.probes.append(kept)
+            self.scales.append(scale)
+            about = {"reads": list(map(list, kept)), "strengths": [probe.strength for probe in kept.values()]}
+            self.report[self.targets[number].name] = about
         return np.hstack(outputs)
+
+    def _cross_validated(self, number: int, probes: dict[Any, Probe]) -> tuple[float, float]:
+        """Return the cross-validated loss of the mean of some probes, and the temperature, or factor of a number, that it then has."""
+        said, truth = np.mean([probe.held_out for probe in probes.values()], axis=0), next(iter(probes.values())).truth
+        n_classes = len(self.targets[number].classes)
+        if n_classes:
+            scale = fitted_temperature(said, truth)
+            return float(losses_of(said / scale, truth, n_classes).mean()), scale
+        scale = float(said[:, 0] @ truth / max(float((said**2).sum()), 1e-12))  # each is drawn to 0 by its penalty
+        return float(losses_of(said * scale, truth, 0).mean()), scale
 
     def refit(self) -> None:
         """Fit the probes to all items, held out or not, and put them into the head."""
@@ -412,16 +359,15 @@ class _Items:
         head, size = self.head, self.vectors.shape[1]
         head.vector_mean.copy_(torch.from_numpy(self.scaler.mean))
         head.vector_scale.copy_(torch.from_numpy(self.scaler.factor))
-        if isinstance(head, LabelHead) and head.genes is not None:
+        if isinstance(head, LabelHead):
             head.gene_scale.copy_(torch.from_numpy(self.scaler.gene_factor))
-        for number, (probes, scale) in enumerate(zip(self.probes, self.scales, strict=True)):
-            part, is_class = head.part(number), head.targets[number].kind == "class"
-            head.temperature[number] = scale if is_class else 1.0
-            head.output.weight[part], head.output.bias[part] = 0.0, 0.0
-            if head.genes is not None:
-                head.genes[:, part] = 0.0
+        for parameter in (head.output.weight, head.output.bias, head.genes):
+            parameter.zero_()
+        for number, (target, probes, scale) in enumerate(zip(self.targets, self.probes, self.scales, strict=True)):
+            part = head.part(number)
+            head.temperature[number] = scale if target.classes else 1.0
             for (weight, genes), probe in probes.items():
-                share = (1.0 if is_class else scale) / len(probes)
+                share = (1.0 if target.classes else scale) / len(probes)
                 weights = torch.from_numpy(probe.weights * share).float()
                 head.output.bias[part] += torch.from_numpy(probe.bias * share).float()
                 if weight:
@@ -429,108 +375,74 @@ class _Items:
                 if genes:
                     head.genes[:, part] += weights[size if weight else 0 :]
 
-    def losses(self, outputs: np.ndarray) -> np.ndarray:
+    def losses(self, outputs: np.ndarray, weights: list[float]) -> np.ndarray:
         """Return the loss of each held-out item with a label: log loss and squared error by their weights, which have mean 1."""
         total, amount = np.zeros(len(outputs)), np.zeros(len(outputs))
-        for number, target in enumerate(self.head.targets):
-            true, own = self._values(number)[self.held_out], outputs[:, self.head.part(number)].astype(np.float64)
+        for number, target in enumerate(self.targets):
+            true, own = self.values[number][self.held_out], outputs[:, self.head.part(number)].astype(np.float64)
             at = np.flatnonzero(np.isfinite(true) & np.isfinite(own).all(axis=1))
-            weight = np.full(len(at), self.labels.weights[number])
-            if target.kind == "number":
-                loss = np.square(own[at, 0] - true[at])
-            else:
-                codes = true[at].astype(np.int64)
-                loss = -log_softmax(own[at], axis=1)[np.arange(len(at)), codes]
-                weight *= self.labels.class_weights[number][codes]
-            total[at] += weight * loss
+            true = true[at].astype(np.int64) if target.classes else true[at]
+            weight = weights[number] * (self.class_weights[number][true] if target.classes else np.ones(len(at)))
+            total[at] += weight * losses_of(own[at], true, len(target.classes))
             amount[at] += weight
         return total[amount > 0] / amount[amount > 0].mean() if amount.any() else np.zeros(0)
 
     def calibrate(self, outputs: np.ndarray) -> None:
         """Set the temperatures by the outputs for the held-out items."""
-        for number, target in enumerate(self.head.targets):
-            true = self._values(number)[self.held_out]
-            if target.kind == "class":
+        for number, target in enumerate(self.targets):
+            true = self.values[number][self.held_out]
+            if target.classes:
                 own, known = outputs[:, self.head.part(number)], np.isfinite(true)
                 temperature = fitted_temperature(own[known], true[known].astype(np.int64), fewest=30)
                 self.head.temperature[number] = temperature
-
-    def _values(self, number: int) -> np.ndarray:
-        """Return the class, or the standardised number, of each item; NaN where it is unknown."""
-        target = self.head.targets[number]
-        return (self.labels.columns[number].values[self.rows] - target.mean) / target.scale
 
     def _features(self, rows: np.ndarray, reads: tuple[float, bool]) -> Any:
         weight, genes = reads
         return self.scaler.features(self.vectors[rows], self.features[rows] if genes else None, weight)
 
     def _fit(self, number: int, rows: np.ndarray, reads: tuple[float, bool], strength: float | None = None) -> Probe:
-        target, values = self.head.targets[number], self._values(number)
-        rows = rows & np.isfinite(values)
-        donors, features = None if self.donors is None else self.donors[rows], self._features(rows, reads)
-        options: dict[str, Any] = {"donors": donors, "strength": strength, "seed": self.seed}
-        if target.kind == "number":
-            return fit_numbers(features, values[rows], **options)
-        weights = self.labels.class_weights[number]
-        return fit_classes(features, values[rows].astype(np.int64), target.n_outputs, class_weights=weights, **options)
+        rows = rows & np.isfinite(self.values[number])
+        how: dict[str, Any] = {"class_weights": self.class_weights[number], "strength": strength, "seed": self.seed}
+        how["donors"] = None if self.donors is None else self.donors[rows]
+        values, n_classes = self.values[number][rows], len(self.targets[number].classes)
+        return fit_probe(self._features(rows, reads), values, n_classes, **how)
 
 
 def _cells(
-    network: Any, tokens: Tokens, labels: _Labels, settings: Finetuning, options: dict[str, Any], seed: int
+    network: Any, tokens: Tokens, columns: list[Column], split: Split, seed: int, options: dict[str, Any]
 ) -> _Items:
     """Return the labelled cells, and give the network a head for them."""
-    split, targets = labels.split, []
-    for column in labels.columns:
-        known = column.values[split.train & column.known]
-        unit = {"mean": float(known.mean()), "scale": float(known.std()) or 1.0} if column.kind == "number" else {}
-        targets.append(Target(column.name, column.kind, column.classes, **unit))
-    with seeded(seed):
-        network.labels = head = LabelHead(
-            tokens.vocabulary, network.vector.size, targets, expression=settings.expression, hidden=settings.hidden,
-            dropout=settings.dropout,
-        )  # fmt: skip
-    task = CellLabels(
-        head, tokens.vocabulary, [(column.values - t.mean) / t.scale for column, t in zip(labels.columns, targets, strict=True)],
-        weights=labels.weights, class_weights=labels.class_weights, gene_dropout=settings.gene_dropout,
-        label_smoothing=settings.label_smoothing, layer=network.vector.layer,
-    )  # fmt: skip
-    rows, asked = np.flatnonzero(split.open), np.flatnonzero(split.validation)
-    vectors, expression = embed(network, tokens, rows=rows, **options)[rows], log_expression(tokens, rows)
+    rows = np.flatnonzero(split.open)
     held_out, donors = split.validation[rows], None if split.donors is None else split.donors[rows]
-    scaler = Scaler.fit(np.nan_to_num(vectors[~held_out]), expression[~held_out])
-    return _Items(
-        task, labels, head, rows, held_out, donors, np.nan_to_num(vectors), expression, scaler,
-        [_ALONE, _BESIDE, _VECTOR] if settings.expression else [_VECTOR],
-        lambda: label_outputs(network, tokens, rows=asked, **options)[asked], seed,
-    )  # fmt: skip
+    vectors = np.nan_to_num(embed(network, tokens, rows=rows, **options)[rows])
+    expression, asked = log_expression(tokens, rows), rows[held_out]
+    scaler = Scaler.fit(vectors[~held_out], expression[~held_out])
+    outputs = lambda: label_outputs(network, tokens, rows=asked, **options)[asked]
+    items = _Items(columns, rows, held_out, donors, vectors, expression, scaler, outputs, seed)
+    with seeded(seed):
+        items.head = network.labels = LabelHead(tokens.vocabulary, network.vector.size, items.targets)
+    return items
 
 
 def _genes(
-    network: Any, tokens: Tokens, labels: _Labels, settings: Finetuning, options: dict[str, Any], seed: int
+    network: Any, tokens: Tokens, columns: list[Column], split: Split, fraction: float, seed: int, options: Any
 ) -> _Items:
     """Return the labelled genes that some cells express, and give the network a head for them."""
-    column, cells = labels.columns[0], np.flatnonzero(labels.split.open)
-    cells = np.sort(np.random.default_rng(seed).permutation(cells)[:_MOST_FOR_GENES])
-    features = gene_features(log_expression(tokens, cells), seed)
-    targets, size = [Target(column.name, "class", column.classes)], network.backbone.hidden_size
-    network.labels = head = GeneHead(tokens.vocabulary, size, targets, n_features=features.shape[1])
-    head.features.copy_(torch.from_numpy(features))
-    hidden, _ = mean_gene_vectors(network, tokens, network.vector.layer, rows=cells, **options)
-    rows = np.flatnonzero(column.known & np.isfinite(hidden).all(axis=1))
-    held_out = hold_out(column.codes(rows), settings.validation, seed=seed)
-    if len(np.unique(column.codes(rows[~held_out]))) < 2:
-        raise ScbinInputError("L02", f"the cells express genes of one class of {column.name!r} only.")
-    asked, own = rows[held_out], csr_matrix(features[rows])
-    task = GeneLabels(
-        head, tokens.vocabulary, [column.values], class_weights=labels.class_weights,
-        held_out=np.isin(np.arange(len(hidden)), asked), gene_dropout=settings.gene_dropout,
-        label_smoothing=settings.label_smoothing, layer=network.vector.layer,
-    )  # fmt: skip
-    scaler = replace(Scaler.fit(hidden[rows], own), gene_factor=np.ones(own.shape[1], dtype=np.float32))
-    return _Items(
-        task, labels, head, rows, held_out, None, hidden[rows], own, scaler, [_ALONE] if settings.expression else [_VECTOR],
-        lambda: gene_outputs(network, tokens, rows=cells, **options)[asked], seed,
-    )  # fmt: skip
+    cells = np.sort(np.random.default_rng(seed).permutation(np.flatnonzero(split.open))[:_MOST_FOR_GENES])
+    simple = gene_features(log_expression(tokens, cells), seed)
+    hidden, _ = mean_gene_vectors(network, tokens, rows=cells, **options)
+    rows = np.flatnonzero(columns[0].known & np.isfinite(hidden).all(axis=1))
+    held_out = hold_out(columns[0].codes(rows), fraction, seed=seed)
+    features, asked = csr_matrix(simple[rows]), rows[held_out]
+    scaler = replace(Scaler.fit(hidden[rows], features), gene_factor=np.ones(simple.shape[1], dtype=np.float32))
+    outputs = lambda: gene_outputs(network, tokens, rows=cells, **options)[asked]
+    items = _Items(columns, rows, held_out, None, hidden[rows], features, scaler, outputs, seed)
+    with seeded(seed):
+        items.head = network.labels = GeneHead(
+            tokens.vocabulary, hidden.shape[1], items.targets, n_features=simple.shape[1]
+        )
+    items.head.features.copy_(torch.from_numpy(simple))
+    return items
 
 
 def gene_features(expression: csr_matrix, seed: int = 0) -> np.ndarray:
@@ -542,14 +454,3 @@ def gene_features(expression: csr_matrix, seed: int = 0) -> np.ndarray:
     loadings = TruncatedSVD(rank, random_state=seed).fit(expression).components_.T
     features = np.column_stack([mean, detected, np.sqrt(np.maximum(variance, 0)), loadings])
     return np.clip(StandardScaler().fit_transform(features), -LARGEST, LARGEST).astype(np.float32)
-
-
-def _write(adata: AnnData, model: Model, split: Split, save_dir: Any) -> None:
-    identifier = model.fingerprint
-    remember(identifier, model)
-    write(adata, "obs", _keys.SPLIT, split.column())
-    entries = {**adata.uns.get(_keys.UNS, {}), _keys.FINETUNE: json.dumps(model.training["finetune"])}
-    entries.pop(_keys.FINETUNE_HISTORY, None)  # that of an earlier model would be taken for this one's
-    entries |= {_keys.FINETUNE_HISTORY: model.history.copy()} if len(model.history) else {}
-    path = "" if save_dir is None else str(Path(save_dir).resolve() / "model")
-    adata.uns[_keys.UNS] = entries | {_keys.MODEL_ID: identifier, _keys.MODEL_PATH: path}

@@ -105,49 +105,36 @@ def fit_perturbations(
     check_adata(adata)
     if min_cells < 2 or seed < 0:
         raise ScbinInputError("A02", f"min_cells is {min_cells} and seed {seed}; they need to be at least 2 and 0.")
-    params: dict[str, Any] = {
-        "key": key,
-        "control": control,
-        "donor_key": donor_key,
-        "batch_key": batch_key,
-        "layer": layer,
-    }
-    params |= {"total_key": total_key, "mode": mode, "min_cells": min_cells, "seed": seed}
+    params: dict[str, Any] = {"key": key, "control": control, "donor_key": donor_key, "batch_key": batch_key}
+    params |= {"layer": layer, "total_key": total_key, "mode": mode, "min_cells": min_cells, "seed": seed}
     user = _user_features(adata, features)
     cells = read_cells(adata, params, [] if user is None else user.index)
     genes = np.asarray(adata.var_names.astype(str), dtype=object)
     sums = sum_cells(cells.values, cells.group, cells.stratum, cells.donor, seed)
     table = _table(cells, sums, genes, min_cells, seed)
-    is_single = (table["n_targets"] == 1) & (table["status"] == "measured")
-    if is_single.sum() < FEWEST_SINGLES:
-        found = f"only {count(int(is_single.sum()), 'perturbation')} of one gene has {min_cells} cells or more"
-        raise ScbinInputError("P02", f"{found}; learning needs {FEWEST_SINGLES}. Cells with two guides count as pairs.")
-    aside = table["status"].value_counts().drop("measured")
-    if len(aside):
-        listed = ", ".join(f"{n} {status}" for status, n in aside.items())
-        warn("P02", f"nothing is learned from {count(int(aside.sum()), 'perturbation')}: {listed}.")
+    measured = table["status"] == "measured"
+    if (measured & (table["n_targets"] == 1)).sum() < FEWEST_SINGLES:
+        found = f"fewer than {FEWEST_SINGLES} perturbations of one gene have {min_cells} cells or more"
+        raise ScbinInputError("P02", f"{found}; learning needs them. Cells with two guides count as pairs.")
+    if not measured.all():
+        listed = ", ".join(f"{n} {status}" for status, n in table["status"][~measured].value_counts().items())
+        warn("P02", f"nothing is learned from {count(int((~measured).sum()), 'perturbation')}: {listed}.")
 
-    controls = np.flatnonzero(cells.group < 0)
-    blocks = {
-        name: pd.DataFrame(block, index=genes) for name, block in control_features(cells.values[controls]).items()
-    }
+    controls = cells.values[np.flatnonzero(cells.group < 0)]
+    blocks = {name: pd.DataFrame(block, index=genes) for name, block in control_features(controls).items()}
     if model is not None:
         chosen = resolve_model(model, adata)
-        blocks["model"], params["model"] = _gene_vectors(adata, chosen, cells.rows[controls]), chosen.fingerprint
+        blocks["model"], params["model"] = _gene_vectors(adata, chosen, cells.rows[cells.group < 0]), chosen.fingerprint
     if user is not None:
         blocks["user"] = user
     names = pd.Index(genes).append([block.index for block in blocks.values()]).unique()
     learned = {name: narrow(block.reindex(names).to_numpy(dtype=float)) for name, block in blocks.items()}
-    result = {
-        "table": table,
-        "change": sums.changes().astype(np.float32),
-        "genes": genes,
-        "control": np.asarray(cells.values[controls].mean(axis=0)).ravel().astype(np.float32),
-        "variance": sums.variance.astype(np.float32),
-        "features": {name: block.astype(np.float32) for name, block in learned.items()},
-        "feature_names": np.asarray(names, dtype=object),
-        "params": json.dumps(params),
-    }
+    control_mean = np.asarray(controls.mean(axis=0)).ravel()
+    numbers = {"change": sums.changes(), "control": control_mean, "variance": sums.variance}
+    result: dict[str, Any] = {name: values.astype(np.float32) for name, values in numbers.items()}
+    result |= {"table": table, "genes": genes, "params": json.dumps(params)}
+    result |= {"features": {name: block.astype(np.float32) for name, block in learned.items()}}
+    result |= {"feature_names": np.asarray(names, dtype=object)}
     target = copied(adata) if copy else adata
     write(target, "uns", _keys.MEASURED, result)
     return target if copy else None
@@ -155,18 +142,16 @@ def fit_perturbations(
 
 def _user_features(adata: AnnData, features: Any) -> pd.DataFrame | None:
     """Return the user's features by gene (genes, d), those of a gene named twice once."""
-    if features is None or isinstance(features, pd.DataFrame):
-        frame = features
-    elif isinstance(features, str) and features in adata.varm:
-        frame = pd.DataFrame(adata.varm[features], index=adata.var_names)
-    else:
-        there = ", ".join(map(repr, adata.varm)) or "none"
-        raise ScbinTypeError("A01", f"features is no DataFrame and no name in adata.varm. Available: {there}.")
-    if frame is None:
+    if features is None:
         return None
-    if not len(frame.columns) or not all(kind.kind in "biuf" for kind in frame.dtypes):
+    if not isinstance(features, pd.DataFrame):
+        if features not in adata.varm:
+            there = ", ".join(map(repr, adata.varm)) or "none"
+            raise ScbinTypeError("A01", f"features is no DataFrame and no name in adata.varm. Available: {there}.")
+        features = pd.DataFrame(adata.varm[features], index=adata.var_names)
+    if not len(features.columns) or not all(kind.kind in "biuf" for kind in features.dtypes):
         raise ScbinInputError("A02", "features need to be numbers: one row per gene, one column per dimension.")
-    frame = frame.set_axis(frame.index.astype(str))
+    frame = features.set_axis(features.index.astype(str))
     return frame[~frame.index.duplicated()]
 
 
@@ -177,7 +162,7 @@ def _gene_vectors(adata: AnnData, model: Model, rows: np.ndarray) -> pd.DataFram
         vectors = fixed_gene_vectors(model, "loadings")
     else:
         tokens = read_tokens(adata, vocabulary)
-        vectors, _ = mean_gene_vectors(network, MemoryTokens(tokens.take(rows), vocabulary), network.vector.layer)
+        vectors, _ = mean_gene_vectors(network, MemoryTokens(tokens.take(rows), vocabulary))
     frame = pd.DataFrame(vectors, index=list(gene_names(adata, vocabulary).names))
     return frame[~frame.index.duplicated()]
 
@@ -185,36 +170,22 @@ def _gene_vectors(adata: AnnData, model: Model, rows: np.ndarray) -> pd.DataFram
 def _table(cells: Cells, sums: Sums, genes: np.ndarray, min_cells: int, seed: int) -> pd.DataFrame:
     """Return one row per perturbation: its cells, whether it is learned from, whether it reproduces, and what it does to its target."""
     targets = [name.split("+") for name in cells.names]
-    n_cells = np.bincount(cells.group[cells.group >= 0], minlength=len(targets))
-    status = np.where(n_cells < min_cells, "too few cells", "measured").astype(object)
-    singles = {t[0] for t, state in zip(targets, status, strict=True) if len(t) == 1 and state == "measured"}
-    for k, each in enumerate(targets):
-        if status[k] == "measured" and len(each) > 1:
-            status[k] = "more than two targets" if len(each) > 2 else status[k]
-            status[k] = status[k] if set(each) <= singles else "singles not measured"
-    own, changes = own_genes(cells.names, genes), sums.changes()
-    r, p_value = reproducibility(sums, own, seed)
-    r, p_value = (np.where(n_cells < min_cells, np.nan, x) for x in (r, p_value))
+    n_cells, own, changes = sums.cells.sum(axis=(1, 2)).astype(int), own_genes(cells.names, genes), sums.changes()
+    enough = n_cells >= min_cells
+    singles = {each[0] for each, known in zip(targets, enough, strict=True) if known and len(each) == 1}
+    status = {"too few cells": ~enough, "more than two targets": np.array([len(each) > 2 for each in targets])}
+    status["singles not measured"] = np.array([len(each) == 2 and not set(each) <= singles for each in targets])
+    r, p_value = (np.where(enough, x, np.nan) for x in reproducibility(sums, own, seed))
     fdr = false_discovery_rates(p_value)
-    both = 2 * np.clip(r, 0, 1) / (1 + np.clip(r, 0, 1))  # Spearman-Brown: of all cells, from that of halves
-    frame = {"perturbation": list(cells.names), "n_targets": [len(each) for each in targets], "status": status}
-    frame |= {"n_cells": n_cells}
-    if cells.donor is not None:
-        pairs = pd.DataFrame({"group": cells.group, "donor": cells.donor}).drop_duplicates()
-        frame["n_donors"] = pairs["group"].value_counts().reindex(range(len(targets)), fill_value=0).to_numpy()
-    frame |= {"split_half": r, "p_value": p_value, "fdr": fdr, "reliability": both, "ceiling": np.sqrt(both)}
+    reliability = 2 * np.clip(r, 0, 1) / (1 + np.clip(r, 0, 1))  # Spearman-Brown: of all cells, from that of halves
+    frame: dict[str, Any] = {"perturbation": list(cells.names), "n_targets": [len(each) for each in targets]}
+    frame["status"] = np.select(list(status.values()), list(status), "measured").astype(object)
+    frame |= {"n_cells": n_cells, "split_half": r, "p_value": p_value, "fdr": fdr, "ceiling": np.sqrt(reliability)}
     frame["reproducible"] = (np.nan_to_num(fdr, nan=1.0) <= 0.05) & (np.nan_to_num(r) >= REPRODUCIBLE)
-    noise = sums.noise()
-    energy = np.nansum(np.where(own, 0, changes) ** 2, axis=1) - noise * sums.variance.sum()
-    frame["size"] = np.sqrt(np.maximum(energy, 0))
     frame["own_change"] = [row[mine].mean() if mine.any() else np.nan for row, mine in zip(changes, own, strict=True)]
-    return pd.DataFrame(frame | {"noise": noise})
+    return pd.DataFrame(frame | {"noise": sums.noise()})
 
 
 def own_genes(names: Any, genes: np.ndarray) -> np.ndarray:
     """Return which genes are targets of each perturbation (perturbations, genes) bool."""
-    place = {gene: k for k, gene in enumerate(genes)}
-    own = np.zeros((len(names), len(genes)), dtype=bool)
-    for row, name in enumerate(names):
-        own[row, [place[target] for target in name.split("+") if target in place]] = True
-    return own
+    return np.array([np.isin(genes, name.split("+")) for name in names]).reshape(len(names), len(genes))

@@ -20,14 +20,10 @@ from scbin.tl._finetune import gene_features
 from scbin.tl._genes import fixed_gene_vectors, mean_gene_vectors
 from scbin.tl._labels import MaskedPhenotypes, balanced_weights, gene_labels
 from scbin.tl._metrics import class_scores
-from scbin.tl._probe import fit_classes, log_expression
+from scbin.tl._probe import fit_probe, log_expression, some_of
 
 if TYPE_CHECKING:
-    import os
-
     from anndata import AnnData
-
-    from scbin.model import Model
 
 N_FOLDS, N_REPEATS, MOST_CELLS = 5, 4, 2_000
 GRID = np.linspace(0, 1, 51)  # false positive rates
@@ -35,49 +31,45 @@ COLUMNS = {"expression mean": slice(0, 1), "detection": slice(1, 2), "SVD loadin
 
 
 def evaluate_gene_classes(
-    adata: AnnData, model: Model | str | os.PathLike[str] | None, target: Any, tokens_key: str | None, seed: int, **how: Any
-) -> tuple[str, dict[str, dict[str, float]], str]:  # fmt: skip
+    adata: AnnData, model: Any, target: Any, tokens_key: str | None, seed: int, **how: Any
+) -> tuple[str, dict[str, dict[str, float]]]:
     """Score logistic regressions by what they read of genes, in 5-fold cross-validation over genes, four times, all on the same folds.
 
-    Returns the name of the classes, the scores of each method, and what was scored in words. The mean ROC curves go to `uns`.
+    Returns the name of the classes and the scores of each method. The mean ROC curves go to `uns`.
     """
     chosen = resolve_model(model, adata)
     tokens: Any = MaskedPhenotypes(read_tokens(adata, chosen.vocabulary, tokens_key))
-    labels = gene_labels(adata, target, chosen.vocabulary)
-    cells = np.flatnonzero(tokens.lengths)
-    cells = np.sort(np.random.default_rng(seed).permutation(cells)[:MOST_CELLS])
+    labels, cells = gene_labels(adata, target, chosen.vocabulary), np.flatnonzero(tokens.lengths)
+    cells = cells[some_of(len(cells), MOST_CELLS, seed)]
     hidden, counts = mean_gene_vectors(chosen.network, tokens, rows=cells, **how)
     simple = gene_features(log_expression(tokens, cells), seed)
     rows = np.flatnonzero(labels.known & (counts > 0))
-    sizes = np.bincount(labels.codes(rows), minlength=len(labels.classes))
-    if sizes.min() < N_FOLDS:
-        found = f"the cells express {sizes.min()} genes of {labels.classes[sizes.argmin()]!r}"
-        raise ScbinInputError("L02", f"{found}; {N_FOLDS} of each class are needed. Tokenize more genes: n_genes=.")
-    reads = {"simple features": simple} | {name: simple[:, part] for name, part in COLUMNS.items()}
+    codes = labels.codes(rows)
+    if np.bincount(codes, minlength=len(labels.classes)).min() < N_FOLDS:
+        need = f"{N_FOLDS} genes of each class that the cells express are needed: {', '.join(labels.classes)}"
+        raise ScbinInputError("L02", f"{need}. Tokenize more genes: n_genes=.")
+    reads = {"simple features": simple, **{name: simple[:, part] for name, part in COLUMNS.items()}}
     reads |= {"hidden states": hidden}
     if chosen.network.counts is not None:
         reads["count loadings"] = fixed_gene_vectors(chosen, "loadings")
-    made = {name: cross_validated(features[rows], labels.codes(rows), seed) for name, features in reads.items()}
+    made = {name: cross_validated(features[rows], codes, seed) for name, features in reads.items()}
     curves = [curve.assign(target=labels.name, method=name) for name, (_, curve) in made.items()]
     write_uns(adata, _keys.GENE_ROC, pd.concat(curves, ignore_index=True))
-    return labels.name, {name: score for name, (score, _) in made.items()}, f"{len(rows):,} genes, 5 folds, 4 times"
+    return labels.name, {name: score for name, (score, _) in made.items()}
 
 
 def cross_validated(features: np.ndarray, codes: np.ndarray, seed: int = 0) -> tuple[dict[str, float], pd.DataFrame]:
     """Return scores of a logistic regression on genes (genes, features), means over folds, and its mean ROC curve."""
     n_classes, found, curves = int(codes.max()) + 1, [], []
-    for train, test in RepeatedStratifiedKFold(n_splits=N_FOLDS, n_repeats=N_REPEATS, random_state=seed).split(
-        codes, codes
-    ):
-        scaler = StandardScaler().fit(features[train])
-        before, after = (np.clip(scaler.transform(features[at]), -LARGEST, LARGEST) for at in (train, test))
+    folds = RepeatedStratifiedKFold(n_splits=N_FOLDS, n_repeats=N_REPEATS, random_state=seed)
+    for train, test in folds.split(codes, codes):
+        scaled = StandardScaler().fit(features[train]).transform(features).clip(-LARGEST, LARGEST)
         weights = balanced_weights(codes[train], n_classes)
-        probability = softmax(
-            fit_classes(before, codes[train], n_classes, class_weights=weights, seed=seed).outputs(after), axis=1
-        )
+        probe = fit_probe(scaled[train], codes[train], n_classes, class_weights=weights, seed=seed)
+        probability = softmax(probe.outputs(scaled[test]), axis=1)
         found.append(class_scores(codes[test], probability.argmax(axis=1), probability))
         curves += [np.interp(GRID, *roc_curve(codes[test] == k, probability[:, k])[:2]) for k in range(n_classes)]
     table = pd.DataFrame(found)
     score = {"n_genes": float(len(codes)), "roc_auc": table["roc_auc"].mean(), "roc_auc_sd": table["roc_auc"].std()}
-    score |= {name: table[name].mean() for name in ("macro_recall", "macro_f1", "log_loss")}
+    score |= table[["macro_recall", "macro_f1", "log_loss"]].mean().to_dict()
     return score, pd.DataFrame({"fpr": GRID, "tpr": np.mean(curves, axis=0), "sd": np.std(curves, axis=0)})

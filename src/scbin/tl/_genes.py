@@ -1,4 +1,4 @@
-"""`tl.embed_genes`, `tl.embed_phenotypes`: vectors of genes and of the values of phenotypes."""
+"""What a model knows of genes and phenotypes: their vectors, networks, attention, and genes that go with groups of cells."""
 
 from __future__ import annotations
 
@@ -8,25 +8,38 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 import torch
+from scipy import sparse, stats
+from tqdm.auto import tqdm
 
 from scbin import _docs, _keys
 from scbin._adata import check_adata, check_writable, copied, gene_names, read_obs, read_tokens, write, write_uns
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError
-from scbin.model import resolve_model
-from scbin.nn.run import gene_tokens, run
+from scbin.get.tables import cell_number
+from scbin.model import count_head, resolve_model
+from scbin.nn.backbone import layer_number
+from scbin.nn.bert import BertBackbone
+from scbin.nn.density import expected_shares
+from scbin.nn.packs import pack_rows, plan_packs
+from scbin.nn.run import Runner, at_rest, gene_tokens, run
+from scbin.nn.run import embed as embed_tokens
 from scbin.tl._labels import MaskedPhenotypes
+from scbin.tl._perturb_statistics import false_discovery_rates
+from scbin.tl._probe import log_expression, some_of
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterable, Iterator, Sequence
 
     from anndata import AnnData
+    from torch import Tensor
 
     from scbin.model import Model
+    from scbin.nn.device import Precision
     from scbin.nn.network import CellNetwork
     from scbin.tokens.tokens import Tokens
 
-GeneVectors = Literal["context", "static", "loadings"]
+DEPTH, PSEUDOCOUNT, MOST_CELLS, FEWEST = 10_000.0, 0.1, 5_000, 3
 
 
 @_docs.shared
@@ -35,9 +48,8 @@ def embed_genes(
     adata: AnnData,
     model: Model | str | os.PathLike[str] | None = None,
     *,
-    vectors: GeneVectors = "context",
+    vectors: Literal["context", "static", "loadings"] = "context",
     groupby: str | None = None,
-    layer: int | None = None,
     tokens_key: str | None = None,
     device: str = "auto",
     token_budget: int = 32_768,
@@ -55,17 +67,11 @@ def embed_genes(
     {tokenized}
     {model}
     vectors
-        `"context"`: the mean hidden state of the gene's token over the cells that express it. `"static"`: the gene's row in the input
+        `"context"`: the mean hidden state of the gene's token over the cells that express it, where the model reads its cell vector. `"static"`: the gene's row in the input
         table, the same in every cell. `"loadings"`: how the expected counts of the gene follow the cell vector.
     groupby
         Column of `obs`: the means in each group of cells, too. For `"context"`.
-    layer
-        Whose hidden states: -1 the last, -2 the one before, 0 the embeddings. Default: where the model reads its cell vector, or the
-        last one if that reads no hidden states.
-    {tokens_key}
-    {device}
-    {token_budget}
-    {progress}
+    {reading}
     {key_added}
     {copy}
 
@@ -101,32 +107,31 @@ def embed_genes(
     if groupby is not None and vectors != "context":
         raise ScbinInputError("A03", f"vectors={vectors!r} are the same in every cell: groupby needs 'context'.")
     key = _keys.GENES if key_added is None else key_added
-    for slot, name in (("varm", key), ("varm", f"{key}_groups"), ("var", _keys.N_CELLS)):
-        check_writable(adata, slot, name)
-    chosen = resolve_model(model, adata)
+    for slot in (key, f"{key}_groups"):
+        check_writable(adata, "varm", slot)
+    chosen, (codes, groups) = resolve_model(model, adata), groups_of(adata, groupby)
     columns = gene_names(adata, chosen.vocabulary).columns
-    codes, groups = groups_of(adata, groupby)
-    by_group: Any = None
     if vectors == "context":
         tokens: Any = MaskedPhenotypes(read_tokens(adata, chosen.vocabulary, tokens_key))
-        how: dict[str, Any] = {
-            "device": device,
-            "precision": "float32",
-            "token_budget": token_budget,
-            "progress": progress,
-        }
-        sums, counts = gene_sums(chosen.network, tokens, codes, len(groups), layer, **how)
-        values, by_group = mean_of(sums.sum(axis=0), counts.sum(axis=0)), mean_of(sums, counts)[:-1].swapaxes(0, 1)
+        how: dict[str, Any] = {"device": device, "precision": "float32", "token_budget": token_budget}
+        states = hidden_states(chosen.network, tokens, progress=progress, **how)
+        sums, counts = sums_by_gene(states, codes, len(groups), len(columns))
+        values, n_cells = mean_of(sums.sum(axis=0), counts.sum(axis=0)), counts.sum(axis=0)
     else:
         values = fixed_gene_vectors(chosen, vectors)
     target = copied(adata) if copy else adata
-    write(target, "varm", key, _by_column(values, columns, target.n_vars))
-    grouped = None if groupby is None else _by_column(by_group, columns, target.n_vars)
+
+    def by_column(of_genes: np.ndarray) -> np.ndarray:
+        result = np.full((target.n_vars, *of_genes.shape[1:]), np.nan, dtype=np.float32)
+        result[columns[columns >= 0]] = of_genes[columns >= 0]
+        return result
+
+    write(target, "varm", key, by_column(values))
+    grouped = None if groupby is None else by_column(mean_of(sums, counts)[:-1].swapaxes(0, 1))
     write(target, "varm", f"{key}_groups", grouped)
     if vectors == "context":
-        of_columns = _by_column(counts.sum(axis=0)[:, None], columns, target.n_vars)[:, 0]
-        write(target, "var", _keys.N_CELLS, np.nan_to_num(of_columns).astype(np.int64))
-    about = {"model": chosen.fingerprint, "vectors": vectors, "layer": layer, "groupby": groupby, "groups": groups}
+        write(target, "var", _keys.N_CELLS, np.nan_to_num(by_column(n_cells)).astype(np.int64))
+    about = {"model": chosen.fingerprint, "vectors": vectors, "groupby": groupby, "groups": groups}
     write_uns(target, key, json.dumps(about))
     return target if copy else None
 
@@ -160,53 +165,313 @@ def embed_phenotypes(model: Model | str | os.PathLike[str]) -> pd.DataFrame:
     ['G1', 'G2M', 'S']
     """
     chosen = resolve_model(model)
-    slots = [slot for slot in chosen.vocabulary.phenotypes if slot.values]
-    if not slots:
-        raise ScbinInputError("M06", "this model reads no phenotypes. Tokenize with phenotypes=[...] and pretrain.")
     table = chosen.network.backbone.tables()[0].detach().cpu().numpy()
-    rows = [(slot.name, value, slot.first_id + k) for slot in slots for k, value in enumerate(slot.values)]
-    index = pd.MultiIndex.from_tuples([row[:2] for row in rows], names=["phenotype", "value"])
-    return pd.DataFrame(table[[row[2] for row in rows]], index=index)
+    slots = chosen.vocabulary.phenotypes
+    rows = {(slot.name, value): table[slot.first_id + k] for slot in slots for k, value in enumerate(slot.values)}
+    if not rows:
+        raise ScbinInputError("M06", "this model reads no phenotypes. Tokenize with phenotypes=[...] and pretrain.")
+    return pd.DataFrame(list(rows.values()), index=pd.MultiIndex.from_tuples(rows, names=["phenotype", "value"]))
+
+
+@_docs.shared
+@checked
+def gene_network(
+    adata: AnnData,
+    model: Model | str | os.PathLike[str] | None = None,
+    *,
+    method: Literal["covariance", "effect", "similarity", "attention"] = "covariance",
+    groupby: str | None = None,
+    n_edges: int | None = 50,
+    tokens_key: str | None = None,
+    device: str = "auto",
+    token_budget: int = 32_768,
+    progress: bool = True,
+    key_added: str | None = None,
+    copy: bool = False,
+) -> AnnData | None:
+    """Draw a network of genes from a model: genes that it expects together, that act on each other in it, or look alike to it.
+
+    None of them is regulation. Against known targets of transcription factors all are close to plain co-expression; the page on
+    knowledge has the numbers.
+
+    Parameters
+    ----------
+    {tokenized}
+    {model}
+    method
+        `"covariance"`: how what the model expects of both genes varies together over the cells, co-expression without the noise of
+        counting. `"effect"`: by how much the presence of a gene in a cell raises what the model expects of each other gene, the mean
+        over the cells that express it; from gradients, so the effect of a little more of it. Both in log1p counts per 10,000.
+        `"similarity"`: the cosine of the vectors of both genes less the mean over all genes: of the loadings of the count head, or of mean
+        hidden states where there is none or a `groupby`. `"attention"`: how much the other gene's token attends to it in the last layer, the
+        mean over the cells that express both; for models with a BERT.
+    groupby
+        Column of `obs`: a network for each group of cells.
+    n_edges
+        Keep so many edges from each gene, the strongest; 0 or `None` keeps all.
+    {reading}
+    {key_added}
+    {copy}
+
+    Returns
+    -------
+    {returns_copy}
+
+    `adata.varp["scbin_network"]`
+        CSR float32 (genes, genes), from the gene in the row to the gene in the column. With `groupby` there is one for each group,
+        `"scbin_network_0"` and so on; :func:`scbin.get.network_df` reads them by name.
+    `adata.uns["scbin"]["scbin_network"]`
+        How it was made, and the names of the groups in order, as JSON.
+
+    Raises
+    ------
+    ScbinInputError
+        If the model cannot tell: attention needs a BERT, covariance and effects a count head and tokens that say how much. Nothing is
+        written then.
+
+    Examples
+    --------
+    >>> import scbin
+    >>> adata = scbin.datasets.pbmc68k_reduced()[:200].copy()
+    >>> scbin.pp.tokenize(adata)
+    >>> model = scbin.tl.pretrain(adata, preset="tiny", max_steps=2, progress=False)
+    >>> scbin.tl.gene_network(adata, model, n_edges=5, progress=False)
+    >>> scbin.get.network_df(adata).columns.tolist()
+    ['source', 'target', 'weight']
+    """
+    check_adata(adata)
+    key = _keys.NETWORK if key_added is None else key_added
+    codes, groups = groups_of(adata, groupby)
+    slots = [key] if groupby is None else [f"{key}_{k}" for k in range(len(groups))]
+    for slot in slots:
+        check_writable(adata, "varp", slot)
+    chosen = resolve_model(model, adata)
+    tokens: Any = MaskedPhenotypes(read_tokens(adata, chosen.vocabulary, tokens_key))
+    how: dict[str, Any] = {"device": device, "precision": "float32", "token_budget": token_budget, "progress": progress}
+    n_groups, n_genes = len(slots), len(chosen.vocabulary.genes)
+    found: Any
+    if method == "covariance":
+        found = [np.cov(each.T) for each in expected_logs(chosen, tokens, codes, n_groups, **how)]
+    elif method == "effect":
+        logs = expected_logs(chosen, tokens, codes, n_groups, **how)
+        steepness = np.stack([-np.expm1(-each).mean(axis=0) for each in logs])  # of log1p counts by log counts
+        slopes = mean_of(*sums_by_gene(presence_slopes(chosen.network, tokens, **how), codes, n_groups, n_genes))[:-1]
+        found = slopes @ fixed_gene_vectors(chosen, "loadings").T * steepness[:, None]
+    elif method == "attention":
+        found = mean_attention(chosen.network, tokens, codes, n_groups, **how)
+    elif chosen.network.counts is not None and groupby is None:
+        found = [cosines(fixed_gene_vectors(chosen, "loadings"))]
+    else:
+        states = hidden_states(chosen.network, tokens, **how)
+        found = [cosines(each) for each in mean_of(*sums_by_gene(states, codes, n_groups, n_genes))[:-1]]
+    columns = gene_names(adata, chosen.vocabulary).columns
+    target = copied(adata) if copy else adata
+    for slot, weights in zip(slots, found, strict=True):
+        write(target, "varp", slot, strongest(weights, columns, target.n_vars, n_edges))
+    about = {"model": chosen.fingerprint, "method": method, "groupby": groupby, "groups": groups, "n_edges": n_edges}
+    write_uns(target, key, json.dumps(about))
+    return target if copy else None
+
+
+@_docs.shared
+@checked
+def attention(
+    adata: AnnData,
+    model: Model | str | os.PathLike[str] | None = None,
+    *,
+    cells: Sequence[int | str],
+    layer: int = -1,
+    head: int | None = None,
+    tokens_key: str | None = None,
+    device: str = "auto",
+    token_budget: int = 32_768,
+) -> list[sparse.csr_matrix]:
+    """Return the attention among the genes of some cells, of a model with a BERT.
+
+    It is what the network reads, not how genes regulate each other: see what networks by attention are worth before you interpret it.
+
+    Parameters
+    ----------
+    {tokenized}
+    {model}
+    cells
+        Which cells, by number or name.
+    layer
+        Of which layer, from 1; -1 is the last.
+    head
+        Of which head, from 0. Default: the mean over all heads.
+    {tokens_key}
+    {device}
+    {token_budget}
+
+    Returns
+    -------
+    For each cell a CSR matrix (genes, genes) by the columns of `adata`: in row i, how the token of gene i shares its attention out among
+    the genes of the cell. What goes to `[CLS]` and other control tokens is left out, so that rows sum to less than 1. For means over groups
+    of cells see :func:`scbin.tl.gene_network`.
+
+    Raises
+    ------
+    ScbinInputError
+        If the backbone is no BERT, or has no such layer or head.
+
+    Examples
+    --------
+    >>> import scbin
+    >>> adata = scbin.datasets.pbmc68k_reduced()[:50].copy()
+    >>> scbin.pp.tokenize(adata)
+    >>> model = scbin.tl.pretrain(adata, backbone="bert", preset="tiny", max_steps=1, progress=False)
+    >>> [matrix.shape for matrix in scbin.tl.attention(adata, model, cells=[0, 7])]
+    [(765, 765), (765, 765)]
+    """
+    check_adata(adata)
+    chosen = resolve_model(model, adata)
+    tokens: Any = MaskedPhenotypes(read_tokens(adata, chosen.vocabulary, tokens_key))
+    rows = [cell_number(cell, tokens) for cell in cells]
+    columns, shape = gene_names(adata, chosen.vocabulary).columns, (adata.n_vars, adata.n_vars)
+    found = dict.fromkeys(rows, sparse.csr_matrix(shape, dtype=np.float32))
+    how: dict[str, Any] = {"device": device, "precision": "float32", "token_budget": token_budget}
+    for cell, genes, weights in attention_of(chosen.network, tokens, np.unique(rows), layer, head, **how):
+        here = columns[genes] >= 0
+        at = np.meshgrid(columns[genes][here], columns[genes][here], indexing="ij")
+        found[cell] = sparse.csr_matrix((weights[here][:, here].ravel(), (at[0].ravel(), at[1].ravel())), shape)
+    return [found[row] for row in rows]
+
+
+@_docs.shared
+@checked
+def gene_association(
+    adata: AnnData,
+    model: Model | str | os.PathLike[str] | None = None,
+    *,
+    groupby: str,
+    groups: str | Sequence[str] | None = None,
+    reference: str = "rest",
+    donor_key: str | None = None,
+    tokens_key: str | None = None,
+    device: str = "auto",
+    token_budget: int = 32_768,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Ask the model which genes go with a phenotype: log fold changes of the counts it expects of groups of cells.
+
+    The model places every cell by all its genes, and its count head says how much of each gene such a cell expresses. That is smoother
+    than the counts: worth a look for groups of few cells and for genes of few counts. The plain fold change stands beside it.
+
+    Parameters
+    ----------
+    {tokenized}
+    {model}
+    groupby
+        Column of `obs`: cell types, a disease, a treatment.
+    groups
+        Which of its groups. Default: all.
+    reference
+        What they are compared with: `"rest"`, all other cells, or one group.
+    donor_key
+        Column of `obs` with donors: these are then what is counted, not cells. Where three donors or more have cells on both sides, each is
+        compared with itself. Without it cells are taken for independent, and intervals are too narrow for any claim about people.
+    {reading}
+
+    Returns
+    -------
+    A table with a row per group and gene, the largest change first: `log_fold_change` (to base 2), its 95 % interval `lower` and `upper`,
+    `p_value` (Welch's t test, or the paired one) and `fdr` (Benjamini-Hochberg in each group), `plain_log_fold_change` of the mean
+    counts per 10,000, and `n`, `n_reference` and `unit`, what was counted: donors, or cells, of which 5,000 on a side are enough. Nothing
+    is written.
+
+    Raises
+    ------
+    ScbinInputError
+        If the model has no count head, or fewer than two cells or donors are on a side.
+
+    Examples
+    --------
+    >>> import scbin
+    >>> adata = scbin.datasets.pbmc68k_reduced()[:300].copy()
+    >>> scbin.pp.tokenize(adata)
+    >>> model = scbin.tl.pretrain(adata, preset="tiny", max_steps=60, progress=False)
+    >>> table = scbin.tl.gene_association(adata, model, groupby="bulk_labels", groups="CD19+ B", progress=False)
+    >>> "CD79A" in set(table["gene"][:20])
+    True
+    """
+    check_adata(adata)
+    chosen = resolve_model(model, adata)
+    head = count_head(chosen, "Pretrain one: scbin.tl.pretrain(adata).")
+    tokens: Any = MaskedPhenotypes(read_tokens(adata, chosen.vocabulary, tokens_key))
+    codes, names = groups_of(adata, groupby)
+    asked = names if groups is None else [groups] if isinstance(groups, str) else list(groups)
+    if unknown := sorted({*asked, reference} - {*names, "rest"}):
+        raise ScbinInputError("A06", f"{unknown[0]!r} is no group of obs[{groupby!r}]. There are: {', '.join(names)}.")
+    donors = np.arange(adata.n_obs) if donor_key is None else pd.factorize(read_obs(adata, donor_key))[0]
+    usable = (tokens.lengths > 0) & (codes >= 0) & (donors >= 0)
+    how: dict[str, Any] = {"device": device, "precision": "float32", "token_budget": token_budget, "progress": progress}
+    vectors, tables = embed_tokens(chosen.network, tokens, **how), []
+    for name in (name for name in asked if name != reference):
+        here = codes == names.index(name)
+        there = ~here if reference == "rest" else codes == names.index(reference)
+        sides = [np.flatnonzero(usable & side) for side in (here, there)]
+        units = [_units(vectors[side], donors[side], donor_key is not None) for side in sides]
+        if min(map(len, units)) < 2:
+            found = f"{len(units[0])} and {len(units[1])} {'cells' if donor_key is None else 'donors'}"
+            raise ScbinInputError("P02", f"{name!r} and {reference!r} have {found}; two on each side are needed.")
+        both = units[0].index.intersection(units[1].index)
+        paired = donor_key is not None and len(both) >= 3
+        units = [unit.loc[both] for unit in units] if paired else units
+        shares = [expected_shares(head, torch.from_numpy(unit.to_numpy(dtype=np.float32))) for unit in units]
+        logs = [np.log2(DEPTH * share + PSEUDOCOUNT) for share in shares]
+        test: Any = stats.ttest_rel(*logs) if paired else stats.ttest_ind(*logs, equal_var=False)
+        plain = [np.log2(log_expression(tokens, side).expm1().mean(axis=0) + PSEUDOCOUNT) for side in sides]
+        columns = {"group": name, "gene": np.array(gene_names(adata, chosen.vocabulary).names, dtype=object)}
+        columns |= {"log_fold_change": logs[0].mean(axis=0) - logs[1].mean(axis=0)}
+        columns |= dict(zip(("lower", "upper"), test.confidence_interval(), strict=True))
+        columns |= {"p_value": test.pvalue, "fdr": false_discovery_rates(test.pvalue)}
+        columns |= {"plain_log_fold_change": np.asarray(plain[0] - plain[1]).ravel()}
+        unit = "cell" if donor_key is None else "paired donor" if paired else "donor"
+        table = pd.DataFrame({**columns, "n": len(units[0]), "n_reference": len(units[1]), "unit": unit})
+        tables.append(table.sort_values("log_fold_change", ascending=False, kind="stable"))
+    return pd.concat(tables, ignore_index=True)
 
 
 # ---- below ----------------------------------------------------------------------------------------------------------
 
 
 def groups_of(adata: AnnData, groupby: str | None) -> tuple[np.ndarray, list[str]]:
-    """Return the group of each cell (cells,), -1 where it has none, and the names of the groups."""
-    codes = np.full(adata.n_obs, -1)
+    """Return the group of each cell (cells,), -1 where it has none, and the names of the groups; 0 and no names without `groupby`."""
     if groupby is None:
-        return codes, []
-    labels = read_obs(adata, groupby)
-    known = labels.notna().to_numpy()
-    names, codes[known] = np.unique(labels[known].astype(str), return_inverse=True)
-    return codes, names.tolist()
+        return np.zeros(adata.n_obs, dtype=np.int64), []
+    codes, names = pd.factorize(read_obs(adata, groupby).astype(object).map(str, na_action="ignore"), sort=True)
+    return codes, list(names)
 
 
-def gene_sums(
-    network: CellNetwork, tokens: Tokens, codes: np.ndarray, n_groups: int, layer: int | None = None, **how: Any
+def hidden_states(network: CellNetwork, tokens: Tokens, **how: Any) -> Iterator[tuple[Tensor, np.ndarray, np.ndarray]]:
+    """Yield the hidden states of tokens of genes (n, hidden), their genes and their cells (n,)."""
+    for pack, hidden in run(network, tokens, layer=network.gene_layer, label="embedding genes", **how):
+        at, genes, cells = gene_tokens(pack, tokens.vocabulary)
+        yield hidden[torch.from_numpy(at).to(hidden.device)], genes, cells
+
+
+def sums_by_gene(
+    parts: Iterable[tuple[Tensor, np.ndarray, np.ndarray]], codes: np.ndarray, n_groups: int, n_genes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return sums of the hidden states of each gene's token by group of cells (groups + 1, genes, hidden), and how many there are.
+    """Return sums of vectors by group of cells and gene (groups + 1, genes, size), and how many there are.
 
     The last group are the cells without one.
     """
-    vocabulary, n_genes = tokens.vocabulary, len(tokens.vocabulary.genes)
-    sums = torch.zeros((n_groups + 1) * n_genes, network.backbone.hidden_size, dtype=torch.float64)
-    counts = np.zeros(len(sums), dtype=np.int64)
-    own: Any = network.vector.layer or -1
-    for pack, hidden in run(network, tokens, layer=own if layer is None else layer, label="embedding genes", **how):
-        at, genes, cell = gene_tokens(pack, vocabulary)
-        place = genes + (codes[cell] % (n_groups + 1)) * n_genes
-        sums.index_add_(0, torch.from_numpy(place), hidden[torch.from_numpy(at).to(hidden.device)].cpu().double())
+    sums, counts = torch.zeros(0, 0), np.zeros((n_groups + 1) * n_genes, dtype=np.int64)
+    for vectors, genes, cells in parts:
+        if not len(sums):
+            sums = torch.zeros(len(counts), vectors.shape[1], dtype=torch.float64)
+        place = genes + codes[cells] % (n_groups + 1) * n_genes
+        sums.index_add_(0, torch.from_numpy(place), vectors.cpu().double())
         counts += np.bincount(place, minlength=len(counts))
     return sums.numpy().reshape(n_groups + 1, n_genes, -1), counts.reshape(n_groups + 1, n_genes)
 
 
-def mean_gene_vectors(
-    network: CellNetwork, tokens: Tokens, layer: int | None = None, **how: Any
-) -> tuple[np.ndarray, np.ndarray]:
+def mean_gene_vectors(network: CellNetwork, tokens: Tokens, **how: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean hidden state of each gene's token over the cells that express it (genes, hidden), and their number (genes,)."""
-    sums, counts = gene_sums(network, tokens, np.zeros(tokens.n_cells, dtype=np.int64), 0, layer, **how)
+    states, codes = hidden_states(network, tokens, **how), np.zeros(tokens.n_cells, dtype=np.int64)
+    sums, counts = sums_by_gene(states, codes, 0, len(tokens.vocabulary.genes))
     return mean_of(sums[0], counts[0]), counts[0]
 
 
@@ -218,25 +483,109 @@ def mean_of(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def fixed_gene_vectors(model: Model, vectors: str) -> np.ndarray:
     """Return the vectors of genes that are the same in every cell (genes, size)."""
     network, vocabulary = model.network, model.vocabulary
-    n_genes = np.arange(len(vocabulary.genes))
     if vectors == "loadings":
-        head: Any = network.counts
-        if head is None:
+        if network.counts is None:
             raise ScbinInputError("M06", "this model has no count head, so genes have no loadings. Take 'context'.")
-        return (head.loadings * head.scale).detach().cpu().numpy()
+        return (network.counts.loadings * network.counts.scale).detach().cpu().numpy()
     ids, places = (table.detach().cpu().numpy() for table in network.backbone.tables())
-    return places[vocabulary.gene_positions] if vocabulary.position_is_gene else ids[vocabulary.first_gene_id + n_genes]
+    by_position, n_genes = vocabulary.position_is_gene, len(vocabulary.genes)
+    return places[vocabulary.gene_positions] if by_position else ids[vocabulary.first_gene_id :][:n_genes]
 
 
-def unit_vectors(vectors: np.ndarray) -> np.ndarray:
-    """Return vectors of genes (genes, size) less their mean, of length 1; NaN stays."""
-    centred = np.asarray(vectors, dtype=np.float64)
-    centred = centred - np.nanmean(centred, axis=0) if np.isfinite(centred).any() else centred
-    return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
-
-
-def _by_column(values: np.ndarray, columns: np.ndarray, n_vars: int) -> np.ndarray:
-    """Return values of the genes of a model (genes, ...) by column of adata (vars, ...), NaN where there is none."""
-    result = np.full((n_vars, *values.shape[1:]), np.nan, dtype=np.float32)
-    result[columns[columns >= 0]] = values[columns >= 0]
+def expected_logs(model: Model, tokens: Tokens, codes: np.ndarray, n_groups: int, **how: Any) -> list[np.ndarray]:
+    """Return the log1p counts per 10,000 that the model expects of cells of each group (cells, genes), of 5,000 at most."""
+    head, result = count_head(model, "Take another method, or tokenize as 'bins' and pretrain."), []
+    for group in range(n_groups):
+        cells = np.flatnonzero((codes == group) & (tokens.lengths > 0))
+        if len(cells) < FEWEST:
+            raise ScbinInputError("P02", f"a group has {len(cells)} cells with tokens; {FEWEST} are needed.")
+        cells = cells[:: -(-len(cells) // MOST_CELLS)]
+        vectors = embed_tokens(model.network, tokens, rows=cells, **how)[cells]
+        result.append(np.log1p(DEPTH * expected_shares(head, torch.from_numpy(vectors))))
     return result
+
+
+def presence_slopes(
+    network: CellNetwork, tokens: Tokens, *, device: str, precision: Precision, token_budget: int, progress: bool
+) -> Iterator[tuple[Tensor, np.ndarray, np.ndarray]]:
+    """Yield by how much tokens of genes move the vector of their cell, to first order (n, size), their genes and their cells (n,).
+
+    A gate on a token, 1 there and 0 away, scales its expression and the attention that it gets; this is the slope at 1.
+    """
+    vector = network.vector
+    with at_rest(network):
+        runner = Runner(network, device, precision)
+        for cells in tqdm(plan_packs(tokens.lengths, token_budget), desc="genes", unit="pack", disable=not progress):
+            pack = pack_rows(tokens.take(cells), cells, runner.device)
+            gates = torch.zeros(pack.n_tokens, device=runner.device, requires_grad=True)  # logarithms
+            with torch.enable_grad():
+                z = vector(runner(pack, vector.layer, gates=gates).float(), pack, gates=gates).float()
+                slopes = [torch.autograd.grad(each, gates, retain_graph=True)[0] for each in z.sum(dim=0)]
+            at, genes, of_cells = gene_tokens(pack, tokens.vocabulary)
+            yield torch.stack(slopes, dim=1).cpu()[torch.from_numpy(at)], genes, of_cells
+
+
+def attention_of(
+    network: CellNetwork, tokens: Tokens, rows: np.ndarray, layer: int = -1, head: int | None = None, **how: Any
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield cells with their genes (n,) and the attention among these (n, n) float32, query by key; cells without tokens are left out."""
+    backbone, vocabulary = network.backbone, tokens.vocabulary
+    if not isinstance(backbone, BertBackbone):
+        found = f"this model's backbone is {backbone.kind!r}, in which no gene attends to another"
+        raise ScbinInputError("M04", f"{found}. Pretrain with backbone='bert', or load a published BERT.")
+    number, n_heads = layer_number(layer, backbone.n_layers), backbone.bert.config.num_attention_heads
+    if number < 1 or (head is not None and not 0 <= head < n_heads):
+        found = f"there are layers 1 to {backbone.n_layers} and heads 0 to {n_heads - 1}"
+        raise ScbinInputError("A02", f"layer={layer}, head={head}: {found}.")
+    layers: Any = backbone.bert.bert.encoder.layer
+    own = layers[number - 1].attention.self
+    for pack, hidden in run(network, tokens, rows=rows, layer=number - 1, label="reading attention", **how):
+        ids, positions = pack.input_ids.cpu().numpy(), pack.position_ids.cpu().numpy()
+        parts = (linear(hidden.float()) for linear in (own.query, own.key))  # without gradients, as `run` is
+        query, key = (part.unflatten(-1, (n_heads, -1)).swapaxes(0, 1) for part in parts)  # (heads, T, d)
+        stops = np.cumsum(pack.layout.lengths)
+        for cell, start, stop in zip(pack.cells.tolist(), stops - pack.layout.lengths, stops, strict=True):
+            at = start + np.flatnonzero(vocabulary.is_gene_token(ids[start:stop]))
+            genes = torch.from_numpy(at).to(query.device)
+            scores = query[:, genes] @ key[:, start:stop].mT * query.shape[-1] ** -0.5
+            weights = scores.softmax(dim=-1)[..., genes - start]
+            chosen = weights.mean(dim=0) if head is None else weights[head]
+            yield cell, vocabulary.genes_at(ids[at], positions[at]), chosen.cpu().numpy()
+
+
+def mean_attention(
+    network: CellNetwork, tokens: Tokens, codes: np.ndarray, n_groups: int, *, progress: bool, **how: Any
+) -> np.ndarray:
+    """Return the mean attention to each gene (rows) of each other (columns) by group (groups, genes, genes); NaN: never together."""
+    n_genes, rows = len(tokens.vocabulary.genes), np.flatnonzero(codes >= 0)
+    sums, counts = np.zeros((2, n_groups, n_genes, n_genes), dtype=np.float32)
+    found = attention_of(network, tokens, rows, **how)
+    for cell, genes, weights in tqdm(found, total=len(rows), desc="attention", unit="cell", disable=not progress):
+        sums[codes[cell]][np.ix_(genes, genes)] += weights.T
+        counts[codes[cell]][np.ix_(genes, genes)] += 1
+    return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+
+
+def cosines(vectors: np.ndarray) -> np.ndarray:
+    """Return the cosines between vectors of genes (genes, size) less their mean; NaN for genes without one."""
+    centred = vectors.astype(np.float64) - np.nanmean(vectors, axis=0, dtype=np.float64)
+    unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+    return unit @ unit.T
+
+
+def strongest(weights: np.ndarray, columns: np.ndarray, n_vars: int, n_edges: int | None) -> sparse.csr_matrix:
+    """Return the strongest edges of each gene (genes, genes) by column of adata; none to itself, none that is NaN."""
+    here = np.flatnonzero(columns >= 0)
+    weights = np.nan_to_num(weights[np.ix_(here, here)].astype(np.float32))
+    np.fill_diagonal(weights, 0)
+    if n_edges is not None and 0 < n_edges < len(here):
+        least = np.partition(np.abs(weights), len(here) - n_edges, axis=1)[:, len(here) - n_edges]
+        weights[np.abs(weights) < least[:, None]] = 0
+    row, column = np.nonzero(weights)
+    return sparse.csr_matrix((weights[row, column], (columns[here][row], columns[here][column])), (n_vars, n_vars))
+
+
+def _units(vectors: np.ndarray, donors: np.ndarray, by_donor: bool) -> pd.DataFrame:
+    """Return the vectors of what is counted: the means of donors, or cells, at most 5,000."""
+    frame = pd.DataFrame(vectors, index=donors)
+    return frame.groupby(level=0).mean() if by_donor else frame.iloc[some_of(len(frame), MOST_CELLS, 0)]

@@ -13,7 +13,7 @@ from scipy.stats import nbinom
 from scbin._errors import ScbinInputError
 from scbin.nn.counts import CountHead
 from scbin.nn.embedding import log_normalised, token_expression
-from scbin.nn.run import run
+from scbin.nn.run import embed, run
 from scbin.tl._leakage import cell_hashes
 from scbin.tl._metrics import gene_scores
 from scbin.tokens.tokens import MemoryTokens
@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from scbin.tokens.tokens import Tokens
     from scbin.tokens.vocabulary import Vocabulary
 
-GENES = "genes"
-_MOST_CELLS, _AT_ONCE, _TOKENS = 2_000, 200_000, 4_096
+GENE_MASK = 0.15
+_MOST_CELLS, _TOKENS = 2_000, 4_096
 _MASKS, _POSITIONS = 21, 2**20  # a stream of random numbers of its own; more than a row has positions
-_COMPONENTS, _CELLS_PER_COMPONENT, _PRIOR, _STEPS = 30, 20, 20.0, 30  # precision of the loadings' prior; steps of LBFGS
+_COMPONENTS, _CELLS_PER_COMPONENT, _PRIOR = 30, 20, 20.0  # the last is the precision of the loadings' prior
+_DENSE, _NEWTON = 2**21, 12  # counts that dispersions are fitted to; steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,6 @@ class MaskedCells:
     keys: np.ndarray  # (M,) its gene, or where positions are ranks its rank
     levels: np.ndarray  # (M,) the bin that stood there, or the gene
     starts: np.ndarray  # (M,) first token id of its group
-    n_levels: int
 
     def visible(self) -> csr_matrix:
         """Return the expression of the genes that are not masked (cells, genes)."""
@@ -55,55 +55,76 @@ def mask_cells(tokens: Tokens, cells: np.ndarray, fraction: float, seed: int) ->
     items = (cell_hashes(rows, vocabulary)[owner] % np.uint64(2**40)).astype(np.int64) * _POSITIONS + rows.indices
     drawn = hash_uniform(np.uint64(random_key(seed, EVALUATION)), items, _MASKS) < fraction
     at = np.flatnonzero(drawn & vocabulary.is_gene_token(rows.data))
-    keys, levels, starts, n_levels = _levels_of(rows.indices[at], rows.data[at], vocabulary)
     masked = rows.copy()
     masked.data[at] = vocabulary.mask_id
-    return MaskedCells(MemoryTokens(masked, vocabulary), owner[at], keys, levels, starts, n_levels)
+    return MaskedCells(
+        MemoryTokens(masked, vocabulary), owner[at], *_levels_of(rows.indices[at], rows.data[at], vocabulary)
+    )
 
 
-def _levels_of(positions: np.ndarray, ids: np.ndarray, vocabulary: Vocabulary) -> tuple[Any, ...]:
-    """Return which gene (or rank) some tokens are about, at which level, where their group starts, and its size."""
+def _levels_of(positions: np.ndarray, ids: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, ...]:
+    """Return which gene (or rank) some tokens are about, at which level, and where their group starts."""
     positions = positions.astype(np.int64)
     starts = np.asarray(vocabulary.group_start)[positions].astype(np.int64)
-    sizes = np.asarray(vocabulary.group_stop)[positions] - starts
-    return positions - int(vocabulary.gene_positions[0]), ids - starts, starts, sizes.max(initial=1)
+    return positions - int(vocabulary.gene_positions[0]), ids - starts, starts
 
 
 def score_masked_genes(
-    model: Model, tokens: Tokens, train: np.ndarray, test: np.ndarray, fraction: float, seed: int, **options: Any
+    model: Model, tokens: Tokens, train: np.ndarray, test: np.ndarray, seed: int, **options: Any
 ) -> dict[str, dict[str, float]]:
     """Return the scores of the model and of simple models on masked genes of test cells, by method.
 
     All hear of the visible genes alone, and of masked genes that they are expressed (where zeros have no tokens).
     """
-    generator, vocabulary, head = np.random.default_rng(seed), tokens.vocabulary, model.network.counts
+    generator, vocabulary = np.random.default_rng(seed), tokens.vocabulary
     train, test = (np.sort(generator.permutation(part)[:_MOST_CELLS]) for part in (train, test))
-    asked = mask_cells(tokens, test, fraction, seed)
+    learned, asked = (mask_cells(tokens, part, GENE_MASK, seed) for part in (train, test))
     if not len(asked.levels):
-        raise ScbinInputError("P02", "no gene of a test cell was masked; take more cells or a larger gene_mask.")
-    learned, counts = mask_cells(tokens, train, fraction, seed), vocabulary.unit == "counts"
-    by_rank = "gene" if vocabulary.unit != "order" else "rank"
-    found = {"scbin": (_by_counts if counts and head is not None else _by_logits)(model, asked, options)}
-    found[f"most frequent per {by_rank}"] = _frequencies(tokens.take(train).tocsr(), asked)
-    if counts:
-        matrix = token_expression(tokens.take(train), vocabulary)
-        found["gene x depth"] = _depth_model(matrix, learned, asked, 0, seed)
-        found["gene x depth x PCA scores"] = _depth_model(matrix, learned, asked, _COMPONENTS, seed)
-    return {method: gene_scores(asked.levels, best, logs) for method, (best, logs) in found.items()}
+        raise ScbinInputError("P02", "no gene of a test cell was masked; take more cells.")
+    head: Any = model.network.counts
+    by_rank = "rank" if vocabulary.unit == "order" else "gene"
+    simple = {f"most frequent per {by_rank}": _frequencies(tokens.take(train), asked)}
+    if vocabulary.unit == "counts":
+        counts = token_expression(tokens.take(train), vocabulary)
+        simple["gene x depth"] = _depth_model(counts, learned, asked, 0, seed)
+        simple["gene x depth x PCA scores"] = _depth_model(counts, learned, asked, _COMPONENTS, seed)
+    if vocabulary.unit == "counts" and head is not None:
+        own = _by_head(head, torch.from_numpy(embed(model.network, asked.tokens, **options)), asked)
+    else:
+        own = _by_logits(model, asked, options)
+    return {method: gene_scores(asked.levels, *found) for method, found in {"scbin": own, **simple}.items()}
+
+
+def fit_dispersion(
+    network: Any, tokens: Tokens, cells: np.ndarray, batches: np.ndarray | None, *, seed: int, device: str
+) -> None:
+    """Fit how far the counts of every gene spread around what a cell's other genes predict; it hardly moves in training."""
+    rng, head = np.random.default_rng(seed), network.counts
+    cells = np.sort(rng.permutation(cells)[: max(_DENSE // len(tokens.vocabulary.genes), 50)])
+    masked, counts = mask_cells(tokens, cells, 0.5, seed), token_expression(tokens.take(cells), tokens.vocabulary)
+    asked = (counts.toarray() == 0) & (rng.random(counts.shape) < 0.5)  # of the zeros as many
+    asked[masked.rows, masked.keys] = True
+    vectors = torch.from_numpy(embed(network, masked.tokens, device=device, precision="float32"))
+    log_depth, rows, genes, values = _molecules(counts)
+    asked, own, start = torch.from_numpy(asked), head.log_dispersion, head.log_dispersion.detach().clone()
+    molecules = [each[asked[rows, genes]] for each in (rows, genes, values)]
+    log_mean = head.log_mean(vectors, log_depth, None if batches is None else torch.from_numpy(batches[cells])).detach()
+    for _ in range(_NEWTON):  # every gene by itself
+        loss = (own - start).square().sum() / 2 - head.log_likelihood(log_mean, *molecules, asked).sum()
+        (slope,) = torch.autograd.grad(loss, own, create_graph=True)
+        (bend,) = torch.autograd.grad(slope.sum(), own)
+        own.data -= (slope.detach() / bend.abs().clamp_min(1)).clamp(-1, 1)
+    own.data.clamp_(-5, 7)
+
+
+def _molecules(counts: csr_matrix) -> tuple[torch.Tensor, ...]:
+    """Return the log depth of each cell (cells,), and row, gene and value of each count."""
+    depth = np.maximum(np.asarray(counts.sum(axis=1)).ravel(), 1)
+    at = (each.astype(np.int64) for each in counts.nonzero())
+    return tuple(torch.from_numpy(each) for each in (np.log(depth).astype(np.float32), *at, counts.data))
 
 
 # ---- methods: the most probable level of each masked token (M,), and the log probability of the true one (M,) ---------
-
-
-def _by_counts(model: Model, asked: MaskedCells, options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Ask the count head."""
-    network: Any = model.network
-    rates = np.zeros((asked.tokens.n_cells, len(asked.tokens.vocabulary.genes)), dtype=np.float32)
-    for pack, hidden in run(network, asked.tokens, layer=network.vector.layer, label="masked genes", **options):
-        with torch.inference_mode():
-            z = network.vector(hidden, pack)
-            rates[pack.cells] = network.counts.log_mean(z, z.new_zeros(len(z))).cpu().numpy()
-    return _levels(rates, network.counts.log_dispersion.detach().exp().cpu().numpy(), asked)
 
 
 def _by_logits(model: Model, asked: MaskedCells, options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -111,21 +132,19 @@ def _by_logits(model: Model, asked: MaskedCells, options: dict[str, Any]) -> tup
     backbone, vocabulary = model.network.backbone, model.vocabulary
     best, logs = np.zeros(len(asked.levels), dtype=np.int64), np.zeros(len(asked.levels))
     bounds = np.searchsorted(asked.rows, np.arange(asked.tokens.n_cells + 1))
+    n_levels = int((np.asarray(vocabulary.group_stop) - vocabulary.group_start)[vocabulary.gene_positions].max())
     options = {**options, "token_budget": _TOKENS}  # each of them may have as many logits as there are genes
-    drops_zeros = vocabulary.bins is not None and vocabulary.bins.zeros == "drop"
     for pack, hidden in run(model.network, asked.tokens, label="masked genes", **options):
         own = np.concatenate([np.arange(bounds[cell], bounds[cell + 1]) for cell in pack.cells])
         if not len(own):
             continue
         at_genes = torch.isin(pack.position_ids, torch.as_tensor(vocabulary.gene_positions, device=hidden.device))
-        states = hidden[(pack.input_ids == vocabulary.mask_id) & at_genes].float()
-        starts, n = asked.starts[own], asked.n_levels
-        differ, ids = (starts != starts[0]).any(), torch.from_numpy(starts[:, None] + np.arange(n)).to(hidden.device)
+        states, starts = hidden[(pack.input_ids == vocabulary.mask_id) & at_genes].float(), asked.starts[own]
+        first = int(starts[0])
+        ids = torch.from_numpy(starts[:, None] + np.arange(n_levels)).to(hidden.device) if np.ptp(starts) else None
         with torch.inference_mode():
-            logits = (
-                backbone.logits(states, int(starts[0]), int(starts[0]) + n, ids=ids if differ else None).float().cpu()
-            )
-            if drops_zeros:  # all masked genes are expressed
+            logits = backbone.logits(states, first, first + n_levels, ids=ids).float().cpu()
+            if vocabulary.bins is not None and vocabulary.bins.zeros == "drop":  # all masked genes are expressed
                 logits[:, 0] = -torch.inf
         scores = logits.log_softmax(dim=1).numpy()
         best[own], logs[own] = scores.argmax(axis=1), scores[np.arange(len(own)), asked.levels[own]]
@@ -134,17 +153,14 @@ def _by_logits(model: Model, asked: MaskedCells, options: dict[str, Any]) -> tup
 
 def _frequencies(rows: csr_matrix, asked: MaskedCells) -> tuple[np.ndarray, np.ndarray]:
     """Give each gene its most frequent bin in the training cells, or each rank its most frequent gene."""
-    vocabulary = asked.tokens.vocabulary
-    is_gene, positions = vocabulary.is_gene_token(rows.data), vocabulary.gene_positions
-    keys, levels, *_ = _levels_of(rows.indices[is_gene], rows.data[is_gene], vocabulary)
-    shape = (int(positions[-1] - positions[0]) + 1, asked.n_levels)
+    is_gene = asked.tokens.vocabulary.is_gene_token(rows.data)
+    keys, levels, _ = _levels_of(rows.indices[is_gene], rows.data[is_gene], asked.tokens.vocabulary)
+    shape = tuple(max(both[0].max(), both[1].max()) + 1 for both in ((keys, asked.keys), (levels, asked.levels)))
     table = csr_matrix((np.ones(len(keys)), (keys, levels)), shape=shape)
-    overall = np.asarray(table.sum(axis=0)).ravel() + 1e-9
-    overall /= overall.sum()
-    sizes = np.asarray(table.sum(axis=1)).ravel()
+    sizes, overall = np.asarray(table.sum(axis=1)).ravel(), np.asarray(table.sum(axis=0)).ravel() + 1e-9
     best = np.where(sizes > 0, np.asarray(table.argmax(axis=1)).ravel(), overall.argmax())
-    own = np.asarray(table[asked.keys, asked.levels]).ravel()
-    return best[asked.keys], np.log((own + overall[asked.levels]) / (sizes[asked.keys] + 1))  # one more, of the average
+    own = np.asarray(table[asked.keys, asked.levels]).ravel() + overall[asked.levels] / overall.sum()
+    return best[asked.keys], np.log(own / (sizes[asked.keys] + 1))  # one more, of the average
 
 
 def _depth_model(
@@ -157,54 +173,44 @@ def _depth_model(
         found = components(parts[0], max(1, min(rank, counts.shape[0] // _CELLS_PER_COMPONENT)), seed=seed)
         scores = [((part - found.means[0]) @ found.directions) / found.spreads for part in parts]
         before, after = (torch.from_numpy(np.asarray(each)).float() for each in scores)
-    depth = np.maximum(np.asarray(counts.sum(axis=1)).ravel(), 1)
     total = np.asarray(counts.sum(axis=0)).ravel() + 1e-2
     head = CountHead(counts.shape[1], before.shape[1])
     head.bias.data[0] = torch.from_numpy(np.log(total / total.sum()))
-    rows, genes = (torch.from_numpy(each.astype(np.int64)) for each in counts.nonzero())
-    values = torch.from_numpy(counts.data).float()
-    log_depth = torch.from_numpy(np.log(depth)).float()
+    log_depth, *molecules = _molecules(counts)
     learn = [head.bias, head.loadings, head.log_dispersion]
-    optimizer = torch.optim.LBFGS(learn, max_iter=_STEPS, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(learn, max_iter=30, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        likelihood = head.log_likelihood(head.log_mean(before, log_depth), rows, genes, values)
-        loss = -likelihood.mean() + _PRIOR / (2 * len(depth)) * head.loadings.square().sum()
+        likelihood = head.log_likelihood(head.log_mean(before, log_depth), *molecules)
+        loss = -likelihood.mean() + _PRIOR / (2 * len(before)) * head.loadings.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    with torch.no_grad():
-        rates = head.log_mean(after, torch.zeros(len(after))).numpy()
-        return _levels(rates, head.log_dispersion.clamp(-5, 7).exp().numpy(), asked)
+    head.log_dispersion.data.clamp_(-5, 7)
+    return _by_head(head, after, asked)
 
 
-def _levels(log_rates: np.ndarray, theta: np.ndarray, asked: MaskedCells) -> tuple[np.ndarray, np.ndarray]:
-    """Turn log rates (cells, genes) into the most probable level of each masked gene, under a negative binomial.
+def _by_head(head: CountHead, vectors: torch.Tensor, asked: MaskedCells) -> tuple[np.ndarray, np.ndarray]:
+    """Ask a count head, given the vectors of the cells (cells, size).
 
     The depth of a cell is that at which its visible genes are expected as often as they were seen.
     """
-    bins = asked.tokens.vocabulary.bins
-    if bins is None:
-        raise ScbinInputError("V02", "these tokens have no bins of counts.")
-    rates, visible = np.exp(log_rates), asked.visible()
+    bins: Any = asked.tokens.vocabulary.bins
+    with torch.inference_mode():
+        z = vectors.to(head.loadings.device)
+        rates = head.log_mean(z, z.new_zeros(len(z))).softmax(dim=1).cpu().numpy()  # up to depth
+        size = head.log_dispersion.exp().cpu().numpy().astype(np.float64)[asked.keys, None]
     shown = np.ones(rates.shape, dtype=bool)
     shown[asked.rows, asked.keys] = False
-    depth = np.asarray(visible.sum(axis=1)).ravel() / np.maximum((rates * shown).sum(axis=1), 1e-12)
-    mu = np.maximum(depth[asked.rows] * rates[asked.rows, asked.keys], 1e-8).astype(np.float64)
-    size = theta[asked.keys].astype(np.float64)
+    depth = np.asarray(asked.visible().sum(axis=1)).ravel() / np.maximum((rates * shown).sum(axis=1), 1e-12)
+    mu = np.maximum(depth[asked.rows] * rates[asked.rows, asked.keys], 1e-8).astype(np.float64)[:, None]
     # level k holds the counts from ceil(edge k - 1) to below ceil(edge k)
-    lower = np.ceil(np.asarray(bins.matrix, dtype=np.float64)[0])
-    best, logs = np.zeros(len(mu), dtype=np.int64), np.zeros(len(mu))
-    for first in range(0, len(mu), _AT_ONCE):
-        part = slice(first, first + _AT_ONCE)
-        n, p = size[part, None], size[part, None] / (size[part, None] + mu[part, None])
-        below = np.pad(nbinom.cdf(lower - 1, n, p), ((0, 0), (1, 1)), constant_values=((0, 0), (0, 1)))
-        probability = np.maximum(np.diff(below, axis=1), 1e-12)
-        if bins.zeros == "drop":
-            probability[:, 0] = 0
-        probability /= probability.sum(axis=1, keepdims=True)
-        best[part] = probability.argmax(axis=1)
-        logs[part] = np.log(np.maximum(probability[np.arange(len(probability)), asked.levels[part]], 1e-12))
-    return best, logs
+    below = nbinom.cdf(np.ceil(np.asarray(bins.matrix, dtype=np.float64)[0]) - 1, size, size / (size + mu))
+    probability = np.maximum(np.diff(below, axis=1, prepend=0, append=1), 1e-12)  # (M, levels)
+    if bins.zeros == "drop":
+        probability[:, 0] = 0
+    probability /= probability.sum(axis=1, keepdims=True)
+    true = probability[np.arange(len(probability)), asked.levels]
+    return probability.argmax(axis=1), np.log(np.maximum(true, 1e-12))

@@ -4,60 +4,57 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 from scipy import sparse
 
 from scbin import _docs, _keys
 from scbin._adata import check_adata, check_writable, copied, gene_names, read_obs, read_tokens, write
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError
-from scbin.model import resolve_model
+from scbin.model import count_head, resolve_model
 from scbin.nn.embedding import token_expression
 from scbin.nn.run import Runner, at_rest
+from scbin.tl import _perturb_statistics as judging
+from scbin.tl._by_file import in_memory
 from scbin.tl._edits import States, config, make_plan, perturbed_cells
-from scbin.tl._effects import Effects, Level, Measure, Method, affected_genes, in_column, means_of
+from scbin.tl._effects import Effects, Measure, Method, affected_genes, in_column, means_of
 from scbin.tl._embed import corrected
 from scbin.tl._labels import MaskedPhenotypes
-from scbin.tl._perturb_statistics import (
-    Statistics,
-    false_discovery_rates,
-    gene_statistics,
-    pair_statistics,
-    permutation_p_values,
-    permuted_means,
-)
+from scbin.tl._perturb_statistics import Statistics
 from scbin.tokens.edits import Edit, GeneRows
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
 
+    import pandas as pd
     from anndata import AnnData
 
+    from scbin.io.corpus import FileTokens, Paths
     from scbin.model import Model
     from scbin.tokens.edits import Mode
 
-CPU_PACK = 6_144  # tokens: a pack whose hidden states stay in the cache of a core is measured faster than a larger one
+PACK = 32_768  # tokens that go through the network at once
+CPU_PACK = 6_144  # on a CPU: where hidden states stay in the cache of a core it is measured faster
 
 
 @_docs.shared
+@in_memory
 @checked
 def perturb(
-    adata: AnnData,
+    adata: AnnData | FileTokens | Paths,
     model: Model | str | os.PathLike[str] | None = None,
     *,
     genes: str | Sequence[str] | Sequence[tuple[str, ...]] | None = None,
     mode: Mode | Mapping[str, Any] = "delete",
     each: bool = True,
     combine: int = 1,
-    anchor: str | Sequence[str] | None = None,
-    level: Level = "cell",
+    level: Literal["cell", "gene", "phenotype", "expression"] = "cell",
     states: Mapping[str, Any] | None = None,
-    groupby: str | None = None,
-    method: str | Mapping[str, Any] = "auto",
+    method: Method = "auto",
+    verify: float = 0.1,
     statistics: Statistics | Mapping[str, Any] | None = None,
     tokens_key: str | None = None,
     device: str = "auto",
@@ -74,7 +71,9 @@ def perturb(
 
     Parameters
     ----------
-    {tokenized}
+    adata
+        Tokenized cells, see :func:`scbin.pp.tokenize`. Files of them (see :func:`scbin.open_tokens`) are read into memory as one
+        AnnData, which is then returned.
     {model}
     genes
         A gene, or a list of genes, each in turn; a list of tuples edits the genes of a tuple together. Default: every
@@ -87,23 +86,20 @@ def perturb(
         `False` edits the whole list at once, in the cells that express all of it (in all cells where genes are turned up).
     combine
         2 edits all pairs of `genes`, 3 all triples. The table of pairs says what each does beyond the sum of both genes alone.
-    anchor
-        A gene that is edited along with each of the others, in the cells that express it.
     level
-        What is measured: the vector of the `"cell"`; the vectors of the other genes of the cell, `"gene"`: which genes an edit
-        affects; the probabilities that the model gives to the values of a `"phenotype"` (`states={"key": "cell_type"}`), or
-        just to its value `goal`; or the `"expression"` of every gene that the model expects of the cell.
+        What is measured: the vector of the `"cell"`; of the other genes of the cell, which an edit affects, their vectors (`"gene"`) or
+        the `"expression"` that the model expects; or the probabilities that it gives to the values of a `"phenotype"`
+        (`states={"key": "cell_type"}`), or just to its value `goal`.
     states
         From which cells to which others, a mapping such as `{"key": "disease", "start": "ill", "goal": "healthy"}`: the column of
         `obs`, the state whose cells are perturbed (default: all cells in none of the others), the one they shall come to,
         and `alternatives` to compare with. The origin of the cosines is the mean of the cells of all states.
-    groupby
-        Column of `obs` with groups of cells, for each of which the table has rows.
     method
         `"exact"`: every edit is a forward of the network. `"screen"`: the effects of all genes of a cell from one forward and a
         few gradients, a hundred times faster; the genes with the largest effects are then computed exactly, and the table says
-        which. `"auto"`: exact up to 20,000 edits. `{"name": "screen", "verify": 0.2}` also says the share of genes to verify,
-        `max_edits` (10 million), `precision` or `token_budget`.
+        which. `"auto"`: exact up to 20,000 edits.
+    verify
+        Which share of the genes a screen computes exactly.
     statistics
         Fields of :class:`scbin.Statistics`, such as `{"donor_key": "donor"}`: donors as replicates, what genes are compared with,
         permutations of the states, confidence, seed.
@@ -120,20 +116,19 @@ def perturb(
 
     `adata.layers['scbin_shift']`
         CSR (cells, genes): effect of each gene on each cell, 1 - cosine, or the change of the cosine to the goal. What is stored
-        was edited; the rest was not. With an anchor, of both genes together. Not for tuples, pairs or a list at once.
+        was edited; the rest was not. For single genes, and for effects on the cell or its phenotype.
     `adata.obsm['X_scbin_perturbed']`
         For a list at once: where the cells lie afterwards (cells, size), beside `X_scbin`; NaN for cells that were not edited.
     `adata.uns['scbin_perturb']`
         `table`, one row per gene or set of genes (see :func:`scbin.get.perturb_df`), and `params`, how it was made, as JSON.
-        With `level="gene"` the table has a row per perturbed and affected gene, whose p value asks whether the edit moves it further than
-        other genes of the same expression in the same cells. With `level="expression"` also `expression`
-        (rows of the table, genes of the model), the mean change of the log1p counts per 10,000, and the names `sets` and `genes`.
+        With `level="gene"` or `"expression"` the table has a row per perturbed and affected gene: how far its vector moves, or by how
+        much log1p of its counts per 10,000 changes, and whether that is more than for other genes of the same expression in the same cells.
 
     Raises
     ------
     ScbinInputError
-        If a gene is unknown to the model or expressed in none of the cells, a state or group has no cells, or the edits are more
-        than `max_edits`. Nothing is written then.
+        If a gene is unknown to the model or expressed in none of the cells, a state has no cells, or the edits are more
+        than 10 million. Nothing is written then.
 
     Notes
     -----
@@ -151,71 +146,60 @@ def perturb(
     >>> adata.layers["scbin_shift"].shape == adata.shape
     True
     """
-    check_adata(adata)
-    edit, how, judged = config(Edit, mode), config(Method, method), config(Statistics, statistics)
+    adata = check_adata(adata)
+    edit, judged = config(Edit, mode), config(Statistics, statistics)
     ends: States | None = None if states is None else config(States, states)
-    if combine < 1 or (level == "phenotype" and ends is None) or (level in ("gene", "expression") and ends is not None):
-        found = f"combine={combine}, level={level!r} and states={states!r} do not go together: level='phenotype' needs"
-        rule = (
-            "states={'key': name of the phenotype}, 'gene' and 'expression' know no states, and combine is 1 or more."
-        )
-        raise ScbinInputError("A03", f"{found} {rule}")
+    of_genes = level in ("gene", "expression")
+    fits = level == "cell" or of_genes == (ends is None)
+    if combine < 1 or not 0 <= verify <= 1 or not fits:
+        rule = "combine is 1 or more, verify a share, 'phenotype' needs states={'key': ...}, 'gene' and 'expression' have none"
+        raise ScbinInputError("A03", f"{combine=}, {verify=}, {level=} and {states=} do not go together: {rule}.")
     slot = _keys.PERTURB if key_added is None else f"{key_added}_perturb"
     layer, obsm = _keys.of_perturbation(slot)
     for kind, key in (("layers", layer), ("obsm", obsm), ("uns", slot)):
         check_writable(adata, kind, key)
     adata = copied(adata) if copy else adata
     chosen = resolve_model(model, adata)
+    if level == "expression":
+        count_head(chosen, 'Take level="gene", or tokenize as "bins" and pretrain.')
     rows, named = _rows(adata, chosen, tokens_key), gene_names(adata, chosen.vocabulary)
     members = ends.members(adata, rows.n_genes > 0) if ends is not None and level == "cell" else ()
-    group, groups = perturbed_cells(adata, rows.n_genes > 0, groupby, ends, members)
-    donors = None if judged.donor_key is None else read_obs(adata, judged.donor_key).astype(object).to_numpy()
-    asked: dict[str, Any] = {"each": each, "anchor": anchor, "combine": combine, "max_edits": how.max_edits}
-    plan = make_plan(rows, named, edit, genes, group, donors=donors, **asked)
+    cells = perturbed_cells(adata, rows.n_genes > 0, ends, members)
+    donors = None if judged.donor_key is None else read_obs(adata, judged.donor_key).to_numpy(dtype=object)
+    plan = make_plan(rows, named, edit, genes, cells, donors=donors, each=each, combine=combine)
+    together, permuted = plan.sets.shape[1] > 1 and len(plan.sets) == 1, None
     with at_rest(chosen.network):
-        runner = Runner(chosen.network, device, how.precision)  # the network stays on the device until the end
-        budget = min(how.token_budget, CPU_PACK) if runner.device.type == "cpu" else how.token_budget
-        options = {"device": str(runner.device), "precision": how.precision, "token_budget": budget}
-        measure = Measure(chosen, rows, level, np.flatnonzero(group >= 0), ends, members, **options)
-        if ends is not None and members and judged.n_permutations:
+        runner = Runner(chosen.network, device)  # the network stays on the device until the end
+        budget = CPU_PACK if runner.device.type == "cpu" else PACK
+        options = {"device": str(runner.device), "precision": "auto", "token_budget": budget}
+        measure = Measure(chosen, rows, cells, ends, members, **options)
+        if members and judged.n_permutations:
             of_states = None if donors is None else [donors[of] for of in members]
-            permuted, kept, number = permuted_means(measure.ends, of_states, judged.n_permutations, judged.seed)
-            measure.expected = np.full((len(group), *kept.shape[1:]), np.nan)
+            permuted, kept, number = judging.permuted_means(measure.ends, of_states, judged.n_permutations, judged.seed)
+            measure.expected = np.full((adata.n_obs, *kept.shape[1:]), np.nan)
             measure.expected[members[1]] = kept - measure.centre
-        keep = level == "cell" and plan.together
-        effects = Effects(plan, measure, keep=keep, seed=judged.seed, progress=progress)
-        if level == "gene":
-            tables = affected_genes(effects, judged)
+        effects = Effects(plan, measure, keep=level == "cell" and together, seed=judged.seed, progress=progress)
+        if of_genes:
+            table = affected_genes(effects, level, judged)
         else:
-            alone = _alone(effects.run(how))
-            tables = [_table(effects, alone, judged, k) for k in range(len(groups))]
-    if ends is not None and measure.expected is not None:
-        tables = [_permuted(table, effects, ends, permuted, number, k) for k, table in enumerate(tables)]
-    if groupby is not None:
-        for name, table in zip(groups, tables, strict=True):
-            table.insert(0, "group", name)
-    anchors = [anchor] if isinstance(anchor, str) else list(anchor or ())
-    params = asdict(edit) | {"model": chosen.fingerprint, "level": level, "alternatives": []}
-    params |= {} if ends is None else {name.replace("key", "state_key"): value for name, value in asdict(ends).items()}
-    params |= {"groupby": groupby, "donor_key": judged.donor_key, "anchor": anchors, "seed": judged.seed}
-    params |= {"precision": str(runner.dtype).removeprefix("torch."), **effects.about}
-    params |= {"n_edits": len(plan.cells), "n_cells": len(np.unique(plan.cells))}
-    entry = {"table": pd.concat(tables, ignore_index=True), "params": json.dumps(params)}
-    if level == "expression":
-        change, where = effects.profile.astype(np.float32), np.tile(plan.sets, (len(groups), 1))
-        change[np.arange(len(change))[:, None], where] = np.nan  # what was edited is no effect
-        sets = np.array(plan.names * len(groups), dtype=object)
-        entry |= {"expression": change, "genes": np.array(named.names, dtype=object), "sets": sets}
-    by_gene = not plan.together and (plan.sets.shape[1] == 1 or anchors)
-    if by_gene and len(np.unique(plan.sets[:, -1])) == len(plan.sets):
-        columns = named.columns[plan.genes[:, -1]]
+            effects.run(method, verify)
+            alone = _alone(effects) if level == "cell" and plan.sets.shape[1] == 2 and not together else None
+            table = _table(effects, alone, judged)
+    if ends is not None and permuted is not None:
+        _permute(table, effects, ends, permuted, number)
+    about: dict[str, Any] = {} if ends is None else {"state_key": ends.key, "goal": ends.goal, "start": ends.start}
+    about |= {"alternatives": [] if ends is None else list(ends.alternatives), "level": level}
+    about |= {"method": "screen" if effects.screened else "exact", "donor_key": judged.donor_key, "seed": judged.seed}
+    about |= {"model": chosen.fingerprint, "n_edits": len(plan.cells), "n_cells": len(np.unique(plan.cells))}
+    if plan.sets.shape[1] == 1 and not of_genes:
+        columns = named.columns[plan.genes[:, 0]]
         values = np.where(columns >= 0, effects.values[:, 0], np.nan)
         write(adata, "layers", layer, _stored(values, plan.cells, np.maximum(columns, 0), adata.shape))
     if effects.after is not None:
         vectors = np.full((adata.n_obs, effects.after.shape[1]), np.nan, dtype=np.float32)
         vectors[plan.cells] = effects.after
         write(adata, "obsm", obsm, corrected(chosen.network, vectors, adata, chosen.training.get("batch_key")))
-    write(adata, "uns", slot, entry)
+    write(adata, "uns", slot, {"table": table, "params": json.dumps(asdict(edit) | about)})
     return adata if copy else None
 
 
@@ -233,63 +217,55 @@ def _stored(values: np.ndarray, rows: np.ndarray, columns: np.ndarray, shape: tu
     return matrix
 
 
-def _alone(effects: Effects) -> Effects | None:
+def _alone(effects: Effects) -> Effects:
     """Where cells are edited by pairs of genes, edit them by each gene of these pairs alone."""
     plan = effects.plan
-    if effects.measure.level != "cell" or plan.sets.shape[1] != 2 or len(plan.sets) == 1:
-        return None
     single, place = np.unique(plan.sets, return_inverse=True)
     edits = np.unique(plan.cells[:, None] * len(single) + place.reshape(plan.sets.shape)[plan.which])
     cells, which = np.divmod(edits, len(single))
     own = replace(plan, sets=single[:, None], cells=cells, which=which)
-    return Effects(own, effects.measure, progress=effects.progress).run(Method("exact"))
+    return Effects(own, effects.measure, progress=effects.progress).run("exact")
 
 
-def _table(effects: Effects, alone: Effects | None, judged: Statistics, group: int) -> pd.DataFrame:
-    """Return the statistics of every gene or set in the cells of a group; of pairs also what is beyond the sum of both genes."""
+def _table(effects: Effects, alone: Effects | None, judged: Statistics) -> pd.DataFrame:
+    """Return the statistics of every gene or set; of pairs also what is beyond the sum of both genes."""
     plan, measure = effects.plan, effects.measure
-    cells, n_sets = np.flatnonzero(plan.group == group), len(plan.sets)
+    cells, n_sets = plan.chosen, len(plan.sets)
     donors = None if plan.donors is None else plan.donors[cells]
 
     def shifts_of(effects: Effects) -> sparse.csr_matrix:
         plan = effects.plan
-        return _stored(effects.values[:, 0], plan.cells, plan.which, (len(plan.group), len(plan.sets)))[cells]
+        return _stored(effects.values[:, 0], plan.cells, plan.which, (len(effects.measure.originals), len(plan.sets)))[
+            cells
+        ]
 
     of_set = (plan.sets.ravel(), np.repeat(np.arange(n_sets), plan.sets.shape[1]))
     in_set = sparse.csr_matrix((np.ones(plan.sets.size), of_set), shape=(len(plan.gene_names), n_sets))
     expression = sparse.csr_matrix(token_expression(plan.rows.tokens[cells], plan.rows.vocabulary) @ in_set)
-    about: dict[str, Any] = {"expression": expression, "donors": donors, "statistics": judged}
-    about |= {"exact": effects.exact, "limits": measure.limits}
-    table = gene_statistics(shifts_of(effects), names=plan.names, **about)
-    inside = plan.group[plan.cells] == group
+    summary = judging.summarise(shifts_of(effects), donors)
+    table = judging.gene_statistics(summary, plan.names, expression, judged, limits=measure.limits).assign(
+        exact=effects.exact
+    )
     for k, name in enumerate(measure.names[1:], start=1):
-        table[name] = means_of(effects.values[inside, k], plan.which[inside], n_sets)
+        table[name] = means_of(effects.values[:, k], plan.which, n_sets)
     if alone is None:
         return table
     pairs = np.searchsorted(alone.plan.sets[:, 0], plan.sets)
-    how: dict[str, Any] = {"donors": donors, "confidence": judged.confidence}
-    return table.join(pair_statistics(shifts_of(alone), shifts_of(effects), pairs, **how))
+    return table.join(judging.pair_statistics(shifts_of(alone), shifts_of(effects), pairs, donors, judged.confidence))
 
 
-def _permuted(
-    table: pd.DataFrame, effects: Effects, ends: States, permuted: np.ndarray, labellings: float, group: int
-) -> pd.DataFrame:
+def _permute(table: pd.DataFrame, effects: Effects, ends: States, permuted: np.ndarray, labellings: float) -> None:
     """Put the p values of permuted states in the place of those against other genes, for the goal and the alternatives.
 
     How far a gene moves cells towards a state is the product of its mean movement with the way to that state, so no edit is made
     again. What a cell's own label adds to that, whatever the labels, is taken away.
     """
-    measure, profile = effects.measure, effects.profile[group * len(table) : (group + 1) * len(table)]
-    moved, own = profile[:, : measure.width], profile[:, measure.width :]
+    measure, sums = effects.measure, effects.sums
+    mean = sums[:, :-1] / np.where(sums[:, -1:] > 0, sums[:, -1:], np.nan)
+    moved, own = np.split(mean, [permuted.shape[-1]], axis=1)
     for k, name in enumerate(ends.names):
-        if k == 1 or measure.means is None:  # the start is no end
-            continue
-        observed, null = ((means[..., k, :] - measure.centre) @ moved.T for means in (measure.means, permuted))
-        p_values, suffix = (
-            permutation_p_values(observed - own[:, k], null, labellings),
-            "" if k == 0 else f"_{in_column(name)}",
-        )
-        table[f"p_value{suffix}"], table[f"fdr{suffix}"] = p_values, false_discovery_rates(p_values)
-        if k == 0:
-            table["note"] = table["note"].where(np.isnan(p_values), "")
-    return table
+        if k != 1:  # the start is no end
+            observed, null = ((means[..., k, :] - measure.centre) @ moved.T for means in (measure.means, permuted))
+            p_values = judging.permutation_p_values(observed - own[:, k], null, labellings)
+            suffix = "" if k == 0 else f"_{in_column(name)}"
+            table[f"p_value{suffix}"], table[f"fdr{suffix}"] = p_values, judging.false_discovery_rates(p_values)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-Statistic = Literal["matched", "mixture", "vs_null"]
 N_NULL = 100  # genes of the same expression that a gene is compared with
 FEWEST_NULL = 5  # with fewer nobody knows how widely genes alike scatter
 NO_DONOR = ("", "nan", "none", "unknown")
@@ -61,12 +60,10 @@ class Statistics:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not 0 < self.confidence < 1 or self.n_permutations < 0:
-            wrong = f"confidence={self.confidence} lies between 0 and 1, n_permutations is 0 or more."
-            raise ScbinInputError("A02", wrong)
-        if isinstance(self.null, str) and self.null != "matched":
-            wrong = f"null is {self.null!r}; choose 'matched', or pass a list of names of tested genes."
-            raise ScbinInputError("A02", wrong)
+        known = not isinstance(self.null, str) or self.null == "matched"
+        if not (0 < self.confidence < 1 and self.n_permutations >= 0 and known):
+            rule = "confidence lies between 0 and 1, n_permutations is 0 or more, null is 'matched' or a list of genes"
+            raise ScbinInputError("A02", f"{self}: {rule}.")
 
 
 # ---- replicates: donors or cells ------------------------------------------------------------------------------------
@@ -111,21 +108,18 @@ def null_genes(
     from sklearn.neighbors import NearestNeighbors
 
     if not isinstance(null, str):
-        wanted = [str(name) for name in null]
-        places = pd.Index(names.astype(str)).get_indexer(wanted)
+        places = pd.Index(names.astype(str)).get_indexer(list(null))
         if (places < 0).any():
-            first, n = wanted[int(np.argmin(places))], int((places < 0).sum())
-            raise ScbinInputError("A06", f"{n} of the {len(wanted)} null genes were not perturbed, first {first!r}.")
+            raise ScbinInputError("A06", f"the null gene {null[int(np.argmin(places))]!r} was not perturbed.")
         result = np.tile(np.unique(places[tested[places]]), (len(names), 1))
         result[result == np.arange(len(names))[:, None]] = -1
         return result
     candidates = np.flatnonzero(tested)
     result = np.full((len(tested), max(min(N_NULL, len(candidates) - 1), 0)), -1)
     if result.shape[1]:
-        mean = np.asarray(expression.sum(axis=0), dtype=np.float64).ravel()[candidates]
-        detection = np.bincount(expression.indices[expression.data > 0], minlength=len(tested))[candidates]
-        ranks = np.column_stack([stats.rankdata(mean), stats.rankdata(detection)])
-        ranks += np.random.default_rng(seed).uniform(-1e-3, 1e-3, ranks.shape)  # ties are broken at random
+        counts = sparse.csc_matrix(expression)
+        ranks = stats.rankdata([counts.sum(axis=0).A1[candidates], (counts > 0).sum(axis=0).A1[candidates]], axis=1).T
+        ranks = ranks + np.random.default_rng(seed).uniform(-1e-3, 1e-3, ranks.shape)  # ties are broken at random
         nearest = NearestNeighbors(n_neighbors=result.shape[1]).fit(ranks).kneighbors(return_distance=False)
         result[candidates] = candidates[nearest]
     return result
@@ -241,14 +235,12 @@ def permutation_p_values(observed: np.ndarray, permuted: np.ndarray, labellings:
 
 
 def gene_statistics(
-    shifts: sparse.csr_matrix | tuple[np.ndarray, np.ndarray, np.ndarray],
-    *,
+    summary: tuple[np.ndarray, np.ndarray, np.ndarray],
     names: Sequence[str] | np.ndarray,
     expression: sparse.csr_matrix,
-    donors: np.ndarray | Sequence[str] | None = None,
-    statistics: Statistics | None = None,
-    exact: bool | np.ndarray = True,
-    limits: tuple[float, float] | None = None,
+    judged: Statistics,
+    *,
+    limits: tuple[float, float] = (0.0, 2.0),
 ) -> pd.DataFrame:
     """Say for each gene how far its perturbation moves cells, and whether genes alike move them as far.
 
@@ -257,24 +249,16 @@ def gene_statistics(
     of these differences over donors. The p value asks whether a random gene of the null set would lie as far out, against the
     empirical null of all scores, whose tails are as heavy as these genes'.
 
-    `shifts` are (cells, genes): what is stored was perturbed in that cell, also a stored zero; NaN counts as not perturbed. Or they
-    are what :func:`summarise` makes of them.
-    `expression` of the same cells and genes is what genes are matched by. `limits` are the smallest and largest shift that there can
-    be; with 0 as the smallest, shifts are lengths and tests one-sided. By default they are those of cosines.
+    `summary` is what :func:`summarise` makes of the shifts, `expression` of the same cells what genes are matched by. `limits` are
+    the smallest and largest shift that there can be; with 0 as the smallest, shifts are lengths and tests one-sided.
 
-    The table has a row per gene: `gene`, `n_cells`, `n_donors`, `shift`, `effect_size` (distance to the null genes' median in their
-    standard deviations) with `ci_low` and `ci_high`, `p_value`, `fdr`, `exact`, `shift_low`, `shift_high`, `null_low`, `null_high`
-    (where the null genes lie), `n_null`, `replicates` ("donors" or "cells") and `note`: why numbers are missing.
+    The table has a row per gene: `gene`, `n_cells`, `n_donors`, `shift` with `shift_low` and `shift_high`, `effect_size` (distance
+    to the null genes' median in their standard deviations) with `ci_low` and `ci_high`, `p_value`, `fdr`, `null_low` and `null_high`
+    (where the null genes lie). Statistics are NaN of a gene with one cell (donor) or with fewer than five genes to compare with.
     """
-    names, judged = np.asarray(names, dtype=object), statistics or Statistics()
-    means, errors, n_of = shifts if isinstance(shifts, tuple) else summarise(shifts, donors)
-    if limits is None and not isinstance(shifts, tuple):  # a cosine's rounding may put a length just below zero
-        known = shifts.data[np.isfinite(shifts.data)]
-        limits = (-2.0, 2.0) if known.size and known.min() < -1e-6 else (0.0, 2.0)
-    limits = limits or (0.0, 2.0)
-    signed, positive = limits[0] < 0, means[means > 0]
+    (means, errors, n_of), by_donor = summary, judged.donor_key is not None
+    signed, positive, wide = limits[0] < 0, means[means > 0], (1 + judged.confidence) / 2
     floor = 1e-3 * float(np.median(positive)) if positive.size else 1.0  # shorter ones are none
-    wide = (1 + judged.confidence) / 2
 
     def forward(x: np.ndarray) -> np.ndarray:
         return x if signed else np.log(np.maximum(x, floor))
@@ -285,53 +269,30 @@ def gene_statistics(
     def average(values: np.ndarray, slope: np.ndarray | float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return mean, standard error and half the interval; over cells the error is that of the shifts times a slope."""
         frame = pd.DataFrame(values)
-        error, n = (
-            (errors[0] * slope, n_of[0]) if donors is None else (frame.sem().to_numpy(), frame.count().to_numpy())
-        )
-        return frame.mean().to_numpy(), error, stats.t.ppf(wide, np.where(n > 1, n - 1.0, np.nan)) * error
+        error, n = (frame.sem(), frame.count()) if by_donor else (pd.Series(errors[0] * slope), pd.Series(n_of[0]))
+        return frame.mean().to_numpy(), error.to_numpy(), stats.t.ppf(wide, (n - 1.0).where(n > 1)) * error.to_numpy()
 
-    n, n_donors = n_of.sum(axis=0), (n_of > 0).sum(axis=0) * (donors is not None)
+    n, names = n_of.sum(axis=0), np.asarray(names, dtype=str).astype(object)
     others = null_genes(names, n > 0, expression, judged.null, seed=judged.seed)
     values = forward(means)
     reference = np.stack([_median(_alike(row, others)) for row in values])
     shift, _, shift_margin = average(means)
     slope = 1.0 if signed else 1 / np.maximum(shift, floor)
     mean, error, margin = average(values - reference, slope)
-    unit, n_null, p_values = _against_null(mean, error, others, judged, signed)
+    unit, p_values = _against_null(mean, error, others, judged, signed)
     centre, band = forward(shift) - mean, stats.norm.ppf(wide) * unit
-    word, n_replicates = ("cell", n) if donors is None else ("donor", n_donors)
-    reasons = {
-        "perturbed in no cell" + (" of a known donor" if donors is not None else ""): n == 0,
-        f"one {word} only: no scatter to judge by": n_replicates == 1,
-        f"fewer than {FEWEST_NULL} genes to compare with": n_null < FEWEST_NULL,
-        "nothing varies": n >= 0,
-    }
-    columns = {
-        "gene": names.astype(str).astype(object),
-        "n_cells": n,
-        "n_donors": n_donors,
-        "shift": shift,
-        "effect_size": mean / unit,
-        "ci_low": (mean - margin) / unit,
-        "ci_high": (mean + margin) / unit,
-        "p_value": p_values,
-        "fdr": false_discovery_rates(p_values),
-        "exact": np.broadcast_to(np.asarray(exact, dtype=bool), n.shape).copy(),
-        "shift_low": np.minimum(back(forward(shift) - shift_margin * slope), shift),
-        "shift_high": np.maximum(back(forward(shift) + shift_margin * slope), shift),
-        "null_low": back(centre - band),
-        "null_high": back(centre + band),
-        "n_null": n_null,
-        "replicates": f"{word}s",
-        "note": np.select([np.isnan(p_values) & why for why in reasons.values()], list(reasons), "").astype(object),
-    }
-    return pd.DataFrame(columns)
+    columns = {"gene": names, "n_cells": n, "n_donors": (n_of > 0).sum(axis=0) * by_donor, "shift": shift}
+    columns["shift_low"] = np.minimum(back(forward(shift) - shift_margin * slope), shift)
+    columns["shift_high"] = np.maximum(back(forward(shift) + shift_margin * slope), shift)
+    columns |= {"effect_size": mean / unit, "ci_low": (mean - margin) / unit, "ci_high": (mean + margin) / unit}
+    columns |= {"p_value": p_values, "fdr": false_discovery_rates(p_values)}
+    return pd.DataFrame(columns | {"null_low": back(centre - band), "null_high": back(centre + band)})
 
 
 def _against_null(
     mean: np.ndarray, error: np.ndarray, others: np.ndarray, judged: Statistics, signed: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the standard deviation and the number of each gene's null genes, and the p values (genes,)."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the standard deviation of each gene's null genes, and the p values (genes,)."""
     alike = _alike(mean, others)
     spread, null_variance = _spread(alike), np.nan_to_num(_median(_alike(error**2, others)))
     n_null = np.isfinite(alike).sum(axis=1)
@@ -342,7 +303,7 @@ def _against_null(
     null = score if isinstance(judged.null, str) else score[np.unique(others[others >= 0])]
     width, tail = fit_null(null if signed else null[null > 0])
     p_values = stats.t.sf(np.abs(score) / width, tail) * 2 if signed else stats.t.sf(score / width, tail)
-    return unit, n_null, p_values
+    return unit, p_values
 
 
 def _alike(values: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -356,10 +317,7 @@ def _median(values: np.ndarray) -> np.ndarray:
 
 
 def _spread(values: np.ndarray) -> np.ndarray:
-    """Return the standard deviation of each row as the median deviation tells it: hits do not widen it.
-
-    Where more than half of the values are equal this is zero, and the usual standard deviation takes its place.
-    """
+    """Return the standard deviation of each row as the median deviation tells it (hits do not widen it), or the usual where that is 0."""
     robust = 1.4826 * _median(np.abs(values - _median(values)[:, None]))
     return np.where(robust > 0, robust, pd.DataFrame(values).std(axis=1))
 
@@ -367,69 +325,62 @@ def _spread(values: np.ndarray) -> np.ndarray:
 # ---- other ways to read shifts --------------------------------------------------------------------------------------
 
 
-def vs_null(
-    test: sparse.csr_matrix,
-    null: sparse.csr_matrix,
-    *,
-    names: Sequence[str] | np.ndarray,
-    test_donors: np.ndarray | None = None,
-    null_donors: np.ndarray | None = None,
-) -> pd.DataFrame:
-    """Compare each gene's shifts in the cells of interest with its shifts in null cells.
-
-    Without donors this is the rank-sum test over cells that Geneformer makes; with donors of both, Welch's t test over the donors'
-    means, which does not take ten cells of one donor for ten witnesses.
-    """
-    by_donor = test_donors is not None
-    compare = partial(stats.ttest_ind, equal_var=False) if by_donor else stats.ranksums
-    (means, _, n), (null_means, _, n_null) = summarise(test, test_donors), summarise(null, null_donors)
-    shift, null_shift = (pd.DataFrame(side).mean().to_numpy() for side in (means, null_means))
-    cells, null_cells, p_values = test.tocsc(), null.tocsc(), np.full(test.shape[1], np.nan)
-    for gene in range(test.shape[1]):
-        pair = (means[:, gene], null_means[:, gene])
-        pair = pair if by_donor else (cells[:, [gene]].data, null_cells[:, [gene]].data)
-        samples = [sample[np.isfinite(sample)].astype(np.float64) for sample in pair]
-        if min(map(len, samples)) > by_donor:
-            p_values[gene] = compare(*samples).pvalue
-    columns = {"gene": np.asarray(names, dtype=object), "shift": shift, "null_shift": null_shift}
-    columns |= {"difference": shift - null_shift, "p_value": p_values, "fdr": false_discovery_rates(p_values)}
-    columns |= {"n_cells": n.sum(axis=0), "n_cells_null": n_null.sum(axis=0)}
-    return pd.DataFrame({**columns, "replicates": "donors" if by_donor else "cells"})
+def dense(shifts: sparse.csr_matrix) -> np.ndarray:
+    """Return shifts (cells, genes) with NaN where nothing is stored; a stored zero is a shift."""
+    values = np.full(shifts.shape, np.nan)
+    values[np.repeat(np.arange(len(values)), np.diff(shifts.indptr)), shifts.indices] = shifts.data
+    return values
 
 
-def mixture(shifts: sparse.csr_matrix, *, names: Sequence[str] | np.ndarray, seed: int = 0) -> pd.DataFrame:
-    """Split genes into those that move cells and those that do not: two Gaussians on the genes' mean cosines.
+def mixture(shifts: sparse.csr_matrix, names: Sequence[str] | np.ndarray, seed: int = 0) -> pd.DataFrame:
+    """Split genes into those that move cells and those that do not: two Gaussians on the genes' mean cosines, as in Geneformer.
 
-    The component of the lower mean cosine is the impact component. A cosine below both means belongs to it, one above both does
-    not, and between them the posterior decides. `impact_share` is the share of a gene's cells that lie in it.
+    `impact` is the component of the lower mean cosine, `impact_share` the share of a gene's cells that lie in it.
     """
     from sklearn.mixture import GaussianMixture
 
     (mean,), _, (n,) = summarise(shifts, None)
     known = np.isfinite(mean)
     if known.sum() < 4 or np.ptp(mean[known]) == 0:
-        found = f"a mixture of two needs 4 genes with different shifts; here are {known.sum()}."
-        raise ScbinInputError("P02", found)
+        raise ScbinInputError("P02", f"a mixture of two needs 4 genes with different shifts; here are {known.sum()}.")
     scale = mean[known].std()  # shifts of 1e-4 would drown in the fit's floor for variances
     fitted = GaussianMixture(2, random_state=seed).fit(-mean[known, None] / scale)
     low, high = np.sort(fitted.means_[:, 0])
 
     def is_impact(values: np.ndarray) -> np.ndarray:
-        cosines = -np.nan_to_num(values.astype(np.float64), nan=-np.inf) / scale
-        posterior = fitted.predict(np.clip(cosines, low, high)[:, None]) == np.argmin(fitted.means_[:, 0])
-        return (cosines <= low) | (posterior & (cosines < high))
+        """Whether cosines are in the lower component; beyond both means the nearer one has them."""
+        cosines = -np.nan_to_num(values, nan=-np.inf).astype(np.float64) / scale
+        lower = fitted.predict(np.clip(cosines, low, high)[:, None]) == np.argmin(fitted.means_[:, 0])
+        return (cosines <= low) | (lower & (cosines < high))
 
     cells = np.bincount(shifts.indices, weights=is_impact(shifts.data), minlength=len(mean))
     columns = {"gene": np.asarray(names, dtype=object), "n_cells": n, "shift": mean, "impact": is_impact(mean)}
-    return pd.DataFrame(columns).assign(impact_share=np.where(n > 0, cells / np.maximum(n, 1), np.nan))
+    return pd.DataFrame(columns | {"impact_share": np.where(n > 0, cells / np.maximum(n, 1), np.nan)})
+
+
+def vs_null(
+    shifts: sparse.csr_matrix, is_null: np.ndarray, names: Sequence[str] | np.ndarray, donors: Any = None
+) -> pd.DataFrame:
+    """Compare each gene's shifts in cells with those in null cells (cells,): Geneformer's rank-sum test, over cells or donors' means."""
+    sides, n = [], []
+    for chosen in (~is_null, is_null):
+        means, _, n_of = summarise(shifts[chosen], None if donors is None else donors[chosen])
+        sides.append(pd.DataFrame(dense(shifts[chosen]) if donors is None else means))
+        n.append(n_of.sum(axis=0))
+    shift, null_shift = (side.mean() for side in sides)
+    tested = (sides[0].notna().any() & sides[1].notna().any()).to_numpy()
+    p_values = np.full(len(tested), np.nan)
+    p_values[tested] = stats.ranksums(*(side.loc[:, tested] for side in sides), nan_policy="omit").pvalue
+    columns = {"gene": np.asarray(names, dtype=object), "n_cells": n[0], "n_cells_null": n[1], "shift": shift}
+    columns |= {"null_shift": null_shift, "difference": shift - null_shift, "p_value": p_values}
+    return pd.DataFrame(columns | {"fdr": false_discovery_rates(p_values)})
 
 
 def pair_statistics(
     single: sparse.csr_matrix,
     combined: sparse.csr_matrix,
-    pairs: Sequence[tuple[int, int]] | np.ndarray,
-    *,
-    donors: np.ndarray | None = None,
+    pairs: np.ndarray,
+    donors: Any = None,
     confidence: float = 0.95,
 ) -> pd.DataFrame:
     """Say of each pair of genes whether both together move cells more than the sum of either alone.
@@ -437,25 +388,20 @@ def pair_statistics(
     `single` are shifts by single genes (cells, genes), `combined` by pairs (cells, pairs), `pairs` the columns of both genes. Only
     cells in which the pair and both genes were perturbed count, and each is compared with itself.
     """
-    chosen, parts = np.asarray(pairs, dtype=np.int64).reshape(-1, 2), []
-    for matrix in (single[:, chosen[:, 0]], single[:, chosen[:, 1]], combined):
-        dense = np.full(matrix.shape, np.nan)  # a stored zero is a shift
-        dense[np.repeat(np.arange(len(dense)), np.diff(matrix.indptr)), matrix.indices] = matrix.data
-        parts.append(dense)
-    excess = pd.DataFrame(parts[2] - parts[0] - parts[1])
-    frames = [excess, *(pd.DataFrame(part).where(excess.notna()) for part in parts[:2])]
+    first, second = (pd.DataFrame(dense(single[:, column])) for column in pairs.T)
+    excess = pd.DataFrame(dense(combined)) - first - second
     if donors is not None:
         codes = donor_codes(donors)
-        frames = [frame[codes >= 0].groupby(codes[codes >= 0]).mean() for frame in frames]
-    mean, anchor, gene = (frame.mean().to_numpy() for frame in frames)
-    error, n = frames[0].sem().to_numpy(), frames[0].count().to_numpy()
-    freedom = np.where(n > 1, n - 1.0, np.nan)
-    margin = stats.t.ppf((1 + confidence) / 2, freedom) * error
-    p_values = 2 * stats.t.sf(np.abs(mean) / np.where(error > 0, error, np.nan), freedom)
-    columns = {"anchor_shift": anchor, "gene_shift": gene, "sum_of_shifts": anchor + gene, "combined_minus_sum": mean}
-    judged = {"ci_low": mean - margin, "ci_high": mean + margin, "p_value": p_values}
-    judged["fdr"] = false_discovery_rates(p_values)
-    return pd.DataFrame({**columns, **{f"combined_minus_sum_{name}": values for name, values in judged.items()}})
+        frames = (frame.where(excess.notna())[codes >= 0] for frame in (excess, first, second))
+        excess, first, second = (frame.groupby(codes[codes >= 0]).mean() for frame in frames)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pairs in one cell, or none
+        tested = stats.ttest_1samp(excess, 0.0, axis=0, nan_policy="omit")
+        interval = tested.confidence_interval(confidence)
+    columns = {"anchor_shift": first.where(excess.notna()).mean(), "gene_shift": second.where(excess.notna()).mean()}
+    found = {"": excess.mean(), "_ci_low": interval.low, "_ci_high": interval.high, "_p_value": tested.pvalue}
+    found["_fdr"] = false_discovery_rates(np.asarray(tested.pvalue))
+    return pd.DataFrame(columns | {f"combined_minus_sum{name}": np.asarray(values) for name, values in found.items()})
 
 
 # ---- the verb -------------------------------------------------------------------------------------------------------
@@ -466,16 +412,16 @@ def pair_statistics(
 def perturb_statistics(
     adata: AnnData,
     *,
-    statistic: Statistic = "matched",
-    groupby: str | None = None,
-    group: str | None = None,
-    null_group: str | None = None,
+    statistic: Literal["matched", "mixture", "vs_null"] = "matched",
+    null_key: str | None = None,
     statistics: Statistics | Mapping[str, Any] | None = None,
     key: str | None = None,
     key_added: str | None = None,
     copy: bool = False,
 ) -> AnnData | None:
-    """Make statistics again from the shifts of a perturbation, without the model: other donors, cells, null genes, or a mixture.
+    """Make statistics again from the shifts of a perturbation, without the model: other donors, null genes or cells, or a mixture.
+
+    For some of the cells, call it on `adata[some].copy()`.
 
     Parameters
     ----------
@@ -483,14 +429,10 @@ def perturb_statistics(
         Cells after :func:`scbin.tl.perturb` of single genes, with `layers["scbin_shift"]`.
     statistic
         `"matched"`: each gene against genes of the same expression and detection. `"mixture"`: two Gaussians on the genes' mean
-        cosines split those that move cells from those that do not; for shifts without a goal. `"vs_null"`: each gene's shifts in
-        the cells of `group` against those in `null_group`.
-    groupby
-        Column of `obs` with groups of cells.
-    group
-        The one group whose cells count. Default: all cells that were perturbed.
-    null_group
-        The group of null cells for `"vs_null"`. Default: all perturbed cells that are not in `group`.
+        cosines split those that move cells from those that do not; for shifts without a goal. `"vs_null"`: each gene's
+        shifts against those in null cells, by the rank-sum test over cells or donors' means.
+    null_key
+        Column of `obs` with `True` for the null cells of `"vs_null"`; all others that were perturbed are compared with them.
     statistics
         A :class:`scbin.Statistics` or a mapping of its fields: donors, null genes, confidence. States are not permuted here.
     key
@@ -504,7 +446,7 @@ def perturb_statistics(
     {returns_copy}
 
     `adata.uns['scbin_perturb_<statistic>' | key_added]`
-        `table` and `params`, for `scbin.get.perturb_df(adata, key=...)`, also under Geneformer's names.
+        `table` and `params`, for `scbin.get.perturb_df(adata, key=...)`.
 
     Examples
     --------
@@ -513,57 +455,45 @@ def perturb_statistics(
     >>> adata = scbin.datasets.pbmc68k_reduced()[:60, :8].copy()
     >>> shifts = numpy.random.default_rng(0).uniform(size=(60, 8)) * [9, 9, 1, 1, 1, 1, 1, 1]
     >>> adata.layers["scbin_shift"] = csr_matrix(0.01 * shifts)
-    >>> adata.uns["scbin_perturb"] = {"table": pandas.DataFrame({"gene": adata.var_names}), "params": "{}"}
+    >>> adata.uns["scbin_perturb"] = {
+    ...     "table": pandas.DataFrame({"gene": adata.var_names, "exact": True}),
+    ...     "params": "{}",
+    ... }
     >>> scbin.tl.perturb_statistics(adata, statistic="mixture")
     >>> int(scbin.get.perturb_df(adata, key="scbin_perturb_mixture")["impact"].sum())
     2
     """
     check_adata(adata)
     judged: Statistics = config(Statistics, statistics)
+    key = _keys.PERTURB if key is None else key
     origin, params = read_perturbation(adata, key)
-    slot = f"{_keys.PERTURB if key is None else key}_{statistic}" if key_added is None else key_added
+    slot = f"{key}_{statistic}" if key_added is None else key_added
     check_writable(adata, "uns", slot)
-    layer = _keys.of_perturbation(_keys.PERTURB if key is None else key)[0]
-    if layer not in adata.layers:
+    if (statistic == "vs_null") != (null_key is not None):
+        raise ScbinInputError("A03", "statistic='vs_null' and null_key= (a column of adata.obs) go together.")
+    layer = _keys.of_perturbation(key)[0]
+    shifts = sparse.csr_matrix(adata.layers[layer] if layer in adata.layers else (0, 0))  # its stored zeros are kept
+    if not shifts.nnz:
         found = f"adata.layers has no {layer!r}, the shift of each cell by each single gene"
         raise ScbinInputError("A06", f"{found}. Run scbin.tl.perturb(adata, model).")
-    shifts = sparse.csr_matrix(adata.layers[layer])  # its stored zeros are kept
     columns = np.unique(shifts.indices)
     shifts, names = shifts[:, columns], adata.var_names.to_numpy(dtype=str)[columns]
-    cells, null_cells = _cells(adata, np.diff(shifts.indptr) > 0, statistic, groupby, group, null_group)
-    donors = None if judged.donor_key is None else read_obs(adata, judged.donor_key).astype(object).to_numpy()
-    own, theirs = (None, None) if donors is None else (donors[cells], donors[null_cells])
+    cells = np.flatnonzero(np.diff(shifts.indptr))
+    donors = None if judged.donor_key is None else read_obs(adata, judged.donor_key).to_numpy(dtype=object)[cells]
     if statistic == "mixture":
-        table = mixture(shifts[cells], names=names, seed=judged.seed)
-    elif statistic == "vs_null":
-        table = vs_null(shifts[cells], shifts[null_cells], names=names, test_donors=own, null_donors=theirs)
+        table = mixture(shifts[cells], names, judged.seed)
+    elif null_key is not None:
+        is_null = read_obs(adata, null_key).to_numpy()[cells]
+        if is_null.dtype != bool or is_null.all() or not is_null.any():
+            found = f"adata.obs[{null_key!r}] has to be True for some of the perturbed cells, and False for others."
+            raise ScbinInputError("P02", found)
+        table = vs_null(shifts[cells], is_null, names, donors)
     else:
-        exact: Any = True
-        if "exact" in origin:
-            exact = np.isin(names, origin["gene"][origin["exact"].astype(bool)].astype(str))
         expression = sparse.vstack([block.csr() for block in iter_blocks(adata)], format="csr")[cells][:, columns]
-        about: dict[str, Any] = {"expression": expression, "donors": own, "statistics": judged, "exact": exact}
-        table = gene_statistics(shifts[cells], names=names, **about)
+        limits = (-2.0, 2.0) if shifts.data.min() < -1e-6 else (0.0, 2.0)  # a cosine's rounding may be below zero
+        table = gene_statistics(summarise(shifts[cells], donors), names, expression, judged, limits=limits)
+        table["exact"] = np.isin(names, origin["gene"][origin["exact"].astype(bool)].astype(str))
     adata = copied(adata) if copy else adata
-    asked = {"statistic": statistic, "groupby": groupby, "group": group, "null_group": null_group}
-    write(adata, "uns", slot, {"table": table, "params": json.dumps(params | asked | {"donor_key": judged.donor_key})})
+    asked = {"statistic": statistic, "null_key": null_key, "donor_key": judged.donor_key}
+    write(adata, "uns", slot, {"table": table, "params": json.dumps(params | asked)})
     return adata if copy else None
-
-
-def _cells(
-    adata: AnnData, perturbed: np.ndarray, statistic: str, groupby: str | None, group: str | None, null: str | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the perturbed cells that count, and those that are the null."""
-    if (groupby is None) != (group is None) or (statistic == "vs_null" and group is None):
-        wrong = "groupby= (a column of adata.obs) and group= (one of its values) go together; 'vs_null' needs both."
-        raise ScbinInputError("A03", wrong)
-    if groupby is None:
-        return np.flatnonzero(perturbed), np.empty(0, dtype=np.int64)
-    labels = read_obs(adata, groupby).astype(object).map(str).to_numpy()
-    test = perturbed & (labels == group)
-    rest = perturbed & (labels != group if null is None else labels == null)
-    if not test.any() or (statistic == "vs_null" and not rest.any()):
-        listed = ", ".join(map(repr, np.unique(labels[perturbed])[:6].tolist()))
-        found = f"group={group!r} or null_group={null!r} has no perturbed cell"
-        raise ScbinInputError("A06", f"{found}; those in adata.obs[{groupby!r}] that have some are: {listed}.")
-    return np.flatnonzero(test), np.flatnonzero(rest)

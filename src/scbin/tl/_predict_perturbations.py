@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import sparse
 
 from scbin import _docs, _keys
-from scbin._adata import check_adata, copied, write
+from scbin._adata import check_adata, copied, warn, write
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError
 from scbin.get.measured import Screen, read_screen
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from scbin.model import Model
 
-RATIOS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 8.0)
+FAR = 0.1  # of the measured targets are as far from their nearest one
 
 
 @_docs.shared
@@ -94,13 +94,17 @@ def predict_perturbations(
         raise ScbinInputError("A03", "copy=True and n_cells= both return an AnnData; pass one of them.")
     screen = read_screen(check_adata(adata))
     if model is not None and resolve_model(model, adata).fingerprint != screen.params.get("model"):
-        fix = "Fit with this one, or leave it out."
-        raise ScbinInputError("A03", f"the perturbations were not fitted with this model. {fix}")
+        raise ScbinInputError("A03", "the perturbations were not fitted with this model. Fit with it, or leave it out.")
     asked = _asked(perturbations, screen)
     change, width, measured = predict_changes(screen, asked, interval)
-    table = pd.DataFrame({"perturbation": np.repeat(np.array(asked, dtype=object), len(screen.genes))})
-    table["gene"] = np.tile(screen.genes, len(asked))
-    table["change"], table["low"], table["high"] = change.ravel(), (change - width).ravel(), (change + width).ravel()
+    if far := far_from_measured(screen, asked):
+        named = ", ".join(map(repr, far[:5])) + (", ..." if len(far) > 5 else "")
+        found = f"features of {named} resemble those of no measured target as closely as is usual among measured ones"
+        warn("P02", f"{found}. Their predictions are extrapolated; measure related genes, or pass other features=.")
+    columns = {"change": change, "low": change - width, "high": change + width}
+    table = pd.DataFrame({name: values.ravel() for name, values in columns.items()})
+    table.insert(0, "perturbation", np.repeat(np.array(asked, dtype=object), len(screen.genes)))
+    table.insert(1, "gene", np.tile(screen.genes, len(asked)))
     table["kind"] = np.repeat(np.where(measured, "measured", "predicted").astype(object), len(screen.genes))
     made = _cells(adata, screen, asked, change, n_cells, seed) if n_cells else None
     target = copied(adata) if copy else adata
@@ -111,73 +115,72 @@ def predict_perturbations(
 
 def _asked(perturbations: Any, screen: Screen) -> list[str]:
     """Return the names of the perturbations asked for, as the screen would call them."""
-    if perturbations is None:
-        return [str(name) for name in screen.table["perturbation"][screen.table["status"] == "measured"]]
-    labels = [perturbations] if isinstance(perturbations, str) else list(perturbations)
-    if not labels or not all(isinstance(label, str) for label in labels):
-        raise ScbinInputError("A02", "perturbations is empty or has names that are no text: pass ['A', 'B', 'A+B'].")
-    singles = [name for name in screen.table["perturbation"] if "+" not in name]
-    targets = targets_of(labels, screen.params["control"], [*screen.names, *singles])
+    measured = list(screen.table["perturbation"][screen.table["status"] == "measured"])
+    labels = [perturbations] if isinstance(perturbations, str) else measured if perturbations is None else perturbations
+    targets = targets_of(labels, screen.params["control"], [*screen.names, *(m for m in measured if "+" not in m)])
+    known = np.any([np.isfinite(block).all(axis=1) for block in screen.features.values()], axis=0)
+    foretold = {*screen.names[known], *measured}
     for label, each in targets.items():
+        lacking = [target for target in each if "+".join(each) not in measured and target not in foretold]
         if not 1 <= len(each) <= 2:
             raise ScbinInputError("A02", f"{label!r} names {len(each)} targets; pass one gene, or two as 'A+B'.")
-    known = np.any([np.isfinite(block).all(axis=1) for block in screen.features.values()], axis=0)
-    measured = set(screen.table["perturbation"][screen.table["status"] == "measured"])
-    foretold = set(screen.names[known]) | measured
-    lacking = sorted({t for each in targets.values() if "+".join(each) not in measured for t in each} - foretold)
-    if lacking:
-        found = f"{', '.join(map(repr, lacking[:5]))} was not measured alone and has no features to predict it from"
-        fix = "Pass features= to scbin.tl.fit_perturbations, a table with these genes."
-        raise ScbinInputError("A06", f"{found}: it is no gene of adata, of the model or of your features. {fix}")
+        if lacking:
+            found = f"{lacking[0]!r} was not measured alone and is no gene of adata, of the model or of your features"
+            raise ScbinInputError("A06", f"{found}. Pass features= to scbin.tl.fit_perturbations, a table with it.")
+    if not targets:
+        raise ScbinInputError("A02", "perturbations is empty: pass ['A', 'B', 'A+B'].")
     return list(dict.fromkeys("+".join(each) for each in targets.values()))
+
+
+def far_from_measured(screen: Screen, asked: list[str]) -> list[str]:
+    """Return the targets that resemble their nearest measured one less than nine of ten measured targets resemble theirs."""
+    table = screen.table[(screen.table["status"] == "measured").to_numpy()]
+    singles = list(table["perturbation"][table["n_targets"] == 1])
+    done = set(table["perturbation"])
+    others = sorted({target for name in asked if name not in done for target in name.split("+")} - set(singles))
+    alike = kernels(screen.rows([*singles, *others]))
+    nearest = alike.get("all", next(iter(alike.values())))[:, : len(singles)].copy()
+    np.fill_diagonal(nearest, -np.inf)
+    best = nearest.max(axis=1)
+    far = best[len(singles) :] < np.quantile(best[: len(singles)], FAR)
+    return [name for name, is_far in zip(others, far, strict=True) if is_far]
 
 
 def predict_changes(screen: Screen, asked: list[str], interval: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the change after each perturbation (asked, genes), half the width of its interval, and whether it was measured."""
-    table = screen.table.set_index("perturbation").fillna({"reliability": 0.0})
-    usable = table[table["status"] == "measured"]
-    singles, measured_pairs = (list(usable.index[usable["n_targets"] == n]) for n in (1, 2))
-    new = sorted({t for name in asked for t in name.split("+")} - set(singles))
-    targets, train = [*singles, *new], np.arange(len(singles))
-    place = {name: k for k, name in enumerate(targets)}
-    rows = table.index.get_indexer(singles)
-    own = own_genes(targets, screen.genes)
-    changes = without_own(screen.change[rows], own[train])
-    reliability, noise = table["reliability"].to_numpy()[rows], table["noise"].to_numpy()[rows, None] * screen.variance
-    alike = kernels(screen.rows(targets))
-    shrunk = reliability[:, None] * changes
+    usable = screen.table[(screen.table["status"] == "measured").to_numpy()].sort_values("n_targets", kind="stable")
+    names, weight = list(usable["perturbation"]), usable["ceiling"].fillna(0).to_numpy() ** 2
+    changes, noise = screen.change[usable.index], usable["noise"].to_numpy()[:, None] * screen.variance
+    n = int((usable["n_targets"] == 1).sum())
+    singles = names[:n]
+    targets = singles + sorted({target for name in asked for target in name.split("+")} - set(singles))
+    own, train = own_genes(targets, screen.genes), np.arange(n)
+    given, alike = without_own(changes[:n], own[:n]), kernels(screen.rows(targets))
     # from the others, where it was measured
-    expected = ridge(alike, shrunk, changes, reliability, train, train, np.arange(len(targets)))
-    error = expected[train] - changes
+    expected = ridge(alike, given, weight[:n], train, train, np.arange(len(targets)))
+    error = expected[:n] - given
     spread = (error**2).mean(axis=0) + 1e-12
     wide = float(np.quantile(np.abs(error) / np.sqrt(spread), interval))
-    of_target, doubt = _own_changes(screen, singles, targets)
-    expected = np.where(own, of_target[:, None], expected)
-    variance = np.where(own, np.maximum(doubt, spread), np.broadcast_to(spread, expected.shape))
-    best, left = expected.copy(), variance.copy()
-    best[train], left[train] = _posterior(expected[train], variance[train], screen.change[rows], noise)
+    of_target, doubt = _own_changes(screen, usable[:n], targets)
+    best = np.where(own, of_target[:, None], expected)
+    left = np.where(own, np.maximum(doubt, spread), np.broadcast_to(spread, best.shape))
+    members = np.vstack([weight[:n, None] * given, best[n:]])
+    best[:n], left[:n] = _posterior(best[:n], left[:n], changes[:n], noise[:n])
 
-    members = np.vstack([shrunk, expected[len(singles) :]])
-    pairs = [*measured_pairs, *(name for name in asked if "+" in name and name not in measured_pairs)]
-    if pairs:
-        index = np.array([[place[t] for t in name.split("+")] for name in pairs])
-        chosen, at = np.arange(len(measured_pairs)), table.index.get_indexer(measured_pairs)
-        own_pairs, base = own_genes(pairs, screen.genes), members[index].sum(axis=1)
-        measured, weight = screen.change[at], table["reliability"].to_numpy()[at]
-        masked = np.where(own_pairs[chosen], base[chosen], measured)
-        every = np.arange(len(pairs))
-        both = combine(base, masked, weight, pair_kernels(alike, members, index), chosen, every)
-        both = np.where(own_pairs, np.where(own[index], best[index], 0).sum(axis=1), both)
+    every = names[n:] + [name for name in asked if "+" in name and name not in names]
+    if every:
+        index = np.array([[targets.index(target) for target in name.split("+")] for name in every])
+        known, own_pairs, base = np.arange(len(names) - n), own_genes(every, screen.genes), members[index].sum(axis=1)
+        measured = np.where(own_pairs[known], base[known], changes[n:])
+        both = combine(base, measured, weight[n:], pair_kernels(alike, members, index), known, np.arange(len(every)))
         doubts = left[index].sum(axis=1)
-        if len(chosen):
-            beyond = ((both[chosen] - masked) ** 2 * ~own_pairs[chosen]).mean(axis=0)
-            doubts = np.maximum(doubts, beyond)
-            noise = table["noise"].to_numpy()[at, None] * screen.variance
-            both[chosen], doubts[chosen] = _posterior(both[chosen], doubts[chosen], measured, noise)
-        place |= {name: len(targets) + k for k, name in enumerate(pairs)}
+        both = np.where(own_pairs, np.where(own[index], best[index], 0).sum(axis=1), both)
+        if len(known):
+            doubts = np.maximum(doubts, ((both[known] - measured) ** 2 * ~own_pairs[known]).mean(axis=0))
+            both[known], doubts[known] = _posterior(both[known], doubts[known], changes[n:], noise[n:])
         best, left = np.vstack([best, both]), np.vstack([left, doubts])
-    shown = [place[name] for name in asked]
-    return best[shown], wide * np.sqrt(left[shown]), np.isin(asked, list(usable.index))
+    shown = pd.Index([*targets, *every]).get_indexer(asked)
+    return best[shown], wide * np.sqrt(left[shown]), np.isin(asked, names)
 
 
 def _posterior(
@@ -189,56 +192,40 @@ def _posterior(
     return expected + weight * (measured - expected), real * noise / (real + noise)
 
 
-def _own_changes(screen: Screen, singles: list[str], targets: list[str]) -> tuple[np.ndarray, float]:
+def _own_changes(screen: Screen, singles: pd.DataFrame, targets: list[str]) -> tuple[np.ndarray, float]:
     """Return the change of each target's own gene (targets,), from that of the measured ones, and the variance about it.
 
     A knock-down takes away a fraction, an activation adds on the log scale. Without any measured, nothing is assumed.
     """
     at = pd.Index(screen.genes).get_indexer(targets)
-    level = np.where(at >= 0, screen.control[at], 0.0)
-    rows = screen.table.set_index("perturbation")["own_change"].reindex(singles).to_numpy(dtype=float)
-    known = np.isfinite(rows) & (level[: len(singles)] > 0)
-    if not known.any():
+    level, found = np.where(at >= 0, screen.control[at], 0.0), singles["own_change"].to_numpy(dtype=float)
+    known = np.flatnonzero(np.isfinite(found) & (level[: len(found)] > 0))
+    if not len(known):
         return np.zeros(len(targets)), 0.0
-    rows, before = rows[known], level[: len(singles)][known]
     if screen.params["mode"] == "activation":
-        change = np.full(len(targets), max(float(np.median(rows)), 0.0))
+        change = np.full(len(targets), max(float(np.median(found[known])), 0.0))
     else:
-        change = level * float(np.clip(np.median(rows / before), -1, 0))
-    return change, float(((rows - change[: len(singles)][known]) ** 2).mean())
+        change = level * float(np.clip(np.median(found[known] / level[known]), -1, 0))
+    return change, float(((found - change[: len(found)])[known] ** 2).mean())
 
 
 def _cells(adata: AnnData, screen: Screen, asked: list[str], change: np.ndarray, n_cells: int, seed: int) -> AnnData:
-    """Return predicted cells: control cells whose counts are thinned, or added to, until their mean has changed as predicted."""
+    """Return predicted cells: control cells whose counts are thinned, or added to, by what the change means for the mean control."""
     cells = read_cells(adata, screen.params, screen.names)
     if not cells.is_counts:
-        raise ScbinInputError(
-            "A03", "n_cells= makes counts, but the screen holds log1p values. Fit it with layer= counts."
-        )
+        raise ScbinInputError("A03", "n_cells= needs counts, but the screen holds log1p values. Fit it with layer=.")
     rng, controls = np.random.default_rng(seed), np.flatnonzero(cells.group < 0)
-    middle = np.median(cells.total[cells.total > 0])
-    total = np.maximum(cells.total, 1)
-
-    def counts_of(rows: np.ndarray) -> np.ndarray:
-        return np.rint(np.expm1(cells.values[rows].toarray().astype(np.float64)) * total[rows, None] / middle).astype(
-            int
-        )
-
-    some = rng.permutation(controls)[:500]
-    share = (counts_of(some) / total[some, None]).mean(axis=0)
-
-    def changed(counts: np.ndarray, rows: np.ndarray, ratio: Any) -> np.ndarray:
-        more = np.maximum(ratio - 1, 0) * share * total[rows, None]
-        return rng.binomial(counts, np.broadcast_to(np.minimum(ratio, 1), counts.shape)) + rng.poisson(more)
-
-    before = counts_of(some)
-    means = [np.log1p(changed(before, some, r) * middle / total[some, None]).mean(axis=0) for r in RATIOS]
-    curve = np.maximum.accumulate(np.array(means) - means[RATIOS.index(1.0)])  # (ratios, genes)
+    scale = np.median(cells.total[cells.total > 0]) / np.maximum(cells.total, 1)
+    level = np.maximum(screen.control, 1e-6)
+    share = np.asarray(cells.values[controls].expm1().mean(axis=0)).ravel()
     parts, rows = [], []
     for row in change:
-        ratio = np.array([np.interp(d, c, RATIOS) for d, c in zip(row, curve.T, strict=True)])
+        ratio = np.expm1(np.maximum(level + row, 0)) / np.expm1(level)
         drawn = rng.choice(controls, n_cells)
-        parts.append(sparse.csr_matrix(changed(counts_of(drawn), drawn, ratio).astype(np.float32)))
+        counts = np.rint(cells.values[drawn].expm1().toarray() / scale[drawn, None]).astype(np.int64)
+        more = np.maximum(ratio - 1, 0) * share / scale[drawn, None]
+        kept = rng.binomial(counts, np.broadcast_to(np.minimum(ratio, 1), counts.shape))
+        parts.append(sparse.csr_matrix((kept + rng.poisson(more)).astype(np.float32)))
         rows.append(cells.rows[drawn])
     obs = adata.obs.iloc[np.concatenate(rows)].copy()
     obs[screen.params["key"]] = pd.Categorical(np.repeat(asked, n_cells))

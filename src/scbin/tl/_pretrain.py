@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 
 from scbin import _docs, _keys
-from scbin._adata import read_tokens, warn, write, write_uns
+from scbin._adata import read_tokens, write, write_uns
 from scbin._arguments import checked, instances
 from scbin._errors import ScbinInputError, count
 from scbin.io.corpus import opened
-from scbin.io.directory import replaces_model
+from scbin.io.directory import check_replaceable
 from scbin.model import Model, remember
 from scbin.nn.batches import BatchCorrection
 from scbin.nn.density import Density
-from scbin.nn.losses import Loss
 from scbin.nn.network import build_network
 from scbin.nn.presets import Network, preset_for
 from scbin.nn.presets import preset as preset_named
@@ -28,20 +28,18 @@ from scbin.nn.run import embed as embed_tokens
 from scbin.tl._embed import corrected, embedding_key
 from scbin.tl._labels import MaskedPhenotypes, obs_column
 from scbin.tl._leakage import remembered_cells
+from scbin.tl._masked_genes import fit_dispersion
 from scbin.tokens.tokens import MemoryTokens
 from scbin.train.distributed import is_first_process, joined_world
 from scbin.train.history import stage
 from scbin.train.loop import split_cells, train
-from scbin.train.masking import Masking
 from scbin.train.pretraining import Pretraining
-from scbin.train.settings import Training
+from scbin.train.settings import Loss, Masking, Training
 from scbin.train.start import MOST_CELLS, start
 from scbin.train.task import Task
 
 if TYPE_CHECKING:
     import os
-
-    import pandas as pd
 
     from scbin.io.corpus import Paths
     from scbin.nn.network import CellNetwork
@@ -86,9 +84,8 @@ def pretrain(
         Size and optimiser settings by name: `"tiny"` (a minute or two on a laptop), `"small"`, `"base"` (for a GPU), or those of
         published systems such as `"geneformer-v1-6l"`; or a :class:`scbin.Network`. `"auto"` chooses by the number of cells.
     backbone
-        What reads the tokens: `"mlp"`, a network on the expression of all genes together; `"latent"`, latent queries that attend to
-        the gene tokens; `"bert"`, stock BERT. Their vectors were measured to be equally good, at 3 (`"latent"`) and 25 (`"bert"`)
-        times the cost of the first. A kind of your own: `scbin.nn.backbone.BACKBONES`.
+        What reads the tokens: `"mlp"`, a network on the expression of all genes together, or `"bert"`, stock BERT. Their vectors were
+        measured to be equally good, at 25 times the cost of the first. A kind of your own: `scbin.nn.backbone.BACKBONES`.
     batch_key
         Column of `obs` that says which batch a cell is from (a study, a chemistry, a donor). What differs between batches is then
         kept out of the cell's vector.
@@ -146,23 +143,19 @@ def pretrain(
     instances(Masking, "a scbin.Masking", optional=True, masking=masking)
     instances(Loss, "a scbin.Loss", optional=True, loss=loss)
     instances(Task, "a task with losses, weights, prepare and loss", optional=True, task=task)
-    if max_steps is not None:
-        training = replace(training, max_steps=max_steps)
-    if not 0 <= seed < 2**63:
-        raise ScbinInputError("A02", f"seed is {seed}; it needs to be a whole number from 0 to below 2**63.")
+    training = training if max_steps is None else replace(training, max_steps=max_steps)
     adata = opened(adata, tokens_key)
     in_adata = adata if isinstance(adata, ad.AnnData) else None
     tokens = read_tokens(adata, key=tokens_key)
     key = embedding_key(in_adata, key_added)
     if save_dir is not None:
-        replaces_model(Path(save_dir) / "model", overwrite=True)  # raises now rather than after hours of training
+        check_replaceable(Path(save_dir) / "model", overwrite=True)  # raises now rather than after hours of training
     n_cells = int(np.count_nonzero(tokens.lengths))
     if n_cells < 2:
         raise ScbinInputError("I47", f"training needs at least 2 cells with tokens; here are {n_cells}.")
     batches, codes = _batches(adata, batch_key)
     name = "custom" if isinstance(preset, Network) else preset_for(n_cells) if preset == "auto" else preset
     shape = preset if isinstance(preset, Network) else preset_named(name)
-    _warn_if_too_large(shape, n_cells)
     cells, held_out = split_cells(tokens, training, seed)
     training = training.for_preset(name, len(cells))
 
@@ -175,11 +168,15 @@ def pretrain(
                 start(network, own, tokens, cells, codes, seed=seed)
         own.zero_positions = world.gather(own.zero_positions)[0]
     learned: Any = own if task is None else task
-    history = train(
-        network, learned, tokens, training, cells=cells, held_out=held_out, save_dir=save_dir, device=device, seed=seed,
-        progress=progress,
-    )  # fmt: skip
-    n_trained, remembered = len(cells), remembered_cells(tokens, cells)
+    where: dict[str, Any] = {"save_dir": save_dir, "device": device, "seed": seed, "progress": progress}
+    history = train(network, learned, tokens, training, cells=cells, held_out=held_out, **where)
+    if network.counts is not None and tokens.vocabulary.unit == "counts":
+        with stage("how far counts spread", shown=progress):
+            fit_dispersion(network, tokens, cells, codes, seed=seed, device=device)
+    about = {"preset": name, "backbone": backbone, "network": asdict(shape), "seed": seed, "batch_key": batch_key}
+    about |= {"masking": asdict(own.masking), "loss": asdict(own.score), "training": training.learned()}
+    about |= {"n_cells": len(cells), "cells": remembered_cells(tokens, cells)}
+
     if in_adata is None and len(cells) > MOST_CELLS:  # the model remembers a few; no others need a vector now
         some = np.sort(np.random.default_rng(seed).choice(cells, MOST_CELLS, replace=False))
         tokens, cells = MemoryTokens(tokens.take(some), tokens.vocabulary), np.arange(len(some))
@@ -191,43 +188,30 @@ def pretrain(
         network.batches = BatchCorrection.fit(vectors[cells], codes[cells], batches, seed=seed)
         vectors = vectors if in_adata is None else corrected(network, vectors, adata, batch_key)
 
-    at_start, in_the_end, line = _summary(history, getattr(learned, "watched", None), training.patience)
-    model = Model(
-        network,
-        tokens.vocabulary,
-        {
-            "preset": name,
-            "backbone": backbone,
-            "n_cells": n_trained,
-            "steps": int(history["step"].max()) if len(history) else 0,
-            "epochs": int(history["epoch"].max()) + 1 if len(history) else 0,
-            "network": asdict(shape),
-            "masking": asdict(own.masking),
-            "loss": asdict(own.score),
-            "training": training.learned(),
-            "seed": seed,
-            "batch_key": batch_key,
-            "start": at_start,
-            "end": in_the_end,
-            "cells": remembered,
-        },
-        history,
-    )
+    outcome, line = _outcome(history, getattr(learned, "watched", None), training.patience)
+    model = Model(network, tokens.vocabulary, about | outcome, history)
     if is_first_process():
         _log.info(line)
         if progress:
             print(line)
-        if save_dir is not None:
-            model.save(Path(save_dir) / "model", overwrite=True)
-    identifier = model.fingerprint
-    remember(identifier, model)
     if in_adata is not None:
         write(in_adata, "obsm", key, vectors)
         write_uns(in_adata, _keys.PRETRAIN, json.dumps(model.training))
         write_uns(in_adata, _keys.HISTORY, model.history.copy())
-        write_uns(in_adata, _keys.MODEL_ID, identifier)
-        write_uns(in_adata, _keys.MODEL_PATH, "" if save_dir is None else str(Path(save_dir).resolve() / "model"))
+    note_model(model, adata, save_dir)
     return model
+
+
+def note_model(model: Model, data: Any, save_dir: str | os.PathLike[str] | None) -> None:
+    """Save a model that was trained, and note for the verbs that follow which one it is."""
+    path = None if save_dir is None else Path(save_dir).resolve() / "model"
+    if path is not None and is_first_process():
+        model.save(path, overwrite=True)
+    identifier = model.fingerprint
+    remember(identifier, model)
+    if isinstance(data, ad.AnnData):
+        write_uns(data, _keys.MODEL_ID, identifier)
+        write_uns(data, _keys.MODEL_PATH, str(path or ""))
 
 
 def _embedded(network: CellNetwork, tokens: Tokens, training: Training, device: str) -> np.ndarray:
@@ -247,31 +231,23 @@ def _batches(data: ad.AnnData | Tokens, batch_key: str | None) -> tuple[list[str
     labels = obs_column(data, batch_key).astype(str).to_numpy()
     names, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     if len(names) < 2 or counts.min() < 2:
-        found = f"obs[{batch_key!r}] has {count(len(names), 'batch', 'batches')}, the smallest of {count(int(counts.min()), 'cell')}"
-        fix = "It takes two or more of at least 2 cells each; leave batch_key out where there is nothing to bring together."
-        raise ScbinInputError("A03", f"{found}. {fix}")
+        need = "it takes two batches or more, of at least 2 cells each"
+        raise ScbinInputError("A03", f"obs[{batch_key!r}] has {count(len(names), 'batch', 'batches')}: {need}.")
     return names.tolist(), codes.astype(np.int64)
 
 
-def _warn_if_too_large(shape: Network, n_cells: int) -> None:
-    """Warn where even twice the cells would be too few for the network."""
-    n_weights, enough = shape.n_encoder_weights, preset_named(preset_for(2 * n_cells)).n_encoder_weights
-    if n_weights > enough:
-        what = f"{count(n_cells, 'cell')} with tokens are few for a network of {n_weights:,} weights in its layers"
-        warn("T05", f"{what}; a smaller one may learn more: preset={preset_for(n_cells)!r} fits them.")
-
-
-def _summary(history: pd.DataFrame, watched: str | None, patience: Any) -> tuple[float | None, float | None, str]:
-    """Return the watched loss on held-out cells at the start and of the weights that were kept, and whether training helped."""
-    steps = count(int(history["step"].max()) if len(history) else 0, "step")
-    if "validation" not in history:
-        return None, None, f"trained for {steps}; no cells were held out to say whether it helped."
-    losses = history["validation"].dropna()
+def _outcome(history: pd.DataFrame, watched: str | None, patience: int | None) -> tuple[dict[str, Any], str]:
+    """Return how long training took and the watched loss on held-out cells before and after it, and in a line whether it helped."""
+    n_steps, n_epochs = (int(history[name].max()) if len(history) else 0 for name in ("step", "epoch"))
+    outcome = {"steps": n_steps, "epochs": n_epochs + bool(len(history)), "start": None, "end": None}
+    steps, losses = count(n_steps, "step"), history.get("validation", pd.Series(dtype=float)).dropna()
+    if losses.empty:
+        return outcome, f"trained for {steps}; no cells were held out to say whether it helped."
     first, last = float(losses.iloc[0]), float(losses.iloc[-1])
     kept = last if patience is None else float(losses.min())
     what = f"log likelihood of held-out cells ({watched or 'all losses'})"
-    if kept < first:
-        return first, kept, f"{what}: {-first:.4f} at the start, {-kept:.4f} after training ({steps})."
-    which = "they were kept all the same" if patience is None else "the weights of the start were kept"
-    line = f"Training did not help: {what} was {-first:.4f} at the start and {-last:.4f} after {steps}; {which}."
-    return first, kept, line
+    line = f"{what}: {-first:.4f} at the start, {-kept:.4f} after training ({steps})."
+    if kept >= first:
+        which = "they were kept all the same" if patience is None else "the weights of the start were kept"
+        line = f"Training did not help: {what} was {-first:.4f} at the start and {-last:.4f} after {steps}; {which}."
+    return outcome | {"start": first, "end": kept}, line

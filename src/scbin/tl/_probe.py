@@ -9,25 +9,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.sparse import csr_matrix, hstack, vstack
-from scipy.special import log_softmax, softmax
-from sklearn.decomposition import PCA
+from scipy.special import log_softmax
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
-from sklearn.model_selection import cross_val_predict
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.preprocessing import StandardScaler
 
 from scbin.nn.embedding import log_normalised, token_expression
 from scbin.nn.labels import LARGEST
-from scbin.tl._labels import balanced_weights
 from scbin.tl._split import folds_of
 
 if TYPE_CHECKING:
-    from scbin.get.predictions import Column
     from scbin.tokens.tokens import Tokens
 
-CLASS_BASELINES = ("majority class", "logistic regression", "PCA + kNN")
-NUMBER_BASELINES = ("mean", "ridge on genes", "ridge on PCA")
-N_FOLDS, N_NEIGHBORS, N_COMPONENTS = 4, 15, 50
+N_FOLDS = 4
 STRENGTHS = np.logspace(-4, 1, 6)  # C of the logistic regression
 ALPHAS = np.logspace(0, 6, 7)  # of the ridge regression
 _MOST_TO_CHOOSE, _MOST_TO_FIT, _MOST_DENSE = 5_000, 50_000, 2 * 10**8  # cells, cells, numbers
@@ -56,16 +50,13 @@ class Scaler:
     @classmethod
     def fit(cls, vectors: np.ndarray, genes: csr_matrix) -> Scaler:
         """Fit to the vectors (cells, size) and the log expression of genes (cells, genes) of training cells."""
-        spread = vectors.std(axis=0)
-        squares = np.asarray(genes.multiply(genes).mean(axis=0)).ravel()
-        deviation = np.sqrt(np.maximum(squares - np.asarray(genes.mean(axis=0)).ravel() ** 2, 0))
-        factor = np.where(spread > 1e-6, 1 / np.maximum(spread, 1e-6), 0.0)
-        gene_factor = np.where(deviation > 1e-3, 1 / np.maximum(deviation, 1e-3), 0.0)
-        return cls(vectors.mean(axis=0), factor.astype(np.float32), gene_factor.astype(np.float32))
+        of_vector, of_genes = StandardScaler().fit(vectors), StandardScaler(with_mean=False).fit(genes)
+        factors = ((1 / each.scale_).astype(np.float32) for each in (of_vector, of_genes))
+        return cls(of_vector.mean_.astype(np.float32), *factors)
 
     def features(self, vectors: Any, genes: csr_matrix | None, weight: float) -> Any:
         """Return vectors times a weight beside the scaled expression (cells, features); dense where that fits."""
-        parts = [(vectors - self.mean) * self.factor * np.float32(weight)] if weight else []
+        parts: list[Any] = [(vectors - self.mean) * self.factor * np.float32(weight)] if weight else []
         if genes is not None:
             scaled = csr_matrix(genes.multiply(self.gene_factor[None, :]), dtype=np.float32)
             scaled.data = np.minimum(scaled.data, LARGEST)
@@ -90,9 +81,9 @@ class Probe:
         return np.asarray(features @ self.weights) + self.bias
 
 
-def fit_classes(
+def fit_probe(
     features: Any,
-    codes: np.ndarray,
+    values: np.ndarray,
     n_classes: int,
     *,
     class_weights: np.ndarray | None = None,
@@ -100,42 +91,46 @@ def fit_classes(
     strength: float | None = None,
     seed: int = 0,
 ) -> Probe:
-    """Fit a logistic regression to classes (cells,), C chosen by cross-validated log loss, by donor where there are donors.
+    """Fit a logistic regression to classes (cells,), or with `n_classes=0` a ridge regression to standardised numbers.
 
-    Classes count by `class_weights` (classes,) in the fit and in the loss. With a `strength` nothing is chosen.
+    C or alpha are chosen by cross-validated loss, by donor where there are donors, unless a `strength` is given. Classes count by
+    `class_weights` (classes,) in the fit and in the loss.
     """
-    weights = np.ones(len(codes)) if class_weights is None else class_weights[codes]
+    values = values.astype(np.int64) if n_classes else values
+    weights = class_weights[values] if n_classes and class_weights is not None else np.ones(len(values))
     weights = weights / max(float(weights.mean()), 1e-12)
-    held_out, truth = np.zeros((0, n_classes)), codes[:0]
-    with warnings.catch_warnings():  # where it has not converged: the penalty matters more than the last digits
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        if strength is None:
-            rows = _some(len(codes), _MOST_TO_CHOOSE, seed)
-            folds = _folds(codes[rows], None if donors is None else donors[rows], seed)
-            strength, held_out = _choose_strength(features[rows], codes[rows], n_classes, weights[rows], folds)
-            truth = codes[rows]
-        rows = _some(len(codes), _MOST_TO_FIT, seed)
-        model = LogisticRegression(C=strength, max_iter=500).fit(features[rows], codes[rows], weights[rows])
-    return Probe(*_coefficients(model, n_classes), strength, held_out, truth)
+    held_out, truth = np.zeros((0, n_classes or 1)), values[:0]
+    if strength is None:
+        rows = some_of(len(values), _MOST_TO_CHOOSE, seed)
+        codes, truth = values[rows] if n_classes else np.zeros(len(rows)), values[rows]
+        folds = folds_of(codes, N_FOLDS, donors=None if donors is None else donors[rows], seed=seed)
+        folds = folds if folds.any() else folds_of(codes, N_FOLDS, seed=seed)  # a single donor
+        strength, held_out = _chosen(features[rows], truth, n_classes, weights[rows], folds)
+    rows = some_of(len(values), _MOST_TO_FIT, seed)
+    model = LogisticRegression(C=strength, max_iter=500) if n_classes else Ridge(strength)
+    return Probe(*_fitted(model, features[rows], values[rows], weights[rows], n_classes), strength, held_out, truth)
 
 
-def _choose_strength(
-    features: Any, codes: np.ndarray, n_classes: int, weights: np.ndarray, folds: np.ndarray
+def some_of(n: int, most: int, seed: int) -> np.ndarray:
+    """Return all of n rows, or so many drawn at random."""
+    return np.arange(n) if n <= most else np.sort(np.random.default_rng(seed).choice(n, most, replace=False))
+
+
+def _chosen(
+    features: Any, values: np.ndarray, n_classes: int, weights: np.ndarray, folds: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """Return the best C, and what it says of cells that it was not fitted to (cells, classes)."""
-    models = {number: LogisticRegression(max_iter=200, tol=1e-3, warm_start=True) for number in np.unique(folds)}
-    least, best = np.inf, (float(STRENGTHS[0]), np.zeros((len(codes), n_classes)))
-    for strength in STRENGTHS:
-        outputs = np.zeros((len(codes), n_classes))
+    """Return the best C or alpha, and what it says of cells that it was not fitted to (cells, outputs)."""
+    make = (lambda: LogisticRegression(max_iter=200, tol=1e-3, warm_start=True)) if n_classes else Ridge
+    models: dict[int, Any] = {number: make() for number in np.unique(folds)}
+    least, best = np.inf, (1.0, np.zeros((len(values), n_classes or 1)))
+    for strength in STRENGTHS if n_classes else ALPHAS:
+        outputs = np.zeros((len(values), n_classes or 1))
         for number, model in models.items():
-            train, test = folds != number, folds == number
-            if len(np.unique(codes[train])) < 2:  # one class is left, which the fold can only guess
-                outputs[test, codes[train][:1]] = _RARELY
-                continue
-            model.set_params(C=strength).fit(features[train], codes[train], weights[train])
-            coefficients, bias = _coefficients(model, n_classes)
-            outputs[test] = features[test] @ coefficients + bias
-        loss = float((log_loss_of(outputs, codes) * weights).mean())
+            train = folds != number
+            model.set_params(**{"C" if n_classes else "alpha": strength})
+            coefficients, bias = _fitted(model, features[train], values[train], weights[train], n_classes)
+            outputs[~train] = features[~train] @ coefficients + bias
+        loss = float((losses_of(outputs, values, n_classes) * weights).mean())
         if loss > 1.1 * least:  # it only rises from here, and the fits take longer
             break
         if loss < least:
@@ -143,9 +138,33 @@ def _choose_strength(
     return best
 
 
-def log_loss_of(outputs: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Return the log loss of each cell, bounded where a class was given no chance at all (cells,)."""
-    return -np.maximum(log_softmax(outputs, axis=1)[np.arange(len(codes)), codes], -16)
+def _fitted(
+    model: Any, features: Any, values: np.ndarray, weights: np.ndarray, n_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return weights (features, outputs) and bias (outputs,); classes that were not seen are rare everywhere."""
+    seen = np.unique(values)
+    if len(seen) < 2:  # nothing to tell apart
+        bias = _RARELY * np.isin(np.arange(n_classes), seen) if n_classes else np.zeros(1)
+        return np.zeros((features.shape[1], n_classes or 1)), bias
+    with warnings.catch_warnings():  # where it has not converged: the penalty matters more than the last digits
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(features, values, weights)
+    coefficients, bias = np.atleast_2d(model.coef_).T, np.atleast_1d(model.intercept_)
+    if not n_classes:
+        return coefficients, bias
+    if len(seen) == 2:  # their log-odds, shared out
+        coefficients, bias = np.hstack([-coefficients, coefficients]) / 2, np.append(-bias, bias) / 2
+    all_weights = np.repeat(coefficients.mean(axis=1, keepdims=True), n_classes, axis=1)
+    all_bias = np.full(n_classes, bias.min() - _RARELY)
+    all_weights[:, seen], all_bias[seen] = coefficients, bias
+    return all_weights.astype(np.float64), all_bias
+
+
+def losses_of(outputs: np.ndarray, values: np.ndarray, n_classes: int) -> np.ndarray:
+    """Return the log loss (bounded where a class was given no chance at all), or squared error, of each cell (cells,)."""
+    if not n_classes:
+        return np.square(outputs[:, 0] - values)
+    return -np.maximum(log_softmax(outputs, axis=1)[np.arange(len(values)), values], -16)
 
 
 def fitted_temperature(outputs: np.ndarray, classes: np.ndarray, fewest: int = 10) -> float:
@@ -155,88 +174,3 @@ def fitted_temperature(outputs: np.ndarray, classes: np.ndarray, fewest: int = 1
     rows, outputs = np.arange(len(classes)), np.asarray(outputs, dtype=np.float64)
     loss = lambda log_t: -log_softmax(outputs / np.exp(log_t), axis=1)[rows, classes].mean()
     return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
-
-
-def _coefficients(model: LogisticRegression, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return weights (features, classes) and bias (classes,); classes that were not seen are rare everywhere."""
-    coefficients, bias = model.coef_.T, model.intercept_
-    if coefficients.shape[1] == 1:  # two classes: their log-odds, shared out
-        coefficients, bias = np.hstack([-coefficients, coefficients]) / 2, np.array([-bias[0], bias[0]]) / 2
-    weights = np.repeat(coefficients.mean(axis=1, keepdims=True), n_classes, axis=1)
-    all_bias = np.full(n_classes, bias.min() - _RARELY)
-    weights[:, model.classes_], all_bias[model.classes_] = coefficients, bias
-    return weights.astype(np.float64), all_bias.astype(np.float64)
-
-
-def fit_numbers(
-    features: Any, values: np.ndarray, *, donors: np.ndarray | None = None, strength: float | None = None, seed: int = 0
-) -> Probe:
-    """Fit a ridge regression to standardised numbers (cells,), alpha chosen by cross-validation, by donor where there are donors."""
-    held_out, truth = np.zeros((0, 1)), values[:0]
-    if len(values) < 2:
-        return Probe(np.zeros((features.shape[1], 1)), np.zeros(1), float(ALPHAS[-1]), held_out, truth)
-    if strength is None:
-        rows = _some(len(values), _MOST_TO_CHOOSE, seed)
-        folds = _folds(np.zeros(len(rows)), None if donors is None else donors[rows], seed)
-        cv = [(np.flatnonzero(folds != number), np.flatnonzero(folds == number)) for number in np.unique(folds)]
-        model = RidgeCV(ALPHAS, cv=cv, scoring="neg_mean_squared_error").fit(features[rows], values[rows])
-        strength, truth = float(model.alpha_), values[rows]
-        held_out = cross_val_predict(Ridge(strength), features[rows], truth, cv=cv)[:, None]
-    rows = _some(len(values), _MOST_TO_FIT, seed)
-    model = RidgeCV([strength]).fit(features[rows], values[rows])
-    return Probe(model.coef_[:, None], np.atleast_1d(model.intercept_), strength, held_out, truth)
-
-
-def _folds(codes: np.ndarray, donors: np.ndarray | None, seed: int) -> np.ndarray:
-    """Return folds of the training cells, by donor where several are left."""
-    folds = folds_of(codes, N_FOLDS, donors=donors, seed=seed)
-    return folds if folds.max() > 0 else folds_of(codes, N_FOLDS, seed=seed)
-
-
-def _some(n: int, most: int, seed: int) -> np.ndarray:
-    """Return all rows, or so many drawn at random."""
-    return np.arange(n) if n <= most else np.sort(np.random.default_rng(seed).choice(n, most, replace=False))
-
-
-# ---- baselines ------------------------------------------------------------------------------------------------------
-
-
-def baseline_predictions(
-    method: str,
-    train: csr_matrix,
-    column: Column,
-    rows: np.ndarray,
-    test: csr_matrix,
-    *,
-    donors: np.ndarray | None = None,
-    seed: int = 0,
-) -> np.ndarray:
-    """Return what a simple method predicts for test cells: probabilities (cells, classes) or numbers (cells,).
-
-    `train` and `test` are log expression; `rows` are the training cells in the column, `donors` theirs.
-    """
-    values, codes, n_classes = column.values[rows], column.codes(rows), len(column.classes)
-    mean, scale = values.mean(), max(values.std(), 1e-12)
-    if method == "mean":
-        return np.full(test.shape[0], mean)
-    if method == "majority class" or (column.kind == "class" and len(np.unique(codes)) == 1):
-        return np.tile(np.bincount(codes, minlength=n_classes) / len(codes), (test.shape[0], 1))
-    if "PCA" in method:
-        n_components = max(min(N_COMPONENTS, train.shape[0] - 1, train.shape[1] - 1), 1)
-        solver = "covariance_eigh" if train.shape[1] <= 5_000 else "arpack"
-        pca = PCA(n_components, svd_solver=solver, random_state=seed)
-        before, after = pca.fit_transform(train), pca.transform(test)
-    else:
-        scaler = Scaler.fit(np.zeros((1, 1)), train)
-        before, after = (scaler.features(None, part, 0.0) for part in (train, test))
-    if column.kind == "number":
-        probe = fit_numbers(before, (values - mean) / scale, donors=donors, seed=seed)
-        return probe.outputs(after)[:, 0] * scale + mean
-    if method == "PCA + kNN":
-        model = KNeighborsClassifier(min(N_NEIGHBORS, len(codes))).fit(before, codes)
-        result = np.zeros((test.shape[0], n_classes))
-        result[:, model.classes_] = model.predict_proba(after)
-        return result
-    weights = balanced_weights(codes, n_classes)
-    probe = fit_classes(before, codes, n_classes, class_weights=weights, donors=donors, seed=seed)
-    return softmax(probe.outputs(after) / fitted_temperature(probe.held_out, probe.truth), axis=1)

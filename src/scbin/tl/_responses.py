@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
-from itertools import combinations
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy import sparse
 from sklearn.utils.extmath import randomized_svd
 
@@ -18,6 +20,8 @@ NULL_DRAWS = 10_000
 FEWEST_PAIRS = 5  # from which a synergy is learned
 MOST_RESIDUALS = 2_000  # cells from which the covariance of the noise is taken
 WIDTH = 50  # dimensions of a block of gene features
+Rows = np.ndarray
+Kernels = dict[str, np.ndarray]
 
 
 # ---- changes and their reproducibility ------------------------------------------------------------------------------
@@ -34,23 +38,19 @@ class Sums:
     spectrum: np.ndarray  # eigenvalues of the covariance of the noise over genes, centred over genes
     variance: np.ndarray  # of each gene over cells of one kind (genes,)
 
-    def changes(self, blocks: np.ndarray | None = None, controls: np.ndarray | None = None) -> np.ndarray:
+    def changes(self, blocks: Any = slice(None), controls: Any = None) -> np.ndarray:
         """Return the mean change against the controls of the same strata (perturbations, genes); NaN without cells."""
-        own, of = self._chosen(blocks), self._chosen(blocks if controls is None else controls)
-        n = self.cells[:, :, own].sum(axis=2)  # (perturbations, strata)
+        of = blocks if controls is None else controls
+        n = self.cells[:, :, blocks].sum(axis=2)  # (perturbations, strata)
         control = self.control_sums[:, of].sum(axis=1) / np.maximum(self.control_cells[:, of].sum(axis=1), 1)[:, None]
-        total = np.where(n.sum(axis=1) > 0, n.sum(axis=1), np.nan)[:, None]
-        return (self.sums[:, own].sum(axis=1) - n @ control) / total
+        total = np.where(n.any(axis=1), n.sum(axis=1), np.nan)[:, None]
+        return (self.sums[:, blocks].sum(axis=1) - n @ control) / total
 
-    def noise(self, blocks: np.ndarray | None = None) -> np.ndarray:
+    def noise(self) -> np.ndarray:
         """Return the variance of each change in units of the variance of one cell (perturbations,)."""
-        own = self._chosen(blocks)
-        n, m = self.cells[:, :, own].sum(axis=2), np.maximum(self.control_cells[:, own].sum(axis=1), 1)
+        n, m = self.cells.sum(axis=2), np.maximum(self.control_cells.sum(axis=1), 1)
         total = np.maximum(n.sum(axis=1), 1)
         return 1 / total + ((n / total[:, None]) ** 2 / m).sum(axis=1)
-
-    def _chosen(self, blocks: np.ndarray | None) -> np.ndarray:
-        return np.ones(self.cells.shape[2], dtype=bool) if blocks is None else blocks
 
 
 def sum_cells(
@@ -79,30 +79,26 @@ def sum_cells(
     own, control = np.flatnonzero(group >= 0), np.flatnonzero(group < 0)
     sums = added(own, group[own] * n_blocks + block[own], n_groups * n_blocks)
     control_sums = added(control, stratum[control] * n_blocks + block[control], n_strata * n_blocks)
-    cells, control_cells = np.zeros((n_groups, n_strata, n_blocks)), np.zeros((n_strata, n_blocks))
-    np.add.at(cells, (group[own], stratum[own], block[own]), 1)
-    np.add.at(control_cells, (stratum[control], block[control]), 1)
+    cells = np.zeros((n_groups + 1, n_strata, n_blocks))  # the last one: controls
+    np.add.at(cells, (group, stratum, block), 1)
 
     some = np.sort(rng.permutation(n)[:MOST_RESIDUALS])
-    _, code, size = np.unique((group[some] + 1) * n_strata + stratum[some], return_inverse=True, return_counts=True)
-    dense = values[some].toarray().astype(np.float64)
-    mean = np.zeros((len(size), dense.shape[1]))
-    np.add.at(mean, code, dense)
-    dense -= (mean / size[:, None])[code]
-    freedom = max(len(some) - len(size), 1)
-    variance = (dense**2).sum(axis=0) / freedom
-    dense -= dense.mean(axis=1, keepdims=True)  # as a correlation does
-    small = dense @ dense.T if len(some) < dense.shape[1] else dense.T @ dense
+    kind = (group[some] + 1) * n_strata + stratum[some]
+    residuals = pd.DataFrame(values[some].toarray().astype(np.float64))
+    residuals -= residuals.groupby(kind).transform("mean")
+    freedom = max(len(some) - len(np.unique(kind)), 1)
+    variance = (residuals**2).sum().to_numpy() / freedom
+    centred = residuals.sub(residuals.mean(axis=1), axis=0).to_numpy()  # as a correlation does
+    small = centred @ centred.T if len(some) < centred.shape[1] else centred.T @ centred
     spectrum = np.maximum(np.linalg.eigvalsh(small)[::-1], 0) / freedom
-    shape = (n_groups, n_blocks, -1)
-    return Sums(
-        sums.reshape(shape), cells, control_sums.reshape(n_strata, n_blocks, -1), control_cells, spectrum, variance
-    )
+    shapes = (n_groups, n_blocks, -1), (n_strata, n_blocks, -1)
+    known = (sums.reshape(shapes[0]), cells[:-1], control_sums.reshape(shapes[1]), cells[-1])
+    return Sums(*known, spectrum, variance)
 
 
 def halves(n_blocks: int, seed: int) -> np.ndarray:
     """Return different ways to take half of the blocks (splits, blocks) bool, at most `SPLITS`."""
-    every = [half for half in combinations(range(n_blocks), n_blocks // 2) if 0 in half or n_blocks % 2]
+    every = [half for half in itertools.combinations(range(n_blocks), n_blocks // 2) if 0 in half or n_blocks % 2]
     chosen = np.random.default_rng(seed).permutation(len(every))[:SPLITS]
     return np.array([np.isin(np.arange(n_blocks), every[i]) for i in chosen])
 
@@ -114,20 +110,18 @@ def reproducibility(sums: Sums, own: np.ndarray, seed: int) -> tuple[np.ndarray,
     with the covariance of cells, whatever their number, so its distribution is drawn from the eigenvalues of that covariance.
     """
     ways = halves(sums.cells.shape[2], seed)
-    if not len(ways):
-        return (np.full(len(own), np.nan),) * 2
-    each = [correlations(*(np.where(own, np.nan, sums.changes(half)) for half in (way, ~way))) for way in ways]
-    r = np.nanmean(np.where(np.isfinite(each).any(axis=0), each, 0.0), axis=0)
-    r[~np.isfinite(each).any(axis=0)] = np.nan
-    rng, scale = np.random.default_rng(seed), np.sqrt(sums.spectrum[sums.spectrum > 0])
-    sides = np.array([[way / way.sum(), ~way / (~way).sum()] for way in ways]).swapaxes(0, 1)  # (2, splits, blocks)
+    each = np.array(
+        [correlations(*(np.where(own, np.nan, sums.changes(half)) for half in (way, ~way))) for way in ways]
+    )
+    r = pd.DataFrame(each).mean().to_numpy()
+    rng, scale = np.random.default_rng(seed), np.sqrt(sums.spectrum[sums.spectrum > 0]).astype(np.float32)
+    sides = [way / way.sum(axis=1, keepdims=True) for way in (ways, ~ways)]  # (splits, blocks)
     null = np.empty(NULL_DRAWS)
     for start in range(0, NULL_DRAWS, 500):
-        noise = rng.standard_normal((500, ways.shape[1], len(scale)), dtype=np.float32) * scale.astype(np.float32)
+        noise = rng.standard_normal((500, ways.shape[1], len(scale)), dtype=np.float32) * scale
         gram = noise @ noise.swapaxes(1, 2)  # (draws, blocks, blocks)
-        first, second, both = (
-            np.einsum("sk,nkl,sl->ns", sides[i], gram, sides[j]) for i, j in ((0, 0), (1, 1), (0, 1))
-        )
+        pairs = ((0, 0), (1, 1), (0, 1))
+        first, second, both = (np.einsum("sk,nkl,sl->ns", sides[i], gram, sides[j]) for i, j in pairs)
         null[start : start + 500] = (both / np.sqrt(first * second)).mean(axis=1)
     above = NULL_DRAWS - np.searchsorted(np.sort(null), r)
     return r, np.where(np.isfinite(r), (1 + above) / (1 + NULL_DRAWS), np.nan)
@@ -137,9 +131,9 @@ def correlations(left: np.ndarray, right: np.ndarray, *, centre: bool = True) ->
     """Return the Pearson correlation (or cosine) of each row of one matrix with the same row of another, where both are known."""
     known = np.isfinite(left) & np.isfinite(right)
     n = np.maximum(known.sum(axis=1, keepdims=True), 1)
-    a, b = (np.where(known, x, 0.0) for x in (left, right))
-    if centre:
-        a, b = (np.where(known, x - x.sum(axis=1, keepdims=True) / n, 0.0) for x in (a, b))
+    a, b = (
+        np.where(known, x - np.where(known, x, 0).sum(axis=1, keepdims=True) / n * centre, 0) for x in (left, right)
+    )
     length = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
     return np.where(known.any(axis=1), (a * b).sum(axis=1) / np.where(length > 0, length, np.inf), np.nan)
 
@@ -159,6 +153,12 @@ def control_features(values: sparse.csr_matrix) -> dict[str, np.ndarray]:
     return {"pca": vectors.T * size / np.sqrt(len(dense)), "coexpression": narrow(together)}
 
 
+def lengthened(rows: np.ndarray) -> np.ndarray:
+    """Return rows of length 1; those of zeros stay."""
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(length > 0, length, 1.0)
+
+
 def narrow(block: np.ndarray) -> np.ndarray:
     """Return features about their mean, each of length 1, in at most `WIDTH` dimensions; what is not known stays NaN."""
     known = np.isfinite(block).all(axis=1)
@@ -168,73 +168,52 @@ def narrow(block: np.ndarray) -> np.ndarray:
         left, size, _ = randomized_svd(rows, n_components=WIDTH, random_state=0)
         rows = left * size
     result = np.full((len(block), rows.shape[1]), np.nan)
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    result[known] = rows / np.where(length > 0, length, 1)
+    result[known] = lengthened(rows)
     return result
 
 
 def kernels(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return a cosine kernel of each block of features of targets (targets, d), and their mean; targets without features resemble none."""
-    made = {}
-    for name, block in features.items():
-        rows = np.nan_to_num(block)
-        length = np.linalg.norm(rows, axis=1, keepdims=True)
-        rows = rows / np.where(length > 0, length, 1.0)
-        made[name] = rows @ rows.T
+    rows = {name: lengthened(np.nan_to_num(block)) for name, block in features.items()}
+    made = {name: each @ each.T for name, each in rows.items()}
     return made | ({"all": np.mean(list(made.values()), axis=0)} if len(made) > 1 else {})
 
 
 def pair_kernels(singles: dict[str, np.ndarray], changes: np.ndarray, pairs: np.ndarray) -> dict[str, np.ndarray]:
     """Return kernels between pairs of perturbations (pairs, 2): pairs are alike whose members are, by features or by measured changes."""
-    length = np.linalg.norm(changes, axis=1, keepdims=True)
-    rows = changes / np.where(length > 0, length, 1)
-    a, b = pairs.T
-    made = {}
-    for name, k in {**singles, "changes": rows @ rows.T}.items():
-        made[name] = k[np.ix_(a, a)] * k[np.ix_(b, b)] + k[np.ix_(a, b)] * k[np.ix_(b, a)]
-    return made
+    rows, (a, b) = lengthened(changes), pairs.T
+    made = {**singles, "changes": rows @ rows.T}
+    return {name: k[np.ix_(a, a)] * k[np.ix_(b, b)] + k[np.ix_(a, b)] * k[np.ix_(b, a)] for name, k in made.items()}
 
 
 # ---- ridge over perturbations ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A kernel and how strongly it is shrunk; an infinite penalty is the mean of the others (of pairs: no synergy)."""
-
-    kernel: str = "mean"
-    penalty: float = np.inf
-    centre: bool = True  # about a mean that is not shrunk
-
-
-def smoother(kernel: np.ndarray | None, rule: Rule, train: np.ndarray, test: np.ndarray) -> np.ndarray:
+def smoother(kernel: Rows | None, penalty: float, train: Rows, test: Rows, centre: bool = True) -> Rows:
     """Return the weights with which changes of the training perturbations make up each prediction (test, train).
 
-    A perturbation that is in both is predicted from the others: exact leave-one-out, in closed form.
+    An infinite penalty, or no kernel, is the mean of the others, or without `centre` (of what is beyond sums of pairs) 0. A
+    perturbation that is in both is predicted from the others: exact leave-one-out, in closed form.
     """
-    n, place = len(train), {p: i for i, p in enumerate(train)}
-    shrunk, like = np.eye(n), np.zeros((len(test), n))
-    if kernel is not None and np.isfinite(rule.penalty):
-        shrunk, like = kernel[np.ix_(train, train)] + rule.penalty * shrunk, kernel[np.ix_(test, train)]
+    shrunk, like = np.eye(len(train)), np.zeros((len(test), len(train)))
+    if kernel is not None and np.isfinite(penalty):
+        shrunk, like = kernel[np.ix_(train, train)] + penalty * shrunk, kernel[np.ix_(test, train)]
     inverse = np.linalg.inv(shrunk)
     weights = like @ inverse
-    if rule.centre:
+    if centre:
         ones = inverse.sum(axis=1)
         weights = weights + np.outer(1 - like @ ones, ones / ones.sum())
         inverse = inverse - np.outer(ones, ones) / ones.sum()
-    for row, p in enumerate(test):
-        if p in place:
-            i = place[p]
-            weights[row] = -inverse[i] / inverse[i, i]
-            weights[row, i] = 0
+    row, i = np.nonzero(np.asarray(test)[:, None] == train)
+    weights[row] = -inverse[i] / np.diag(inverse)[i, None]
+    weights[row, i] = 0
     return weights
 
 
 def choose(
-    known: dict[str, np.ndarray], changes: np.ndarray, target: np.ndarray, weight: np.ndarray, *, centre: bool = True,
-    always: bool = False,
-) -> Rule:  # fmt: skip
-    """Return the rule with the smallest leave-one-out error: the infinite penalty, unless another is better by more than chance.
+    known: Kernels, changes: Rows, target: Rows, weight: Rows, centre: bool = True, always: bool = False
+) -> tuple[str, float]:
+    """Return the kernel and penalty with the smallest leave-one-out error: the infinite one, unless another is better by more than chance.
 
     `changes` are learned from and `target` is predicted (perturbations, genes). The error is the log of the squared distance, so
     that strong effects do not decide alone; `weight` is the reliability of each perturbation. `always` leaves out the doubt.
@@ -243,15 +222,14 @@ def choose(
     changes, target, weight = changes[some], target[some], weight[some] / max(float(weight[some].sum()), 1e-12)
     squares, cross, gram = (target**2).sum(axis=1), target @ changes.T, changes @ changes.T
 
-    def error(rule: Rule) -> np.ndarray:
-        rows = smoother(known.get(rule.kernel), rule, some, some)
+    def error(name: str, penalty: float) -> np.ndarray:
+        rows = smoother(known.get(name), penalty, some, some, centre)
         distance = squares - 2 * (rows * cross).sum(axis=1) + np.einsum("ij,ij->i", rows @ gram, rows)
         return np.log(np.maximum(distance, 1e-12))
 
-    best, gain = Rule(centre=centre), 0.0
-    start = error(best)
-    for rule in (Rule(name, penalty, centre) for name in known for penalty in PENALTIES):
-        better = start - error(rule)
+    best, gain, start = ("mean", np.inf), 0.0, error("mean", np.inf)
+    for rule in itertools.product(known, PENALTIES):
+        better = start - error(*rule)
         mean = float(weight @ better)
         doubt = 0.0 if always else ERRORS * float(np.sqrt(weight**2 @ (better - mean) ** 2))
         if mean > max(gain, doubt):
@@ -266,19 +244,15 @@ def without_own(changes: np.ndarray, own: np.ndarray) -> np.ndarray:
 
 
 def ridge(
-    alike: dict[str, np.ndarray], shrunk: np.ndarray, changes: np.ndarray, weight: np.ndarray, learn: np.ndarray,
-    train: np.ndarray, test: np.ndarray, *, always: bool = False,
-) -> np.ndarray:  # fmt: skip
+    alike: Kernels, changes: Rows, weight: Rows, learn: Rows, train: Rows, test: Rows, always: bool = False
+) -> Rows:
     """Return predicted changes of the perturbations `test` from those in `train`, by the rule that is best among `learn`."""
-    part = {name: kernel[np.ix_(learn, learn)] for name, kernel in alike.items()}
-    rule = choose(part, shrunk[learn], changes[learn], weight[learn], always=always)
-    return smoother(alike.get(rule.kernel), rule, train, test) @ shrunk[train]
+    part, shrunk = {name: kernel[np.ix_(learn, learn)] for name, kernel in alike.items()}, weight[:, None] * changes
+    name, penalty = choose(part, shrunk[learn], changes[learn], weight[learn], always=always)
+    return smoother(alike.get(name), penalty, train, test) @ shrunk[train]
 
 
-def combine(
-    base: np.ndarray, measured: np.ndarray, weight: np.ndarray, alike: dict[str, np.ndarray], train: np.ndarray,
-    test: np.ndarray,
-) -> np.ndarray:  # fmt: skip
+def combine(base: Rows, measured: Rows, weight: Rows, alike: Kernels, train: Rows, test: Rows) -> Rows:
     """Return predicted changes of the pairs `test`: a multiple of the sum of both members, and what resembling pairs do beyond it.
 
     `base` is that sum for all pairs, `measured` the change of those in `train`. Of few measured pairs no synergy is learned.
@@ -289,5 +263,5 @@ def combine(
     factor = float(np.clip(top / size if size > 0 else 1.0, 0.1, 1.5))
     left = measured - factor * base[train]
     part = {name: kernel[np.ix_(train, train)] for name, kernel in alike.items()}
-    rule = choose(part, left, left, weight, centre=False)
-    return factor * base[test] + smoother(alike.get(rule.kernel), rule, train, test) @ left
+    name, penalty = choose(part, left, left, weight, centre=False)
+    return factor * base[test] + smoother(alike.get(name), penalty, train, test, centre=False) @ left

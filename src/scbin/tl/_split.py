@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,20 +13,16 @@ from anndata import AnnData
 from sklearn.model_selection import KFold, StratifiedGroupKFold, StratifiedKFold, StratifiedShuffleSplit
 
 from scbin import _docs, _keys
-from scbin._adata import check_adata, check_writable, copied, read_obs, read_uns, warn, write, write_uns
+from scbin._adata import check_adata, copied, read_obs, read_uns, warn, write, write_uns
 from scbin._arguments import checked
-from scbin._errors import ScbinInputError, count
+from scbin._errors import ScbinInputError
 from scbin.tl._labels import has_column, obs_column
-from scbin.tokens.phenotypes import is_missing, labels_of
+from scbin.tokens.phenotypes import labels_of
 
 if TYPE_CHECKING:
     from scbin.tokens.tokens import Tokens
 
 PARTS = ("train", "validation", "test")
-_WORDS = {
-    **{part: part for part in PARTS},
-    **{"training": "train", "val": "validation", "valid": "validation", "held-out": "test"},
-}
 DONORS = "donor_id"  # CELLxGENE's name
 
 
@@ -40,8 +35,6 @@ def split(
     split_key: str | None = None,
     test: float = 0.2,
     validation: float = 0.1,
-    n_folds: int | None = None,
-    fold: int = 0,
     seed: int = 0,
     copy: bool = False,
 ) -> AnnData | None:
@@ -57,16 +50,12 @@ def split(
     target
         Column of `obs` whose classes shall be in all parts in similar fractions.
     split_key
-        Column of `obs` with donors or batches. It is remembered: :func:`scbin.tl.finetune` and :func:`scbin.tl.search` then keep
-        them apart in all that they divide further.
+        Column of `obs` with donors or batches. It is remembered: :func:`scbin.tl.finetune` then keeps them apart in all that it
+        divides further.
     test
-        Fraction of the cells, or of the donors, to test on; with folds it is one over their number.
+        Fraction of the cells to test on. Whole donors make a half, a third, a quarter ... of them.
     validation
         Fraction to validate on.
-    n_folds
-        Make so many folds and test on the one called `fold`: as many calls give a cross-validation.
-    fold
-        Which fold is tested on, from 0.
     {seed}
     {copy}
 
@@ -93,42 +82,25 @@ def split(
     175
     """
     check_adata(adata)
-    fraction = test if n_folds is None else 1 / max(n_folds, 1)
-    fits = n_folds is None or (2 <= n_folds <= adata.n_obs and 0 <= fold < n_folds)
-    if not fits or validation < 0 or fraction <= 0 or validation + fraction >= 1:
-        found = f"test={test}, validation={validation}, n_folds={n_folds} and fold={fold}"
-        fix = "leave cells to train on and to test on; folds are two or more, counted from 0"
-        raise ScbinInputError("A02", f"{found}: {fix}.")
-    check_writable(adata, "obs", _keys.SPLIT)
+    if validation < 0 or not 0 < test < 1 - validation:
+        raise ScbinInputError("A02", f"test={test} and validation={validation} leave no cells to train or to test on.")
     classes = np.zeros(adata.n_obs, dtype=np.int64)
     if target is not None:
-        classes = pd.factorize(labels_of(read_obs(adata, target), target), use_na_sentinel=True)[0].astype(np.int64)
-    donors = None
-    if split_key is not None:
-        if named_parts(read_obs(adata, split_key), split_key) is not None:
-            raise ScbinInputError(
-                "L03", f"obs[{split_key!r}] is a split already: pass it to scbin.tl.finetune as it is."
-            )
-        donors = read_donors(adata, split_key)
-    if n_folds is None:
-        tested = hold_out(classes, test, donors=donors, seed=seed)
-    else:
-        tested = folds_of(classes, n_folds, donors=donors, seed=seed) == fold
+        classes = pd.factorize(labels_of(read_obs(adata, target), target))[0]
+    donors = None if split_key is None else read_donors(adata, split_key)
+    tested = hold_out(classes, test, donors=donors, seed=seed)
     rest, held_out = np.flatnonzero(~tested), np.zeros(adata.n_obs, dtype=bool)
     own = None if donors is None else donors[rest]
     held_out[rest[hold_out(classes[rest], validation / (1 - tested.mean()), donors=own, seed=seed + 1)]] = True
-    n_donors = n_folds or 2 if donors is None else len(np.unique(donors))
-    if n_donors < (n_folds or 2) or (donors is not None and validation and not held_out.any()):
-        found = f"the {count(n_donors, 'value')} of {split_key!r} cannot be divided into these parts"
-        raise ScbinInputError(
-            "L03", f"{found}. Use fewer folds, validation=0 for no validation cells, or another seed."
-        )
+    if donors is not None and not (tested.any() and (held_out.any() or not validation)):
+        found = f"{len(np.unique(donors))} values of {split_key!r} cannot be divided into these parts"
+        raise ScbinInputError("L03", f"{found}. Use validation=0 for no validation cells, or another column.")
     parts = Split(~tested & ~held_out, held_out, tested, donors)
     warn_of_donors(adata, parts, split_key)
     adata = copied(adata) if copy else adata
     write(adata, "obs", _keys.SPLIT, parts.column())
-    made = {"target": target, "split_key": split_key, "test": test, "validation": validation, "n_folds": n_folds}
-    write_uns(adata, _keys.SPLIT_RECORD, json.dumps({**made, "fold": fold, "seed": seed}))
+    made = {"target": target, "split_key": split_key, "test": test, "validation": validation, "seed": seed}
+    write_uns(adata, _keys.SPLIT_RECORD, json.dumps(made))
     return adata if copy else None
 
 
@@ -155,18 +127,10 @@ class Split:
         return pd.Categorical.from_codes(codes, categories=list(PARTS))
 
 
-def named_parts(column: pd.Series, name: str) -> np.ndarray | None:
-    """Return the part that a column names for each cell (cells,), `""` for none; `None` where it is no split."""
-    codes, distinct = pd.factorize(column.astype(object).to_numpy(), use_na_sentinel=True)
-    words = [str(value).strip().lower() for value in distinct]
-    parts = ["" if is_missing(word) else _WORDS.get(word) for word in words]
-    if None not in parts and any(parts):
-        return np.array([*parts, ""])[codes]
-    if "train" in parts or pd.api.types.is_bool_dtype(column.dtype):
-        wrong = [word for word, part in zip(words, parts, strict=True) if part is None]
-        found = f"{name!r} looks like a split, but has {wrong[0]!r}"
-        raise ScbinInputError("L03", f"{found}. Call the parts 'train', 'validation' and 'test', and leave others NaN.")
-    return None
+def named_parts(column: pd.Series) -> np.ndarray | None:
+    """Return the part that a column names for each cell (cells,), NaN for none; `None` where it names something else."""
+    parts = column.astype(object)
+    return parts.to_numpy() if {*parts.dropna()} <= {*PARTS} and parts.notna().any() else None
 
 
 def read_donors(data: AnnData | Tokens, key: str) -> np.ndarray:
@@ -181,20 +145,20 @@ def read_split(data: AnnData | Tokens, split_key: str | None = None) -> Split:
     Its donors are those that must not be in two parts: a column named by `split_key`, or the one that the split goes by.
     """
     n_cells = data.n_obs if isinstance(data, AnnData) else data.n_cells
-    parts = None if split_key is None else named_parts(obs_column(data, split_key), split_key)
+    parts = None if split_key is None else named_parts(obs_column(data, split_key))
     by_donor = split_key is not None and parts is None
     if parts is None and has_column(data, _keys.SPLIT):
-        parts = named_parts(obs_column(data, _keys.SPLIT), _keys.SPLIT)
+        parts = named_parts(obs_column(data, _keys.SPLIT))
         parts = parts if parts is not None and "test" in parts else None
     train, validation, test = (np.full(n_cells, part == "train") if parts is None else parts == part for part in PARTS)
     key = split_key if by_donor else None if parts is None else _donor_key(data)
     if key is None:
         return Split(train, validation, test)
     donors = read_donors(data, key)
-    by_part = [np.unique(donors[part]) for part in (train, validation, test) if part.any()]
-    apart = len(by_part) > 1 and len(np.unique(np.concatenate(by_part))) == sum(map(len, by_part))
-    if by_donor and np.isin(donors[validation], donors[train]).any():  # drawn again, by donor
+    groups = [set(donors[part]) for part in (train, validation, test)]
+    if by_donor and groups[0] & groups[1]:  # drawn again, by donor
         train, validation = train | validation, np.zeros_like(validation)
+    apart = sum(map(len, groups)) == len(set.union(*groups))
     return Split(train, validation, test, donors if by_donor or apart else None)
 
 
@@ -206,19 +170,12 @@ def _donor_key(data: AnnData | Tokens) -> str | None:
 
 def warn_of_donors(data: AnnData | Tokens, split: Split, split_key: str | None = None) -> None:
     """Warn where cells of one donor are in training and among the held-out cells."""
-    is_split = split_key is None or named_parts(obs_column(data, split_key), split_key) is not None
+    is_split = split_key is None or named_parts(obs_column(data, split_key)) is not None
     key = _donor_key(data) if is_split else split_key
     donors = np.zeros(0) if key is None else read_donors(data, key)
-    if key is None or len(np.unique(donors)) < 2:
-        return
-    both = np.intersect1d(donors[split.train], donors[split.validation | split.test])
-    if len(both):
-        found = f"{count(len(both), 'value')} of {key!r} ({', '.join(both[:3])} ...)"
-        warn(
-            "L03",
-            f"{found} are in training and among the held-out cells. Scores on such cells are too good for new donors: divide by "
-            f"donor with split_key={key!r}, in scbin.tl.split where there are test cells.",
-        )
+    if len(np.unique(donors)) > 1 and np.isin(donors[split.train], donors[split.validation | split.test]).any():
+        fix = f"divide by donor with split_key={key!r}, in scbin.tl.split where there are test cells"
+        warn("L03", f"cells of one {key!r} are in training and held out: scores are too good for new donors. So {fix}.")
 
 
 # ---- drawing --------------------------------------------------------------------------------------------------------
@@ -237,16 +194,15 @@ def hold_out(
         return held_out
     codes = np.unique(classes, return_inverse=True)[1]
     if donors is not None:
-        part = Fraction(fraction).limit_denominator(min(len(np.unique(donors)), 20))
-        folds = folds_of(codes, max(part.denominator, 2) if part else 20, donors=donors, seed=seed)
-        n_held = min(max(part.numerator, 1), folds.max())
-        return np.isin(folds, np.random.default_rng(seed).permutation(folds.max() + 1)[:n_held])
+        folds = folds_of(codes, max(round(1 / fraction), 2), donors=donors, seed=seed)
+        n_folds = folds.max() + 1
+        return (folds == np.random.default_rng(seed).permutation(n_folds)[0]) & (n_folds > 1)
     rows = np.flatnonzero(np.bincount(codes)[codes] > 1)
     n_held = min(max(round(fraction * len(classes)), 1), len(rows) - 1)
     if n_held > 0:
         stratified = min(n_held, len(rows) - n_held) >= len(np.unique(codes[rows]))
         draw = StratifiedShuffleSplit(1, test_size=n_held, random_state=seed)
-        held_out[rows[next(draw.split(rows[:, None], codes[rows] * stratified))[1]]] = True
+        held_out[rows[next(draw.split(rows, codes[rows] * stratified))[1]]] = True
     return held_out
 
 
@@ -263,6 +219,6 @@ def folds_of(classes: np.ndarray, n_folds: int, *, donors: np.ndarray | None = N
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of classes with fewer cells than folds
         draw = splitter(n_folds, shuffle=True, random_state=seed)
-        for number, (_, test) in enumerate(draw.split(np.zeros((len(classes), 1)), classes, donors)):
+        for number, (_, test) in enumerate(draw.split(folds, classes, donors)):
             folds[test] = number
     return np.unique(folds, return_inverse=True)[1]

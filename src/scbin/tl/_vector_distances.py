@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scipy.spatial.distance import pdist, squareform
+from sklearn.covariance import LedoitWolf
 
 from scbin import _keys
 from scbin._arguments import checked
@@ -68,14 +69,5 @@ def vector_distances(
         raise ScbinInputError("A02", f"{len(table)} of the {len(vectors)} vectors are known; two are needed.")
     if metric == "variance":
         return table.var(axis=1, ddof=0).to_frame("variance")
-    values = table.to_numpy()
-    found = pdist(values, "cosine") if metric == "cosine" else pdist(whitened(values))
-    return pd.DataFrame(squareform(found), index=table.index, columns=table.index)
-
-
-def whitened(vectors: np.ndarray) -> np.ndarray:
-    """Return vectors (n, size) between which plain distances are Mahalanobis distances."""
-    from sklearn.covariance import ledoit_wolf
-
-    covariance = ledoit_wolf(vectors)[0]
-    return np.linalg.solve(np.linalg.cholesky(covariance), (vectors - vectors.mean(axis=0)).T).T
+    whitening = {"VI": LedoitWolf().fit(table).precision_} if metric == "mahalanobis" else {}
+    return pd.DataFrame(squareform(pdist(table, metric, **whitening)), index=table.index, columns=table.index)

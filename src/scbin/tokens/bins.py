@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from scbin.tokens.fit import quantile_edges
-from scbin.tokens.kernels import bin_rows, frozen
-from scbin.tokens.rules import Bins, lookup, make_bins
+from scbin.tokens.kernels import bin_rows, over_rows
+from scbin.tokens.rules import Bins, make_bins
 from scbin.tokens.vocabulary import ENCODINGS, Encoding, GeneTokens
 
 if TYPE_CHECKING:
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 
 class BinEncoding(Encoding):
-    """How much of a gene there is, as a bin that all genes share: counts, bins of log1p values, or quantiles."""
+    """How much of a gene there is, as a bin: counts, bins of log1p values, or quantiles."""
 
-    default_rules = ("counts", "linear")  # where counts are known, and where they are not
+    def __init__(self, of_counts: Any, of_logs: Any, *, id_is_gene: bool = False):
+        self.default_rules, self.id_is_gene = (of_counts, of_logs), id_is_gene
 
     def fit(self, cells: Cells, rule: Any, asked: Tokenization) -> dict[str, Any]:
         """Choose genes, and fit the edges of the rules that have to be fitted."""
@@ -29,7 +30,7 @@ class BinEncoding(Encoding):
         bins = make_bins(default if rule is None else rule, asked.n_bins, asked.zeros)
         genes = cells.choose_genes()
         if bins == "log2":  # as many bins as the largest count needs
-            largest = cells.moments.largest[genes].max(initial=1.0)
+            largest = max(1.0, cells.moments["largest"].iloc[genes].max())
             bins = Bins.log2(int(np.searchsorted(Bins.log2(200).edges, largest, side="right")), zeros=asked.zeros)
         elif isinstance(bins, str):
             edges = quantile_edges(cells, genes, asked.n_bins, per_gene=bins == "quantile_per_gene")
@@ -48,37 +49,12 @@ class BinEncoding(Encoding):
         room = rows.n * n_genes if keep else len(rows.data)
         ids, places = np.empty(room, dtype=vocabulary.dtype), np.empty(room, dtype=np.int32)
         lengths = np.zeros(rows.n, dtype=np.int64)
-        tables = (frozen(edges), frozen(lookup(edges[0])), bins.per == "cell", frozen(bases), keep)
-        rows.kernel(bin_rows, frozen(rows.totals), target, *tables, frozen(offsets), ids, places, lengths)
+        scales = (rows.totals, target, edges, bins.per == "cell")
+        read = (rows.data, rows.indices, rows.columns, *scales, bases, keep, offsets)
+        over_rows(bin_rows, rows.indptr, read, (ids, places, lengths))
         return GeneTokens(ids, places, offsets, lengths)
 
-    def knocked_down(
-        self, vocabulary: Vocabulary, genes: np.ndarray, levels: np.ndarray, fraction: float
-    ) -> np.ndarray:
-        """Return the bin of what is left of the value that a bin stands for: its middle, as counts."""
-        bins = vocabulary.bins
-        assert bins is not None
-        if bins.per == "cell":  # quantiles have no unit: the place among the cell's expressed genes shrinks
-            return np.floor(levels * (1 - fraction) + 1e-9).astype(levels.dtype)
-        own = genes if bins.per == "gene" else np.zeros_like(genes)
-        value = bins.gene_centres.astype(np.float64)[own, levels]
-        left = np.log1p(np.expm1(value) * (1 - fraction)) if bins.reads == "log1p" else value * (1 - fraction)
-        return np.minimum((bins.matrix[own] <= left[..., None]).sum(axis=-1), levels)
 
-
-class BinaryEncoding(BinEncoding):
-    """Whether a gene is expressed: one threshold on log1p values."""
-
-    def fit(self, cells: Cells, rule: Any, asked: Tokenization) -> dict[str, Any]:
-        """Choose genes; the threshold is asked for."""
-        return {"genes": cells.choose_genes(), "bins": Bins.binary(asked.threshold, zeros=asked.zeros)}
-
-
-class GeneBinEncoding(BinEncoding):
-    """Gene and bin jointly, as in Bioformers: every gene has token ids of its own."""
-
-    id_is_gene = True
-    default_rules = ("log2", "log2")
-
-
-ENCODINGS.update(bins=BinEncoding(), binary=BinaryEncoding(), gene_bins=GeneBinEncoding())
+ENCODINGS["bins"] = BinEncoding("counts", "linear")
+ENCODINGS["binary"] = BinEncoding([0.1], [0.1])  # whether a gene is expressed: one threshold on log1p values
+ENCODINGS["gene_bins"] = BinEncoding("log2", "log2", id_is_gene=True)  # jointly with the gene, as in Bioformers

@@ -142,9 +142,7 @@ def _sorted(
 # ---- levels: every gene has a position of its own, and its token says how much of it there is ---------------------------
 
 
-def new_levels(
-    vocabulary: Vocabulary, edit: Edit, genes: np.ndarray, old: np.ndarray, highest: np.ndarray | int = 0
-) -> np.ndarray:
+def new_levels(vocabulary: Vocabulary, edit: Edit, old: np.ndarray, highest: np.ndarray | int = 0) -> np.ndarray:
     """Return the levels of genes after an edit; 0 is not expressed, `highest` the highest level of the cell."""
     top = vocabulary.n_levels - 1
     if edit.mode == "delete":
@@ -155,13 +153,13 @@ def new_levels(
         return np.minimum(old + edit.k, top)
     if edit.mode == "inhibit":
         return np.where(old > 0, np.maximum(old - edit.k, 1), 0)
-    return np.where(old > 0, vocabulary.codec.knocked_down(vocabulary, genes, old, edit.fraction), 0)
+    return np.where(old > 0, vocabulary.codec.knocked_down(vocabulary, old, edit.fraction), 0)
 
 
 def _edit_levels(rows: GeneRows, edit: Edit, cells: np.ndarray, genes: np.ndarray) -> Edited:
     vocabulary = rows.vocabulary
     at, old = rows.find(cells[:, None], genes)
-    new = new_levels(vocabulary, edit, genes, old, rows.highest[cells, None])
+    new = new_levels(vocabulary, edit, old, rows.highest[cells, None])
     ids, positions, pair, bounds = rows.take(cells)
     place = at - rows.tokens.indptr[cells].astype(np.int64)[:, None] + bounds[:-1, None]
     new_ids = vocabulary.ids_of(genes, new).astype(ids.dtype)
@@ -188,27 +186,28 @@ def _edit_ranks(rows: GeneRows, edit: Edit, cells: np.ndarray, genes: np.ndarray
     """Take genes out of their rows, or move them to another rank; what does not fit behind is cut."""
     vocabulary, first = rows.vocabulary, rows.vocabulary.first_gene_position
     at, _ = rows.find(cells[:, None], genes)
-    there = at >= 0
+    there, n = at >= 0, rows.n_genes[cells]
     rank = np.where(there, rows.tokens.indices[at].astype(np.int64) - first, -1)  # (pairs, m)
-    n = rows.n_genes[cells]
-    target, moved = _targets(edit, rank, there, n)
+    target, moved = _targets(edit, rank, there, n[:, None])
     n_final = n - there.sum(axis=1) + moved.sum(axis=1)
     n_cut = np.maximum(0, first + n_final + (END in vocabulary.specials) - vocabulary.max_length)
     slot = _slots(target, moved, n_final)
-    ids, positions, pair, _ = rows.take(cells)
-    is_gene = vocabulary.is_gene_token(ids)
-    behind = ~is_gene & (positions >= first)  # [END]
-    positions = np.where(behind, (first + n_final - n_cut)[pair], positions)
+    ids, positions, pair, bounds = rows.take(cells)
     kept = np.ones(len(ids), dtype=bool)
-    owner = pair[is_gene]
-    place, edited = _places(positions[is_gene] - first, rank[owner], np.where(moved, slot, NOWHERE)[owner])
-    positions[is_gene] = first + place
-    kept[is_gene] = ~edited & (place < (n_final - n_cut)[owner])
-    stays = moved & (slot < (n_final - n_cut)[:, None])
+    kept[(at - rows.tokens.indptr[cells].astype(np.int64)[:, None] + bounds[:-1, None])[there]] = False
+    stays = kept & vocabulary.is_gene_token(ids)  # these genes fill the ranks that the moved ones leave, in their order
+    starts = np.cumsum(n_final) - n_final
+    free = np.ones(n_final.sum(), dtype=bool)
+    free[(starts[:, None] + slot)[moved]] = False
+    positions[stays] = first + np.flatnonzero(free) - starts[pair[stays]]
+    behind = ~vocabulary.is_gene_token(ids) & (positions >= first)  # [END]
+    positions[behind] = (first + n_final - n_cut)[pair[behind]]
+    kept &= ~stays | (positions - first < (n_final - n_cut)[pair])
+    comes = moved & (slot < (n_final - n_cut)[:, None])
     tokens = _sorted(
-        np.concatenate([ids[kept], (vocabulary.first_gene_id + genes[stays]).astype(ids.dtype)]),
-        np.concatenate([positions[kept], first + slot[stays]]),
-        np.concatenate([pair[kept], np.nonzero(stays)[0]]),
+        np.concatenate([ids[kept], (vocabulary.first_gene_id + genes[comes]).astype(ids.dtype)]),
+        np.concatenate([positions[kept], first + slot[comes]]),
+        np.concatenate([pair[kept], np.nonzero(comes)[0]]),
         len(cells),
         vocabulary,
     )
@@ -217,7 +216,6 @@ def _edit_ranks(rows: GeneRows, edit: Edit, cells: np.ndarray, genes: np.ndarray
 
 def _targets(edit: Edit, rank: np.ndarray, there: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the rank that each gene shall have, and which genes are in the row afterwards (pairs, m)."""
-    n = n[:, None]
     if edit.mode == "delete" or (edit.mode == "knock_down" and edit.fraction == 1):
         return rank, np.zeros_like(there)
     if edit.mode == "overexpress":
@@ -234,22 +232,9 @@ def _slots(target: np.ndarray, moved: np.ndarray, n_final: np.ndarray) -> np.nda
     """Give every moved gene a rank of its own, its target or the nearest free one behind, or before at the end."""
     wanted = np.where(moved, target, NOWHERE)
     order = np.argsort(wanted, axis=1, kind="stable")
-    n_moved = moved.sum(axis=1)
-    previous = np.full(len(target), -1)
-    slots = np.empty_like(wanted)
+    previous, slots = np.full(len(target), -1), np.empty_like(wanted)
     for j in range(target.shape[1]):
-        column = order[:, j : j + 1]
+        column, last = order[:, j : j + 1], n_final - (moved.sum(axis=1) - j)
         previous = np.maximum(np.take_along_axis(wanted, column, axis=1)[:, 0], previous + 1)
-        np.put_along_axis(slots, column, np.minimum(previous, n_final - (n_moved - j))[:, None], axis=1)
+        np.put_along_axis(slots, column, np.minimum(previous, last)[:, None], axis=1)
     return slots
-
-
-def _places(old: np.ndarray, edited: np.ndarray, taken: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the new rank of each gene that is not edited, and which are.
-
-    `old` (tokens,) are their ranks, `edited` and `taken` (tokens, m) the old and new ranks of the edited genes of their row.
-    """
-    is_edited = (edited == old[:, None]).any(axis=1)
-    place = old - ((edited >= 0) & (edited < old[:, None])).sum(axis=1)
-    taken = np.sort(taken, axis=1) - np.arange(taken.shape[1])  # so many free ranks lie before each
-    return place + (taken <= place[:, None]).sum(axis=1), is_edited

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
-from scbin.tokens.kernels import frame_rows, frozen, over_rows
+from scbin.tokens.kernels import frame_rows, over_rows
 from scbin.tokens.values import TARGET, RowReader
 from scbin.tokens.vocabulary import CLS, END, START
 
@@ -18,20 +19,16 @@ if TYPE_CHECKING:
     from scbin.tokens.vocabulary import GeneTokens, Vocabulary
 
 
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """Tokens of a block of rows, and what the encoder saw of each row."""
+class Encoded(NamedTuple):
+    """Tokens of a block of rows, and what the encoder saw of each row.
+
+    The columns of `seen` are the sum of the counts, or of logs where counts are not known (`"total"`), what of it lies in the
+    vocabulary (`"matched"`); whether not all genes fitted into max_length (`"cut"`), and counts could not be had back exactly from
+    logs (`"rounded"`); and whether the row has tokens (0), no counts (1), or no gene of the vocabulary (2) (`"status"`).
+    """
 
     tokens: sparse.csr_matrix
-    totals: np.ndarray  # sum of the counts, or of logs where counts are not known (rows,)
-    matched: np.ndarray  # of these, what lies in the vocabulary
-    cut: np.ndarray  # of these, what did not fit into max_length
-    rounded: int  # rows whose counts could not be had back exactly from their logs
-
-    @property
-    def status(self) -> np.ndarray:
-        """Whether each row has tokens (0), no counts (1), or no gene of the vocabulary (2) (rows,)."""
-        return np.where(self.totals <= 0, 1, np.where(np.diff(self.tokens.indptr) == 0, 2, 0))
+    seen: pd.DataFrame
 
 
 class Encoder:
@@ -48,32 +45,38 @@ class Encoder:
 
     def encode(self, block: Any, phenotype_ids: np.ndarray) -> Encoded:
         """Encode the rows of a block; `phenotype_ids` is (rows, phenotypes)."""
-        vocabulary, reading, reads = self.vocabulary, self._reader.reading, self.vocabulary.codec.reads(self.vocabulary)
-        reads = "counts" if reads == "any" and reading.exact else reads
-        rows = self._reader.read(block, reads, TARGET if vocabulary.bins is None else vocabulary.bins.target_sum)
-        counts = self._reader.read(block, "counts") if rows.logs and reading.counted else rows
-        prefix = self._prefix(phenotype_ids, counts.matched if reading.counted else None)
+        vocabulary, reading, unit = self.vocabulary, self._reader.reading, self.vocabulary.codec.reads(self.vocabulary)
+        unit = "counts" if unit == "any" and reading.exact else unit
+        rows = self._reader.read(block, unit, TARGET if vocabulary.bins is None else vocabulary.bins.target_sum)
+        counts = self._reader.read(block, "counts") if rows.logs and reading.exact else rows
         genes = vocabulary.codec.encode(vocabulary, rows)
+        prefix = self._prefix(phenotype_ids, counts.matched if reading.counted else None)
+        n_around = (prefix > 0).sum(axis=1) + (END in vocabulary.specials)
+        room = np.where(vocabulary.position_is_gene, vocabulary.max_length, vocabulary.n_positions) - n_around
+        cut = (genes.lengths > room) & (rows.matched > 0)
+        if not vocabulary.position_is_gene:
+            genes = replace(genes, lengths=np.minimum(genes.lengths, room))
         tokens = self._framed(genes, prefix, rows.matched > 0)
-        cut = np.zeros(rows.n) if genes.cut is None else genes.cut
-        if np.diff(tokens.indptr).max(initial=0) > vocabulary.max_length:
-            tokens, cut = _shorten(tokens, rows, vocabulary)
+        if vocabulary.position_is_gene and cut.any():
+            tokens = _shorten(tokens, rows, vocabulary)
         exact = rows.exact if vocabulary.depth is None else counts.exact  # of counts that make tokens
-        rounded = 0 if exact is None else int((~exact & (counts.totals > 0)).sum())
-        if counts is not rows:
-            cut = cut * counts.matched / np.maximum(rows.matched, 1e-300)
-        return Encoded(tokens, counts.totals, counts.matched, cut, rounded)
+        seen = {
+            "total": counts.totals,
+            "matched": counts.matched,
+            "cut": cut,
+            "rounded": np.zeros(rows.n, dtype=bool) if exact is None else ~exact & (counts.totals > 0),
+            "status": np.where(counts.totals <= 0, 1, np.where(np.diff(tokens.indptr) == 0, 2, 0)),
+        }
+        return Encoded(tokens, pd.DataFrame(seen))
 
     def _prefix(self, phenotype_ids: np.ndarray, depth: np.ndarray | None) -> np.ndarray:
         """Return the tokens before the genes (rows, first gene position)."""
         vocabulary = self.vocabulary
         prefix = np.zeros((len(phenotype_ids), vocabulary.first_gene_position), dtype=np.uint32)
-        if CLS in vocabulary.specials:
-            prefix[:, 0] = vocabulary.specials[CLS]
-        if START in vocabulary.specials:
-            prefix[:, -1] = vocabulary.specials[START]
-        for k, phenotype in enumerate(vocabulary.phenotypes):
-            prefix[:, phenotype.position] = phenotype_ids[:, k]
+        for special, at in ((CLS, 0), (START, -1)):
+            if special in vocabulary.specials:
+                prefix[:, at] = vocabulary.specials[special]
+        prefix[:, [p.position for p in vocabulary.phenotypes]] = phenotype_ids
         if vocabulary.depth is not None:
             prefix[:, vocabulary.depth.position] = vocabulary.depth.ids(depth)
         return prefix
@@ -89,7 +92,7 @@ class Encoder:
         fixed = vocabulary.position_is_gene
         own = (genes.offsets, lengths, genes.ids.astype(vocabulary.dtype, copy=False), genes.places, prefix)
         end = (end_id, vocabulary.n_positions - 1 if fixed else -1)
-        over_rows(frame_rows, frozen(indptr), *map(frozen, own), *end, ids, positions)
+        over_rows(frame_rows, indptr, (*own, *end), (ids, positions))
         tokens = vocabulary.matrix(ids, positions, indptr)
         if fixed and not self._in_order:
             tokens.has_sorted_indices = False
@@ -97,19 +100,15 @@ class Encoder:
         return tokens
 
 
-def _shorten(tokens: sparse.csr_matrix, rows: Rows, vocabulary: Vocabulary) -> tuple[sparse.csr_matrix, np.ndarray]:
+def _shorten(tokens: sparse.csr_matrix, rows: Rows, vocabulary: Vocabulary) -> sparse.csr_matrix:
     """Keep the genes with the largest values of rows that are too long, equal values by position."""
-    drop, cut = np.zeros(tokens.nnz, dtype=bool), np.zeros(tokens.shape[0])
+    kept = np.ones(tokens.nnz, dtype=bool)
     for row in np.flatnonzero(np.diff(tokens.indptr) > vocabulary.max_length):
-        part = slice(tokens.indptr[row], tokens.indptr[row + 1])
-        values = np.zeros(vocabulary.n_positions)
-        stored = slice(rows.indptr[row], rows.indptr[row + 1])
-        genes = rows.columns[rows.indices[stored]]
+        (first, last), stored = tokens.indptr[row : row + 2], slice(*rows.indptr[row : row + 2])
+        values, genes = np.zeros(vocabulary.n_positions), rows.columns[rows.indices[stored]]
         values[vocabulary.first_gene_position + genes[genes >= 0]] = rows.data[stored][genes >= 0]
-        here = tokens.indices[part]
-        order = np.lexsort((here, -values[here], vocabulary.is_gene_token(tokens.data[part])))
-        late = order[vocabulary.max_length :]
-        drop[tokens.indptr[row] + late] = True
-        cut[row] = values[here[late]].sum()
-    kept = np.concatenate([[0], np.cumsum(~drop)])
-    return vocabulary.matrix(tokens.data[~drop], tokens.indices[~drop], kept[tokens.indptr]), cut
+        here = values[tokens.indices[first:last]]
+        late = np.lexsort((-here, vocabulary.is_gene_token(tokens.data[first:last])))[vocabulary.max_length :]
+        kept[first + late] = False
+    indptr = np.concatenate([[0], np.cumsum(kept)])[tokens.indptr]
+    return vocabulary.matrix(tokens.data[kept], tokens.indices[kept], indptr)

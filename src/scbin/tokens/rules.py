@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from scbin._arguments import check_fields, instances, numbers, shown
+from scbin._arguments import check_fields, numbers, shown
 from scbin._errors import ScbinInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Zeros = Literal["drop", "keep"]
 Layout = Literal["scbin", "geneformer_v1", "geneformer_v2", "bionemo"]
@@ -20,8 +22,6 @@ Rule = Literal[
 LINEAR_START, LINEAR_STEP = 0.1, 0.4  # log1p values per 10,000: 20 bins reach 7.7
 EXACT_COUNTS, COUNT_STEP, LARGEST_COUNT = 16, 1.15, 10_000
 MOST_BINS = 65_000
-TABLE_SHIFT = 47  # sign, exponent and 5 bits of the mantissa of a float64 are left
-TABLE_SIZE = 1 << (63 - TABLE_SHIFT)
 
 
 @dataclass(frozen=True)
@@ -32,26 +32,18 @@ class Tokenization:
     ----------
     n_bins
         Number of bins above zero, for the rules that leave it open (`"linear"`, `"quantile"` ...).
-    threshold
-        Smallest log1p value that counts as expressed, for `encoding="binary"`.
     zeros
         `"drop"`: a gene that is not expressed has no token. `"keep"`: it has the token of bin 0.
     layout
         Special tokens of `encoding="rank"`: scbin's, or those of Geneformer V1, V2 or BioNeMo.
     max_length
         Longest row in tokens; the genes with the largest values are kept.
-    medians
-        `{gene: median}` for `encoding="rank"`; fitted from the cells by default.
     depth
         Whether each cell gets a `[DEPTH]` token, a level of its total counts. By default wherever counts are known and the
         layout is scbin's.
     age_groups
         Cut ages (`age` or `development_stage`) into classes of so many years; by default their text is the label. The
         vocabulary remembers it for new data.
-    case
-        `"upper"` compares gene names in upper case.
-    duplicates
-        Add up the columns that are one gene (`"sum"`), or refuse them (`"error"`).
     force
         Go on where less than 20 % of the counts are in the vocabulary of `like`.
 
@@ -65,20 +57,15 @@ class Tokenization:
     """
 
     n_bins: int = 20
-    threshold: float = 0.1
     zeros: Zeros = "drop"
     layout: Layout = "scbin"
     max_length: int | None = None
-    medians: Mapping[str, float] | None = None
     depth: bool | None = None
     age_groups: Literal[10, 20] | None = None
-    case: Literal["exact", "upper"] = "exact"
-    duplicates: Literal["sum", "error"] = "sum"
     force: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
-        instances(Mapping, "{gene: median}", optional=True, medians=self.medians)
         if self.n_bins < 1:
             raise ScbinInputError("A02", f"n_bins is {self.n_bins}; at least one bin is needed.")
 
@@ -133,7 +120,7 @@ class Bins:
     @classmethod
     def perturbgene(cls, n_edges: int = 10) -> Bins:
         """Return PerturbGene's bins: `n_edges` even edges from 0.1 to 9, zeros are dropped."""
-        return cls(tuple(np.linspace(0.1, 9.0, n_edges).tolist()), "drop")
+        return cls(tuple(np.linspace(0.1, 9.0, n_edges).tolist()))
 
     @classmethod
     def log2(cls, n_bins: int, bin_size: float | None = None, *, zeros: Zeros = "keep") -> Bins:
@@ -156,14 +143,12 @@ class Bins:
     @classmethod
     def cell_quantiles(cls, n_bins: int, *, zeros: Zeros = "drop") -> Bins:
         """Return quantiles of each cell's own expressed values, as scGPT does."""
-        return cls(tuple(np.linspace(0, 1, n_bins).tolist()) if n_bins > 1 else (0.0,), zeros, per="cell")
+        return cls(tuple(np.linspace(0, 1, n_bins).tolist()), zeros, per="cell")
 
     @classmethod
     def from_quantiles(cls, quantiles: np.ndarray, **fields: Any) -> Bins:
         """Return bins from fitted quantiles: (bins,) for all genes, or (genes, bins)."""
-        # six digits are more than a quantile of cells deserves, and do not change with the order of a sum
-        exponent = np.floor(np.log10(np.maximum(quantiles, 1e-12)))
-        quantiles = np.round(quantiles / 10.0**exponent, 5) * 10.0**exponent
+        quantiles = six_digits(quantiles)
         if quantiles.ndim == 1:
             return cls(tuple(np.unique(quantiles).tolist()), **fields)
         means = np.maximum.accumulate(quantiles.mean(axis=0)) + 1e-9 * np.arange(quantiles.shape[1])
@@ -188,35 +173,17 @@ class Bins:
         The middle of counts is the geometric mean of the first and the last count of the bin; the open last bin repeats the
         width of the one before.
         """
-        return (self if self.per != "gene" else replace(self, per="all", gene_edges=None)).gene_centres[0]
-
-    @cached_property
-    def gene_centres(self) -> np.ndarray:
-        """The same with each gene's own edges where there are such: (genes, n_bins + 1), else (1, n_bins + 1)."""
-        edges = self.matrix
+        edges = np.asarray(self.edges)
         if self.per == "cell":  # no unit: the share of the cell's expressed genes below
-            return np.linspace(0, 1, self.n_bins + 1, dtype=np.float32)[None]
+            return np.linspace(0, 1, self.n_bins + 1, dtype=np.float32)
         if self.reads == "counts":
-            ratio = edges[:, -1:] / edges[:, -2:-1] if self.n_bins > 1 else 2.0
+            after = [*edges[1:], edges[-1] * (edges[-1] / edges[-2] if self.n_bins > 1 else 2.0)]
             first = np.ceil(edges)
-            last = np.ceil(np.column_stack([edges[:, 1:], edges[:, -1:] * ratio])) - 1
-            middles = np.sqrt(first * np.maximum(last, first))
-        elif self.n_bins == 1:
-            middles = np.ones_like(edges)
+            middles = np.sqrt(first * np.maximum(np.ceil(after) - 1, first))
         else:
-            widths = np.diff(edges, axis=1)
-            middles = edges + np.column_stack([widths, widths[:, -1]]) / 2
-        return np.column_stack([np.zeros(len(edges)), middles]).astype(np.float32)
-
-
-FITTED = ("quantile", "quantile_per_gene", "log2")
-RULES: dict[str, Callable[[int, Zeros], Bins]] = {
-    "counts": lambda _, zeros: Bins.counts(zeros=zeros),
-    "linear": lambda n_bins, zeros: Bins.linear(n_bins, zeros=zeros),
-    "quantile_per_cell": lambda n_bins, zeros: Bins.cell_quantiles(n_bins, zeros=zeros),
-    "polygene": lambda *_: Bins.polygene(),
-    "perturbgene": lambda *_: Bins.perturbgene(),
-}
+            widths = np.diff(edges)
+            middles = edges + np.append(widths, widths[-1:]) / 2 if self.n_bins > 1 else np.ones(1)
+        return np.append(0.0, middles).astype(np.float32)
 
 
 def make_bins(rule: Bins | Sequence[float] | str, n_bins: int, zeros: Zeros) -> Bins | str:
@@ -226,15 +193,16 @@ def make_bins(rule: Bins | Sequence[float] | str, n_bins: int, zeros: Zeros) -> 
     if not isinstance(rule, str):
         numbers(**{f"rule[{k}]": edge for k, edge in enumerate(rule)})
         return Bins(tuple(map(float, rule)), zeros)
-    if rule in FITTED:
-        return rule
-    if rule not in RULES:
-        known = ", ".join(map(repr, (*RULES, *FITTED)))
+    made = {"counts": Bins.counts(zeros=zeros), "linear": Bins.linear(n_bins, zeros=zeros)}
+    made |= {"quantile_per_cell": Bins.cell_quantiles(n_bins, zeros=zeros)}
+    made |= {"polygene": Bins.polygene(), "perturbgene": Bins.perturbgene()}
+    if rule not in get_args(Rule):
+        known = ", ".join(map(repr, get_args(Rule)))
         raise ScbinInputError("A02", f"rule is {rule!r}; choose one of {known}, a list of edges, or a scbin Bins.")
-    return RULES[rule](n_bins, zeros)
+    return made.get(rule, rule)
 
 
-def lookup(edges: np.ndarray) -> np.ndarray:
-    """Bin at the start of each interval of float64's upper bits, so that few comparisons are left (TABLE_SIZE,)."""
-    starts = (np.arange(TABLE_SIZE, dtype=np.int64) << TABLE_SHIFT).view(np.float64)
-    return np.searchsorted(edges, np.where(np.isnan(starts), np.inf, starts), side="right").astype(np.uint16)
+def six_digits(values: np.ndarray) -> np.ndarray:
+    """Round values above 0 to six digits, which do not change with the order of a sum."""
+    scale = 10.0 ** (5 - np.floor(np.log10(np.maximum(values, 1e-12))))
+    return np.rint(values * scale) / scale

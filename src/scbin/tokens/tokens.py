@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Tokens(Protocol):
     """What the package asks of rows of tokens; :class:`~scbin.tokens.tokens.MemoryTokens` is the first kind.
 
-    A row is a cell, a column is a position and a value is a token id. Whatever holds such rows and answers these five
+    A row is a cell, a column is a position and a value is a token id. Whatever holds such rows and answers these seven
     questions can be trained on, embedded and asked: an AnnData in memory, files on disk, rows made up for a perturbation.
     """
 
@@ -43,6 +43,9 @@ class Tokens(Protocol):
 
     def obs(self, column: str) -> pd.Series:
         """Return what is known of the cells under a name (cells,)."""
+
+    def epoch_order(self, cells: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """Return rows in the order of one epoch of training, a function of (seed, epoch, set of rows)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,23 +79,25 @@ class MemoryTokens:
         """Return what is known of the cells under a name (cells,)."""
         return self.table[column]
 
+    def epoch_order(self, cells: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """Return rows in the order of one epoch."""
+        return philox(seed, epoch).permutation(np.sort(cells))
+
+
+def philox(seed: int, epoch: int) -> np.random.Generator:
+    """Return a generator whose numbers are a function of (seed, epoch)."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, epoch % 2**64], dtype=np.uint64)))
+
 
 class KeptRows:
     """Some rows of tokens, read once and kept; they go by the numbers that they have there."""
 
     def __init__(self, tokens: Tokens, rows: np.ndarray):
-        self.vocabulary, self.n_cells, self.lengths, self.obs = (
-            tokens.vocabulary,
-            tokens.n_cells,
-            tokens.lengths,
-            tokens.obs,
-        )
         self.tokens, self.rows, self.matrix = tokens, np.sort(rows), tokens.take(np.sort(rows))
 
-    @property
-    def names(self) -> pd.Index:
-        """Names of the cells."""
-        return self.tokens.names
+    def __getattr__(self, name: str) -> Any:
+        """Return what is asked of the tokens themselves."""
+        return getattr(self.tokens, name)
 
     def take(self, rows: np.ndarray) -> csr_matrix:
         """Return some rows, in the order asked for (rows, positions)."""

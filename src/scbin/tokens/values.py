@@ -10,15 +10,14 @@ import numpy as np
 from scipy import sparse
 
 from scbin._errors import ScbinInputError, count
-from scbin.tokens.kernels import frozen, over_rows, recover_rows, row_totals, scan_rows
+from scbin.tokens.kernels import over_rows, recover_rows, row_totals, scan_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 Values = Literal["auto", "counts", "log1p"]
-By = Literal["values", "uns", "range", "asked"]
 TARGET = 10_000.0
-LOG_LIMIT = 14.0  # log1p of a million is 13.8
+LOG_LIMIT, LARGEST = 14.0, 1e9  # log1p of a million is 13.8; counts that no cell has
 SAMPLE = 500  # cells that are looked at closely
 MOSTLY_EXACT = 0.95  # share of the sampled cells whose logs are those of whole numbers
 EXACT, ROUNDED = 1e-5, 2.5e-3  # relative error of ratios: of float32, and of logs that were rounded to three decimals
@@ -64,31 +63,30 @@ class Scan:
     used: np.ndarray  # (columns,) which are gene counts
     n: Counter[str] = field(default_factory=Counter)  # how many values, or rows, of each kind in COUNTED
     largest: float = 0.0
-    places: dict[str, list[str]] = field(default_factory=lambda: {"not finite": [], "negative": []})  # the first ones
+    places: dict[str, str] = field(default_factory=dict)  # the first value that is not finite, and that is negative
     sums: list[np.ndarray] = field(default_factory=list)
     rows: list[np.ndarray] = field(default_factory=list)  # positive values of the sampled cells
 
     def __post_init__(self) -> None:
-        self.seen = np.zeros(len(self.genes), dtype=bool)  # whether a column has any value that is not 0
         n_cells = len(self.cells)
         self._sampled = np.unique(np.linspace(0, n_cells - 1, min(SAMPLE, n_cells)).astype(np.int64))
 
     def add(self, block: Block) -> bool:
         """Take in a block of rows; False, and nothing taken in, if columns are unsorted or repeated within a row."""
         data, indices, indptr, sums = block.data, block.indices, block.indptr, np.zeros(block.n_rows)
-        found = over_rows(scan_rows, *map(frozen, (indptr, data, indices, self.used)), self.seen, sums)
+        found = over_rows(scan_rows, indptr, (data, indices, self.used), sums)
         if any(part[4] for part in found):
             return False
         for part in found:
             self.n.update(dict(zip(COUNTED, map(int, part), strict=False)))
             self.largest = max(self.largest, float(part[-1]))
-        if any(part[0] or part[1] for part in found):
-            finite = np.isfinite(data)
-            for bad, places in zip((~finite, finite & (data < 0)), self.places.values(), strict=True):
-                for k in np.flatnonzero(bad & self.used[indices])[: 3 - len(places)]:
-                    row = block.start + int(np.searchsorted(indptr, k, side="right")) - 1
-                    cell, gene = str(self.cells[row]), str(self.genes[indices[k]])
-                    places.append(f"cell {cell!r}, gene {gene!r}: {data[k]:.4g}")
+        for kind, bad in (("not finite", lambda: ~np.isfinite(data)), ("negative", lambda: data < 0)):
+            if self.n[kind] and kind not in self.places:
+                k = np.flatnonzero(bad() & self.used[indices])[0]
+                cell = self.cells[block.start + int(np.searchsorted(indptr, k, side="right")) - 1]
+                self.places[kind] = (
+                    f"the first: cell {str(cell)!r}, gene {str(self.genes[indices[k]])!r}: {data[k]:.4g}"
+                )
         self.sums.append(sums)
         for row in self._sampled[(self._sampled >= block.start) & (self._sampled < block.start + len(sums))]:
             part = slice(indptr[row - block.start], indptr[row - block.start + 1])
@@ -106,7 +104,7 @@ class Reading:
     kind: Literal["counts", "log1p"]
     base: float = float(np.e)
     target_sum: float | None = None  # what expm1 of every cell sums to, if it is one number
-    by: By = "values"
+    by: str = ""  # what says so, if the values alone do not
     fractional: bool = False  # counts that are not whole
     exact: bool = False  # logs from which the counts can be had back
     slack: float = EXACT  # by which a ratio of two values may miss a whole number, relative to it
@@ -129,79 +127,76 @@ class Reading:
             return "counts" + (" that are not whole" if self.fractional else "")
         base = "natural log" if abs(self.base - np.e) < 1e-9 else f"log base {self.base:g}"
         total = "" if self.target_sum is None else f", cells sum to {self.target_sum:,.6g}"
-        sure = {"uns": ", by uns['log1p']", "range": ", by range only"}.get(self.by, "")
-        return f"log1p values ({base}{total}{sure})"
+        return f"log1p values ({base}{total}{self.by and f', by {self.by}'})"
 
 
-def read_values(
-    scan: Scan, values: Values = "auto", *, noted: bool = False, noted_base: float | None = None
-) -> Reading:
-    """Decide what the scanned values are, in a fixed order of rules; `noted` says that `uns["log1p"]` exists.
+def read_values(scan: Scan, values: Values = "auto", note: Mapping[str, Any] | None = None) -> Reading:
+    """Decide what the scanned values are, in a fixed order of rules; `note` is `uns["log1p"]`.
 
     Raises the typed error for values that no encoding can read: not finite, negative, normalised but not logged, too large.
     """
-    name, largest, is_log = scan.name, scan.largest, scan.largest <= LOG_LIMIT
+    name, largest, n, rows = scan.name, scan.largest, scan.n, scan.rows
     _refuse(scan)
-    slack = ROUNDED if all((abs(row - row.round(3)) <= 1e-6).all() for row in scan.rows) else EXACT
-    share, warnings = scan.n["fractions"] / max(1, scan.n["stored"]), []
+    share, warnings = n["fractions"] / max(1, n["stored"]), []
     if largest > 1e6:
         found = f"{name} has values up to {largest:.4g}"
         warnings.append(("I08", f"{found}; above 2^24 float32 cannot hold every whole number."))
 
-    def counts(by: By) -> Reading:
+    def counts() -> Reading:
         found = f"{name} has non-integer counts ({share:.2g} of the stored values), as after ambient correction"
         fractional = ("I07", f'{found}; taken as counts, not rounded. Pass values="log1p" if they are logs.')
-        return Reading("counts", by=by, fractional=share > 0, warnings=(*warnings, *([fractional] if share else [])))
-
-    def logs(base: float | None, by: By) -> Reading:
-        base = base or noted_base or float(np.e)
-        if largest * np.log(base) > np.log(1e9):
-            found = f"{name} has values up to {largest:.4g}, which no log1p value can reach"
-            raise ScbinInputError("I08", f'{found}. Pass values="counts" if they are counts.')
-        rows = [np.expm1(row * np.log(base)) for row in scan.rows]
-        exact = _whole_share(rows, up_to=4, slack=slack) >= MOSTLY_EXACT
-        total = _constant(np.array([row.sum() for row in rows]))
-        return Reading("log1p", base, total, by, exact=exact, slack=slack, warnings=tuple(warnings))
+        return Reading("counts", fractional=share > 0, warnings=(*warnings, *([fractional] if share else [])))
 
     if values == "counts" or (values == "auto" and not share):
-        return counts("asked" if values == "counts" else "values")
+        return counts()
+    slack = ROUNDED if all((abs(row - row.round(3)) <= 1e-6).all() for row in rows) else EXACT
+
+    def logs(base: float, by: str = "") -> Reading:
+        if largest * np.log(base) > np.log(LARGEST):
+            found = f"{name} has values up to {largest:.4g}, which no log1p value can reach"
+            raise ScbinInputError("I08", f'{found}. Pass values="counts" if they are counts.')
+        linear = [np.expm1(row * np.log(base)) for row in rows]
+        exact = _whole_share(linear, up_to=4, slack=slack) >= MOSTLY_EXACT
+        total = _constant(np.array([row.sum() for row in linear]))
+        return Reading("log1p", base, total, by, exact=exact, slack=slack, warnings=tuple(warnings))
+
     _refuse_two_units(scan, values)
+    noted = float((note or {}).get("base") or np.e)
+    base = _log_base(rows, slack) if largest * np.log(2) <= np.log(LARGEST) else None
     if values == "log1p":
-        return logs(_log_base(scan.rows, slack) if largest * np.log(2) <= np.log(1e9) else None, "asked")
+        return logs(base or noted)
     constant = _constant(np.concatenate(scan.sums))
-    if constant is not None or _whole_share(scan.rows) > 0.5:
+    if constant is not None or _whole_share(rows) > 0.5:
         sums = "" if constant is None else f" (cells sum to {constant:,.6g})"
         fix = "Log it, sc.pp.log1p(adata), or pass the layer that holds counts: layer=."
         raise ScbinInputError("I02", f"{name} looks like counts times a factor per cell{sums}, not logged. {fix}")
-    base = _log_base(scan.rows, slack) if is_log else None
-    if base is not None:
-        return logs(base, "values")
-    if _whole_share([row**2 for row in scan.rows]) > 0.5:
+    if base is not None and largest <= LOG_LIMIT:
+        return logs(base)
+    if _whole_share([row**2 for row in rows]) > 0.5:
         fix = "Pass the layer that holds counts, layer=, or undo the root: adata.X = adata.X.power(2), then round."
         raise ScbinInputError("I02", f"{name} looks like square roots of counts. {fix}")
-    if noted:
-        return logs(None, "uns")
-    if not is_log:
-        return counts("values")
+    if note is not None:
+        return logs(noted, "uns['log1p']")
+    if largest > LOG_LIMIT:
+        return counts()
     found = f"{name} was taken for log1p values by its range only (largest {largest:.4g})"
     fix = 'Pass values="log1p" or values="counts" to settle it.'
     warnings.append(("I01", f"{found}; low corrected counts look the same. {fix}"))
-    return logs(float(np.e), "range")
+    return logs(float(np.e), "range only")
 
 
 def _refuse(scan: Scan) -> None:
     """Raise for values that are neither counts nor logs of any kind."""
-    n, name, places = scan.n, scan.name, ", ".join(scan.places["not finite"] or scan.places["negative"])
+    n, name = scan.n, scan.name
     if n["not finite"]:
-        found = count(n["not finite"], "value that is", "values that are")
-        raise ScbinInputError("I05", f"{name} has {found} not finite ({places}). Replace or remove them.")
-    if n["negative"] and n["fractions"]:
-        found = f"{count(n['negative'], 'negative value')} ({places}), as after sc.pp.scale"
-        raise ScbinInputError("I03", f"{name} has {found}; scbin needs counts or log1p values.")
+        found = f"{count(n['not finite'], 'value that is', 'values that are')} not finite"
+        raise ScbinInputError("I05", f"{name} has {found} ({scan.places['not finite']}). Replace or remove them.")
     if n["negative"]:
-        fix = "usually a background removal gone wrong. Use the original counts."
-        raise ScbinInputError("I04", f"{name} has {count(n['negative'], 'value')} below 0 ({places}), all whole: {fix}")
-    if scan.largest > 1e9:
+        found = f"{name} has {count(n['negative'], 'negative value')} ({scan.places['negative']})"
+        cause = "as after sc.pp.scale" if n["fractions"] else "all whole, as after a background removal gone wrong"
+        code = "I03" if n["fractions"] else "I04"
+        raise ScbinInputError(code, f"{found}, {cause}; scbin needs counts or log1p values: pass their layer, layer=.")
+    if scan.largest > LARGEST:
         found = f"{name} has values up to {scan.largest:.4g}, which no cell can have"
         raise ScbinInputError("I08", f"{found}. Use the original counts.")
 
@@ -220,22 +215,21 @@ def _refuse_two_units(scan: Scan, values: Values) -> None:
 
 def _whole_share(rows: list[np.ndarray], up_to: int = 1, slack: float = EXACT) -> float:
     """Share of cells that are whole multiples of their smallest value, or of a half, a third ... of it `up_to`."""
-    ratios = [row / row.min() for row in rows]
-    ratios = [ratio for ratio in ratios if (ratio > 1.5).any()]
-    multiples = [[k * ratio for k in range(1, up_to + 1)] for ratio in ratios]
-    fits = [
-        any((np.abs(r - np.rint(r)) <= np.minimum(slack * r + 1e-4, 0.25)).all() for r in each) for each in multiples
-    ]
+    fits = []
+    for row in rows:
+        ratios = np.outer(np.arange(1, up_to + 1), row / row.min())
+        if (ratios[0] > 1.5).any():
+            fit = np.abs(ratios - np.rint(ratios)) <= np.minimum(slack * ratios + 1e-4, 0.25)
+            fits.append(fit.all(axis=1).any())
     return sum(fits) / max(1, len(fits))
 
 
 def _log_base(rows: list[np.ndarray], slack: float) -> float | None:
     """Return the base of logs of whole numbers, None if most cells hold no such."""
-    bases = (float(np.e), 2.0, 10.0)
-    return next(
-        (base for base in bases if _whole_share([np.expm1(row * np.log(base)) for row in rows], slack=slack) > 0.5),
-        None,
-    )
+    for base in (float(np.e), 2.0, 10.0):
+        if _whole_share([np.expm1(row * np.log(base)) for row in rows], slack=slack) > 0.5:
+            return base
+    return None
 
 
 def _constant(sums: np.ndarray) -> float | None:
@@ -272,10 +266,6 @@ class Rows:
         """Number of rows."""
         return len(self.indptr) - 1
 
-    def kernel(self, function: Any, *arguments: Any) -> list[Any]:
-        """Call a compiled loop on the rows."""
-        return over_rows(function, *map(frozen, (self.indptr, self.data, self.indices, self.columns)), *arguments)
-
 
 class RowReader:
     """Makes `Rows` of CSR arrays: columns of one gene are added up, and units converted where that is exact."""
@@ -309,11 +299,10 @@ class RowReader:
             data = np.log1p(data) if logs else data
         if logs and unit == "counts":
             counts, exact = np.empty(len(data)), np.zeros(len(indptr) - 1, dtype=bool)
-            arrays = map(frozen, (indptr, data, indices, self.columns))
-            over_rows(recover_rows, *arrays, self.reading.slack, counts, exact)
+            over_rows(recover_rows, indptr, (data, indices, self.columns, self.reading.slack), (counts, exact))
             data, logs = counts, False
         elif logs and unit == "log1p" and total is not None and abs(total - target) >= 1e-2:
             data = np.log1p(np.expm1(data.astype(np.float64)) * (target / total))
         totals, matched = np.zeros((2, len(indptr) - 1))
-        over_rows(row_totals, *map(frozen, (indptr, data, indices, self.columns)), totals, matched)
+        over_rows(row_totals, indptr, (data, indices, self.columns), (totals, matched))
         return Rows(data, indices, indptr, self.columns, totals, matched, logs, exact)

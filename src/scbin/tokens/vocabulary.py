@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -34,7 +34,7 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], int, int]] = {
 CELLXGENE = ("sex", "tissue", "cell_type", "age", "disease")
 DEPTH_EDGES = tuple(float(round(2 ** (5 + k / 2))) for k in range(31))  # 32 to a million counts, two per doubling
 FORMAT = 1
-MOST_POSITIONS, MOST_TOKENS = 2**18, 2**24
+MOST_POSITIONS, MOST_TOKENS, MOST_GENES = 2**18, 2**24, 2**18
 
 
 # ---- encodings ------------------------------------------------------------------------------------------------------
@@ -48,7 +48,6 @@ class GeneTokens:
     places: np.ndarray  # positions, counted from the first position of genes; rising within a row
     offsets: np.ndarray  # (rows,)
     lengths: np.ndarray  # (rows,)
-    cut: np.ndarray | None = None  # (rows,) sum of the values that did not fit, where the encoding itself has cut
 
 
 class Encoding(Protocol):
@@ -81,12 +80,14 @@ class Encoding(Protocol):
         assert vocabulary.bins is not None
         return vocabulary.bins.centres
 
-    def knocked_down(
-        self, vocabulary: Vocabulary, genes: np.ndarray, levels: np.ndarray, fraction: float
-    ) -> np.ndarray:
-        """Return the levels of genes after `fraction` of the expression that their levels stand for is taken away."""
-        values = np.asarray(self.level_values(vocabulary), dtype=np.float64)
-        return np.minimum(np.searchsorted(values, values[levels] * (1 - fraction), side="right") - 1, levels)
+    def knocked_down(self, vocabulary: Vocabulary, levels: np.ndarray, fraction: float) -> np.ndarray:
+        """Return the levels that are left after `fraction` of the expression that levels stand for is taken away."""
+        bins, values = vocabulary.bins, np.asarray(self.level_values(vocabulary), dtype=np.float64)
+        if bins is not None and bins.per == "cell":  # no unit: the place among the cell's expressed genes shrinks
+            return np.floor(levels * (1 - fraction) + 1e-9).astype(levels.dtype)
+        left = np.expm1(values[levels]) if vocabulary.unit == "log1p" else values[levels]
+        left = np.log1p(left * (1 - fraction)) if vocabulary.unit == "log1p" else left * (1 - fraction)
+        return np.minimum(np.searchsorted(values[1:] if bins is None else bins.edges, left, side="right"), levels)
 
 
 ENCODINGS: dict[str, Encoding] = {}
@@ -245,21 +246,20 @@ class Vocabulary:
             raise ScbinInputError("A03", f'layout {layout!r} is for encoding="rank" without phenotypes and depth.')
         labels, widths, next_id = phenotypes or {}, age_groups or {}, len(specials)
         built: list[Phenotype] = []
-        for name in (*(n for n in CELLXGENE if n in labels), *(n for n in labels if n not in CELLXGENE)):
+        for name in sorted(labels, key=lambda n: CELLXGENE.index(n) if n in CELLXGENE else len(CELLXGENE)):
             values = tuple(map(str, labels[name]))
             built.append(Phenotype(name, values, len(built) + 1, next_id + 1, next_id, widths.get(name)))
             next_id += 1 + len(values)
         level = Depth(DEPTH_EDGES, len(built) + 1, next_id) if depth else None
-        first_gene_position = len(built) + bare_position + bool(depth)
-        usual_length = first_gene_position + len(genes) + 1 if fixed else longest
+        first = len(built) + bare_position + bool(depth)
         return cls(
             encoding=encoding,
             genes=tuple(map(str, genes)),
             specials={special: k for k, special in enumerate(specials)},
             phenotypes=tuple(built),
             first_gene_id=next_id if level is None else level.stop_id,
-            first_gene_position=first_gene_position,
-            max_length=usual_length if max_length is None else int(max_length),
+            first_gene_position=first,
+            max_length=int(max_length or (first + len(genes) + 1 if fixed else longest)),
             bins=bins,
             medians=None if medians is None else tuple(map(float, medians)),
             gene_shares=None if gene_shares is None else tuple(map(float, gene_shares)),
@@ -273,29 +273,25 @@ class Vocabulary:
         n_genes, first, places = len(self.genes), self.first_gene_position, [p.position for p in self.phenotypes]
         names = [*self.genes, *self.specials, *chain(*self.aliases.items(), *(p.values for p in self.phenotypes))]
         spans = sorted([*self._control_spans, (self.first_gene_id, self.first_gene_id + self.n_gene_ids)])
-        of_genes = [len(values) for values in (self.medians, self.gene_shares) if values is not None]
-        of_genes += [len(self.bins.matrix)] if self.bins is not None and self.bins.per == "gene" else []
-        shortest, faults = first + min(1, n_genes) + (END in self.specials), []
-        if not all(isinstance(name, str) for name in names):
-            faults.append("names of genes, tokens and labels have to be texts")
-        if len(set(self.genes)) != n_genes or any(len(set(p.values)) != len(p.values) for p in self.phenotypes):
-            faults.append("every gene, and every value of a phenotype, may stand in a vocabulary once")
-        if self.encoding in ("bins", "binary", "gene_bins", "rank") and (self.bins is None) == self.position_is_gene:
-            faults.append(f"encoding {self.encoding!r} and bins={self.bins!r} do not go together")
-        if set(of_genes) - {n_genes}:
-            faults.append(f"there are {count(n_genes, 'gene')}, but medians, shares or edges of {max(of_genes):,}")
-        if self.max_length < shortest:
-            faults.append(f"max_length is {self.max_length}, but one gene and the special tokens need {shortest}")
-        if spans[0][0] < 0 or any(before[1] > after[0] for before, after in pairwise(spans)):
-            faults.append("token ids overlap: specials, phenotypes and genes need ranges of their own")
-        if self.specials.get(PAD) != 0 or MASK not in self.specials or not all(0 <= place < first for place in places):
-            faults.append("the special tokens need [PAD] = 0 and a [MASK], the phenotypes positions before the genes")
-        if not faults and max(self.n_positions / MOST_POSITIONS, self.n_tokens / MOST_TOKENS) > 1:
-            faults.append(
-                f"{self.n_positions:,} positions and {self.n_tokens:,} token ids are more than any network reads"
-            )
-        if faults:
-            raise ScbinInputError("V04", f"{faults[0]}.")
+        of_genes = {len(values) for values in (self.medians, self.gene_shares) if values is not None}
+        of_genes |= {len(self.bins.matrix)} if self.bins is not None and self.bins.per == "gene" else set()
+        own = self.encoding in ("bins", "binary", "gene_bins", "rank")
+        rules = {
+            "names of genes, tokens and labels are texts": all(isinstance(name, str) for name in names),
+            "every gene and every value of a phenotype occurs once": len(set(self.genes)) == n_genes
+            and all(len(set(p.values)) == len(p.values) for p in self.phenotypes),
+            "all encodings but 'rank' have bins": not own or (self.bins is None) != self.position_is_gene,
+            "medians, shares and edges are those of the genes": of_genes <= {n_genes},
+            "max_length has room for one gene": self.max_length >= first + min(1, n_genes) + (END in self.specials),
+            "token ids do not overlap": spans[0][0] >= 0 and all(a[1] <= b[0] for a, b in pairwise(spans)),
+            "there is a [PAD] = 0, and a [MASK]": self.specials.get(PAD) == 0 and MASK in self.specials,
+            "phenotypes stand before the genes": all(0 <= place < first for place in places),
+        }
+        if broken := [rule for rule, holds in rules.items() if not holds]:
+            raise ScbinInputError("V04", f"this cannot be a vocabulary: {broken[0]}, but not here.")
+        if max(self.n_positions / MOST_POSITIONS, self.n_tokens / MOST_TOKENS, n_genes / MOST_GENES) > 1:
+            sizes = f"{count(n_genes, 'gene')}, {self.n_positions:,} positions and {self.n_tokens:,} token ids"
+            raise ScbinInputError("V04", f"{sizes} are more than any network reads.")
 
     @property
     def _control_spans(self) -> list[tuple[int, int]]:
@@ -378,15 +374,13 @@ class Vocabulary:
 
     def ids_of(self, genes: np.ndarray, levels: Any) -> np.ndarray:
         """Return the token ids of genes at levels; ranked genes have one id each."""
-        if not self.codec.id_is_gene:
-            return self.first_gene_id + levels + np.zeros_like(genes)
-        return self.first_gene_id + genes * max(1, self.n_levels) + (levels if self.n_levels else 0)
+        own = genes * max(1, self.n_levels) if self.codec.id_is_gene else np.zeros_like(genes)
+        return self.first_gene_id + own + (levels if self.n_levels else 0)
 
     def levels_of(self, token_ids: np.ndarray) -> np.ndarray:
         """Return the level of each gene token (n,) int64; 1 for ranked genes."""
-        if not self.n_levels:
-            return np.ones(len(token_ids), dtype=np.int64)
-        return (token_ids.astype(np.int64) - self.first_gene_id) % self.n_levels
+        ids = token_ids.astype(np.int64) - self.first_gene_id
+        return ids % self.n_levels if self.n_levels else np.ones_like(ids)
 
     def genes_at(self, token_ids: np.ndarray, position_ids: np.ndarray) -> np.ndarray:
         """Return the gene that each gene token speaks of (n,) int64: its place, or for ranks its id, says which."""
@@ -442,22 +436,22 @@ class Vocabulary:
 
     def phenotype(self, name: str) -> Phenotype:
         """Return the category called `name`."""
-        for phenotype in self.phenotypes:
-            if phenotype.name == name:
-                return phenotype
-        known = ", ".join(repr(p.name) for p in self.phenotypes) or "none"
-        raise ScbinInputError("A06", f"{name!r} is not a phenotype of this vocabulary. It knows: {known}.")
+        known = {phenotype.name: phenotype for phenotype in self.phenotypes}
+        if name not in known:
+            listed = ", ".join(map(repr, known)) or "none"
+            raise ScbinInputError("A06", f"{name!r} is not a phenotype of this vocabulary. It knows: {listed}.")
+        return known[name]
 
     @cached_property
     def _control_texts(self) -> dict[int, str]:
         """What the ids that stand for no gene mean."""
         text = {i: special for special, i in self.specials.items()}
         for p in self.phenotypes:
-            text |= {p.first_id + k: f"[{value}]" for k, value in enumerate(p.values)}
             text |= {p.missing_id: f"[NO_{p.name.upper()}]"} if p.missing_id else {}
+            text |= {p.first_id + k: f"[{value}]" for k, value in enumerate(p.values)}
         if self.depth is not None:
-            text |= {self.depth.first_id + k: f"[DEPTH {n:,.0f}]" for k, n in enumerate(self.depth.values, start=1)}
-            text[self.depth.first_id] = "[NO_DEPTH]"
+            levels = ["[NO_DEPTH]", *(f"[DEPTH {n:,.0f}]" for n in self.depth.values)]
+            text |= dict(enumerate(levels, self.depth.first_id))
         return text
 
     def token_text(self, token_id: int, position: int) -> str:
@@ -484,27 +478,19 @@ class Vocabulary:
 
     @cached_property
     def _json(self) -> str:
-        content = {field.name: getattr(self, field.name) for field in fields(self)}
-        content |= {name: asdict(content[name]) for name in KINDS if content[name] is not None}
-        content["phenotypes"] = [asdict(phenotype) for phenotype in self.phenotypes]
-        # not written where there is none: older vocabularies have no such fields, and their fingerprints stay
-        for part, name in ((content, "depth"), *((phenotype, "age_groups") for phenotype in content["phenotypes"])):
-            if part[name] is None:
-                del part[name]
-        return json.dumps({"format": FORMAT, **content}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        content = {"format": FORMAT} | _fields(self)
+        return json.dumps(content, default=_fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Vocabulary:
         """Read back what `to_json` wrote."""
         try:
-            fields = _tuples(json.loads(text))
-            if fields.pop("format") != FORMAT:
+            content = _tuples(json.loads(text))
+            if content.pop("format") != FORMAT:
                 raise ValueError(f"it is not of format {FORMAT}, but of another version")
-            made: dict[str, Any] = {
-                name: kind(**fields[name]) for name, kind in KINDS.items() if fields.get(name) is not None
-            }
-            made["phenotypes"] = tuple(Phenotype(**phenotype) for phenotype in fields["phenotypes"])
-            return cls(**fields | made)
+            parts = {name: kind(**content[name]) for name, kind in KINDS.items() if content.get(name) is not None}
+            phenotypes = tuple(Phenotype(**phenotype) for phenotype in content["phenotypes"])
+            return cls(**content | parts | {"phenotypes": phenotypes})
         except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             raise ScbinInputError("V04", f"this is not a vocabulary written by scbin ({str(error)[:200]}).") from error
 
@@ -517,6 +503,12 @@ class Vocabulary:
     def sha256(self) -> str:
         """Fingerprint of the content: two vocabularies with one fingerprint give the same tokens."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def _fields(part: Any) -> dict[str, Any]:
+    """Return the fields of a vocabulary, or of an object in it; older ones had no depth and no age groups, which keeps their hash."""
+    content = {field.name: getattr(part, field.name) for field in fields(part)}
+    return {name: value for name, value in content.items() if value is not None or name not in ("depth", "age_groups")}
 
 
 def _tuples(value: Any) -> Any:

@@ -6,10 +6,8 @@ import importlib
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from scbin._arguments import shown
 from scbin._errors import ScbinInputError
+from scbin.nn.backbone import seeded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -22,16 +20,9 @@ DEFAULTS: dict[str, Any] = {"r": 64, "lora_alpha": 128, "lora_dropout": 0.1, "ta
 
 @contextmanager
 def adapted(backbone: nn.Module, settings: Mapping[str, Any] | None, *, seed: int = 0) -> Iterator[None]:
-    """Train adapters in place of a backbone's weights; in the end they are merged into these and gone.
+    """Train adapters in place of a backbone's weights, from a random start; in the end they are merged into these and gone.
 
-    Parameters
-    ----------
-    backbone
-        Changed in place.
-    settings
-        Over Geneformer's, any that `peft.LoraConfig` takes; `None` for no adapters.
-    seed
-        Of their random start.
+    `settings` are any that `peft.LoraConfig` takes, over Geneformer's; `None` for no adapters.
     """
     if settings is None:
         yield
@@ -39,20 +30,12 @@ def adapted(backbone: nn.Module, settings: Mapping[str, Any] | None, *, seed: in
     try:
         peft = importlib.import_module("peft")
     except ImportError as error:
-        raise ScbinInputError(
-            "A05", "lora needs the package peft: pip install 'scbin[lora]', or leave lora out."
-        ) from error
+        told = "lora needs the package peft: pip install 'scbin[lora]', or leave lora out."
+        raise ScbinInputError("A05", told) from error
     trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
     try:
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(int(seed))
-                config = peft.LoraConfig(**{**DEFAULTS, "bias": "none", **settings})
-                peft.inject_adapter_in_model(config, backbone)
-        except (TypeError, ValueError) as error:
-            raise ScbinInputError(
-                "A02", f"lora={shown(dict(settings))} is not what peft.LoraConfig takes for this network ({error})."
-            ) from error
+        with seeded(seed):
+            peft.inject_adapter_in_model(peft.LoraConfig(**{**DEFAULTS, **settings}), backbone)
         yield
     finally:
         for name, module in list(backbone.named_modules()):

@@ -12,16 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 
 from scbin._arguments import shown
 from scbin._errors import ScbinInputError, ScbinModelError, ScbinTrainingError, ScbinTrainingWarning
-from scbin.io.files import Content, sync_directory, verify_directory, write_directory
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
+from scbin.io.commit import sync
+from scbin.io.files import verify_directory, write_directory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,7 +27,7 @@ if TYPE_CHECKING:
 
     from scbin.tokens.tokens import Tokens
 
-FORMAT, KEPT = 3, 2  # of the files; newest checkpoints that stay
+KEPT = 2  # newest checkpoints that stay
 _TENSORS, _STATE, _HISTORY = "state.safetensors", "state.json", "history.json"
 
 
@@ -42,6 +39,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | os.PathLike[str]):
         self.directory = Path(directory)
+        self.lock = FileLock(self.directory / ".lock")
 
     def __enter__(self) -> Checkpoints:
         if any((self.directory / name).exists() for name in ("network.json", "scbin.json")):  # format 2, format 1
@@ -49,39 +47,27 @@ class Checkpoints:
             raise ScbinInputError("A03", f"{self.directory} {told}")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.directory / ".lock", "a")
-        except OSError as error:
-            told = f"{self.directory} cannot be used for checkpoints ({error.strerror})."
-            raise ScbinModelError("M05", told) from error
-        try:
-            if fcntl is not None:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self.lock.close()
+            self.lock.acquire(blocking=False)
+        except Timeout as error:
             told = f"another run is writing to {self.directory}. Wait for it, or give this one a directory of its own."
             raise ScbinTrainingError("T03", told) from error
         except OSError as error:
-            told = f"files in {self.directory} cannot be locked ({error.strerror}): see to it that no other run writes there."
-            warnings.warn(ScbinTrainingWarning("T05", told), stacklevel=3)
+            told = f"{self.directory} cannot be used for checkpoints ({error.strerror})."
+            raise ScbinModelError("M05", told) from error
         for stale in self.directory.glob(".tmp-step-*"):
             shutil.rmtree(stale, ignore_errors=True)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.lock.close()
+        self.lock.release()
 
     def save(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], history: Sequence[Any]) -> None:
         """Write a checkpoint of `state["step"]`, then let go of older ones."""
         target = self._path(state["step"])
-        if target.exists():
-            return
-        about = {"format": FORMAT, "torch": torch.__version__, "threads": torch.get_num_threads(), **state}
-        files: dict[str, Content] = {
-            _TENSORS: tensors,
-            _STATE: json.dumps(about, sort_keys=True, allow_nan=False).encode(),
-            _HISTORY: json.dumps(history).encode(),  # with NaN, which skipped steps have
-        }
-        write_directory(target, files)
+        if not target.exists():
+            about = json.dumps(state, sort_keys=True, allow_nan=False).encode()
+            # a history may have NaN: skipped steps do
+            write_directory(target, {_TENSORS: tensors, _STATE: about, _HISTORY: json.dumps(history).encode()})
         for old in self.steps()[:-KEPT]:
             shutil.rmtree(self._path(old), ignore_errors=True)  # half-deleted it does not verify, and goes next time
 
@@ -96,31 +82,26 @@ class Checkpoints:
             path = self._path(step)
             fault = verify_directory(path)
             if fault is None:
-                state = json.loads((path / _STATE).read_text())
-                if state.get("format") != FORMAT:  # of use to the version that wrote it: it stays where it is
-                    told = f"{path} is a checkpoint of format {state.get('format')}; this version of scbin reads {FORMAT}. Go on"
-                    raise ScbinModelError("T03", f"{told} with the version that wrote it, or use another save_dir.")
-                if state.get("step") == step:
-                    return step
-                fault = f"{_STATE} is of step {state.get('step')}"
+                return step
             aside = path.with_name(f".bad-{path.name}")  # out of the way, and yet there to be looked at
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(path, aside)
-            sync_directory(self.directory)
-            older = [f"step {s} is tried instead" for s in self.steps() if s < step]
+            sync(self.directory)
             told = f"checkpoint {path} is damaged: {fault}. It was set aside as {aside.name}; "
-            warnings.warn(ScbinTrainingWarning("T03", told + (older or ["there is no older one"])[-1]), stacklevel=2)
+            told += (
+                ", ".join(f"step {older} is tried instead" for older in self.steps()[-1:]) or "there is no older one"
+            )
+            warnings.warn(ScbinTrainingWarning("T03", told), stacklevel=2)
         return None
 
-    def load(self, step: int, run: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor], list[Any]]:
-        """Return state, tensors and history of a step that `newest` has verified; it must belong to the same run."""
+    def load(self, step: int, run: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[Any]]:
+        """Return tensors and history of a step that `newest` has verified; it must belong to the same run."""
         path = self._path(step)
-        state = json.loads((path / _STATE).read_text())
-        differences = _differences(state["run"], json.loads(json.dumps(run)))
+        differences = _differences(json.loads((path / _STATE).read_text())["run"], json.loads(json.dumps(run)))
         if differences:
             told = f"{path} belongs to another run; resumed runs must have the same data and settings. Different: "
             raise ScbinModelError("T03", f"{told}{'; '.join(differences)}. Use these settings, or another save_dir.")
-        return state, load_file(path / _TENSORS), json.loads((path / _HISTORY).read_text())
+        return load_file(path / _TENSORS), json.loads((path / _HISTORY).read_text())
 
     def _path(self, step: int) -> Path:
         return self.directory / f"step-{step:08d}"
@@ -145,23 +126,20 @@ def named_state(module: nn.Module) -> dict[str, Tensor]:
 
 def collect_state(weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return weights and the moments of the optimiser by name."""
-    tensors = {f"weights.{name}": tensor.detach() for name, tensor in weights.items()}
-    for name, tensor in weights.items():
-        tensors |= {f"{key}.{name}": value for key, value in optimizer.state.get(tensor, {}).items()}
-    return tensors
+    moments = {f"{key}.{n}": m for n, t in weights.items() for key, m in optimizer.state.get(t, {}).items()}
+    return {f"weights.{name}": tensor.detach() for name, tensor in weights.items()} | moments
 
 
 @torch.no_grad()
 def restore_state(
-    tensors: dict[str, Tensor], weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    """Write back what `collect_state` returned; returns the tensors that are left over."""
+    tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> None:
+    """Write back what `collect_state` returned."""
     for name, tensor in weights.items():
-        tensor.copy_(tensors.pop(f"weights.{name}"))
-        moments = {key: f"{key}.{name}" for key in ("step", "exp_avg", "exp_avg_sq")}
-        if moments["step"] in tensors:
-            optimizer.state[tensor] = {key: tensors.pop(own).to(tensor.device) for key, own in moments.items()}
-    return tensors
+        tensor.copy_(tensors[f"weights.{name}"])
+        if f"step.{name}" in tensors:
+            moments = {key: tensors[f"{key}.{name}"].to(tensor.device) for key in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.state[tensor] = moments
 
 
 def fingerprint(tokens: Tokens, cells: np.ndarray, held_out: np.ndarray) -> str:

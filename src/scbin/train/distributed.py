@@ -19,7 +19,7 @@ from scbin.nn.device import resolve_device
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from torch import Tensor, nn
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,11 @@ class World:
             return torch.device("cuda", self.local_rank if self.size > 1 else torch.cuda.current_device())
         return chosen
 
-    def gather(self, value: Any) -> list[Any]:
-        """Return the value that each process has, in order."""
-        if self.size == 1:
-            return [value]
-        values = [None] * self.size
-        dist.all_gather_object(values, value)
+    def gather(self, value: Any = None) -> list[Any]:
+        """Return the value that each process has, in order, when all of them are here."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
         return values
 
     def check_same(self, value: Any) -> None:
@@ -60,18 +59,10 @@ class World:
             told = f"the {self.size} processes that train together have different data, settings or tasks."
             raise ScbinTrainingError("T04", f"{told} Call this with the same arguments in all of them.")
 
-    def sum_host(self, values: np.ndarray) -> np.ndarray:
-        """Sum small float64 arrays over all processes, on the host."""
-        if self.size == 1:
-            return values
-        tensor = torch.from_numpy(values.astype(np.float64))
-        dist.all_reduce(tensor)
-        return tensor.numpy()
-
-    def sum_device(self, values: Tensor) -> Tensor:
-        """Sum a tensor over all processes where it is."""
+    def sum(self, values: Any) -> Any:
+        """Sum a tensor over all processes where it is, or a small array of float64 on the host."""
         if self.size > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values if isinstance(values, torch.Tensor) else torch.from_numpy(values))
         return values
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -83,31 +74,23 @@ class World:
         """
         if self.size == 1:
             return
-        moved = self.sum_host(np.array([p.grad is not None for p in parameters])) > 0
-        sent = []
-        for parameter in (p for p, moves in zip(parameters, moved, strict=True) if moves):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            sent.append(dist.all_reduce(parameter.grad, async_op=True))
+        moved, sent = self.sum(np.array([float(p.grad is not None) for p in parameters])), []
+        for parameter, moves in zip(parameters, moved, strict=True):
+            if moves:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                sent.append(dist.all_reduce(parameter.grad, async_op=True))
         for message in sent:
             message.wait()
 
     def broadcast(self, module: nn.Module) -> None:
         """Give every process the first one's parameters and buffers."""
-        if self.size > 1:
-            for tensor in [*module.parameters(), *module.buffers()]:
-                dist.broadcast(tensor.data, 0)
-
-    def barrier(self) -> None:
-        """Wait until every process is here."""
-        self.gather(None)
+        for tensor in [*module.parameters(), *module.buffers()] if self.size > 1 else []:
+            dist.broadcast(tensor.data, 0)
 
 
 def is_first_process() -> bool:
     """Whether this process is the one that writes files: the first under `torchrun`, or the only one."""
-    if dist.is_initialized():
-        return dist.get_rank() == 0
-    return not _launched() or os.environ["RANK"] == "0"
+    return dist.get_rank() == 0 if dist.is_initialized() else not _launched() or os.environ["RANK"] == "0"
 
 
 @contextmanager
@@ -126,16 +109,11 @@ def joined_world(timeout: float = 10.0) -> Iterator[World]:
             torch.cuda.set_device(local_rank % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # what is on the host stays there
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout))
-        atexit.register(_leave)
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     world = World(dist.get_rank(), dist.get_world_size(), local_rank)
     yield world
-    world.barrier()
+    world.gather()
 
 
 def _launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ and "MASTER_ADDR" in os.environ
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -23,8 +23,8 @@ def history_frame(rows: Sequence[Mapping[str, float]]) -> pd.DataFrame:
 class ProgressBar:
     """A bar with the loss, the speed and the time left."""
 
-    def __init__(self, n_steps: int, first_step: int = 0):
-        self.bar = tqdm(total=n_steps, initial=first_step, desc="training", unit="step")
+    def __init__(self, n_steps: int, first_step: int = 0, *, shown: bool = True):
+        self.bar = tqdm(total=n_steps, initial=first_step, desc="training", unit="step", disable=not shown)
 
     def __call__(self, row: Mapping[str, float]) -> None:
         """Show one step."""
@@ -32,10 +32,6 @@ class ProgressBar:
             rates = {f"{what}/s": f"{row[f'{what}_per_second']:,.0f}" for what in ("cells", "tokens")}
             self.bar.set_postfix(loss=f"{row['loss']:.4g}", **rates, refresh=False)
         self.bar.update(int(row["step"]) - self.bar.n)
-
-    def close(self) -> None:
-        """Finish the bar."""
-        self.bar.close()
 
 
 @contextmanager

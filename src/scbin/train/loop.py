@@ -23,7 +23,7 @@ from scbin.tokens.tokens import KeptRows
 from scbin.train.checkpoint import Checkpoints, collect_state, fingerprint, named_state, restore_state
 from scbin.train.distributed import World, joined_world
 from scbin.train.history import ProgressBar, history_frame
-from scbin.train.randomness import epoch_order, held_out_cells
+from scbin.train.randomness import held_out_cells
 from scbin.train.task import EVALUATION, Batch, map_tensors, to_device
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ _BETAS, _COUNTS_FACTOR = (0.9, 0.99), 5.0  # of AdamW; on the learning rate of t
 _CPU_TOKENS = 4096  # activations stay in the caches: 1.05x (tiny) to 1.75x (base) measured
 _MOST_SKIPPED = 3  # non-finite steps in a row
 _MOST_HELD_OUT, _VALIDATED_AT_ONCE, _MOST_KEPT = 2_000, 256, 10_000  # cells
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def train(
@@ -58,7 +58,6 @@ def train(
     cells: np.ndarray | None = None,
     held_out: np.ndarray | None = None,
     save_dir: str | os.PathLike[str] | None = None,
-    resume: bool = True,
     device: str = "auto",
     seed: int = 0,
     progress: bool = True,
@@ -83,9 +82,7 @@ def train(
     held_out
         Rows to validate on, instead of that fraction.
     save_dir
-        Directory for checkpoints.
-    resume
-        Go on from the newest sound checkpoint there; `False` is an error where there are checkpoints.
+        Directory for checkpoints; the run goes on from the newest sound one there.
     device
         Where to compute.
     seed
@@ -106,12 +103,13 @@ def train(
         if store is not None and world.is_first:
             stack.enter_context(store)
         stop = stack.enter_context(stop_signals(active=store is not None))
-        stack.enter_context(torch.random.fork_rng(devices=[where] if where.type == "cuda" else []))
-        world.barrier()
-        trainer = Trainer(network, task, tokens, training, world, where, seed, cells, held_out)
+        stack.enter_context(torch.random.fork_rng(devices=range(torch.cuda.device_count())))
+        world.gather()
+        rows = split_cells(tokens, training, seed, cells, held_out)
+        trainer = Trainer(network, task, tokens, rows, training, world, where, seed)
         stack.enter_context(fast_products(where, trainer.runner.dtype))
         try:
-            return trainer.run(store, stop, resume=resume, progress=progress and world.is_first)
+            return trainer.run(store, stop, progress=progress and world.is_first)
         finally:
             trainer.parts.to(home).eval()
 
@@ -120,25 +118,17 @@ class Trainer:
     """A run: its parts, where it is, and the loop. Its state is three integers: seed, epoch and step."""
 
     def __init__(
-        self,
-        network: CellNetwork,
-        task: Any,
-        tokens: Tokens,
-        training: Training,
-        world: World,
-        device: torch.device,
-        seed: int,
-        cells: np.ndarray | None = None,
-        held_out: np.ndarray | None = None,
+        self, network: Any, task: Any, tokens: Tokens, rows: Any, how: Any, world: World, device: Any, seed: int
     ):
         self.network, self.task, self.tokens = network, task, tokens
         self.world, self.device, self.seed = world, device, seed
-        self.cells, self.held_out = split_cells(tokens, training, seed, cells, held_out)
-        how: Any = training.complete()  # nothing in it is None that a preset could fill
+        self.cells, self.held_out = rows  # those to train on, and those to validate on
+        how = how.complete()  # nothing in it is None that a preset could fill
         self.training, self.runner = how, Runner(network, device, how.precision, trains=True)
-        on_disk = hasattr(tokens, "epoch_order") and len(self.held_out) <= _MOST_KEPT
-        self.validated = KeptRows(tokens, self.held_out) if on_disk else tokens
+        self.validated = KeptRows(tokens, self.held_out) if len(self.held_out) <= _MOST_KEPT else tokens
         self.layer: int | None = getattr(task, "layer", -1)  # whose hidden states the task reads; None: it reads none
+        small = device.type == "cpu" and self.layer is not None
+        self.budget = min(how.token_budget, _CPU_TOKENS) if small else how.token_budget
         self.parts = nn.ModuleDict({"network": network, "task": task}).to(device).train()
         world.broadcast(self.parts)
         self.weights = named_state(self.parts)
@@ -148,27 +138,23 @@ class Trainer:
         self.parameters: list[Any] = list(trained.values())
         self.optimizer = build_optimizer(trained, how.learning_rate, how.weight_decay)
         self.steps_per_epoch = math.ceil(len(self.cells) / how.cells_per_step)
-        self.n_steps = how.epochs * self.steps_per_epoch
-        self.n_steps = self.n_steps if how.max_steps is None else min(self.n_steps, how.max_steps)
+        n_steps = how.epochs * self.steps_per_epoch
+        self.n_steps = n_steps if how.max_steps is None else min(n_steps, how.max_steps)
         self.validate_every = how.validate_every or max(25, self.n_steps // 12)
         self.checkpoint_every = how.checkpoint_every or self.steps_per_epoch
         self.patience = math.inf if how.patience is None else how.patience  # validations without a better loss
-        self.step, self.budget = 0, how.token_budget
-        self.history: list[dict[str, float]] = []
+        self.step, self.history = 0, list[dict[str, float]]()
         self.validations: list[float] = []
         self.best: dict[str, Tensor] = {}  # the weights when the validation loss was least
-        self.store: Checkpoints | None = None
         self.thread = ThreadPoolExecutor(1)  # prepares batches; one, because numba may not be in two
 
     @torch.enable_grad()
-    def run(
-        self, store: Checkpoints | None = None, stop: list[int] | None = None, *, resume: bool, progress: bool
-    ) -> pd.DataFrame:
+    def run(self, store: Checkpoints | None, stop: list[int], *, progress: bool) -> pd.DataFrame:
         """Go on from wherever the run is to its end, or until `stop` has a signal."""
-        training, world, self.store, stop = self.training, self.world, store, [] if stop is None else stop
-        self.resume(resume)
-        bar = ProgressBar(self.n_steps, self.step) if progress else None
-        self.callbacks = ([bar] if bar else []) + (list(training.callbacks) if world.is_first else [])
+        training, world = self.training, self.world
+        self.resume(store)
+        bar = ProgressBar(self.n_steps, self.step, shown=progress)
+        self.callbacks = [bar, *training.callbacks] if world.is_first else []
         try:
             if self.step == 0:
                 self.validate()
@@ -176,20 +162,19 @@ class Trainer:
             for epoch, cells, batch in self.prepared(self.steps_left()):
                 if self.since_best >= self.patience:
                     break
-                *counts, asked = world.sum_host(np.append(batch.counts, len(stop) > 0))
+                *counts, asked = world.sum(np.append(batch.counts, float(len(stop) > 0)))
                 if asked:
                     break
 
                 # the gradient of the sum over what is asked / its count, both over all packs and processes
-                losses, batch = self.gradients(batch, np.array(counts), world.share(cells), epoch)
+                factors = np.array(self.task.weights) * (np.array(counts) > 0) / np.maximum(counts, 1e-12)
+                losses = self.summed(batch, cells, epoch, factors)
                 world.sum_gradients(self.parameters)
-                losses = world.sum_device(losses)
                 gradients = [p.grad for p in self.parameters if p.grad is not None]
                 norm = torch.nn.utils.get_total_norm(gradients) if gradients else losses.new_zeros(())
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, training.clip, norm)
-                size, *values = torch.stack([norm, *losses]).tolist()
-                factor = learning_rate_factor(self.step, self.n_steps, training.warmup, training.schedule)
-                rate = training.learning_rate * factor
+                size, *values = torch.stack([norm, *world.sum(losses)]).tolist()
+                rate = training.learning_rate * learning_rate_factor(self.step, self.n_steps, training)
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate * group["factor"]
                 finite = math.isfinite(size + sum(values))
@@ -199,55 +184,66 @@ class Trainer:
 
                 seconds, n_tokens = time.perf_counter() - started, sum(pack.n_tokens for pack, _ in batch.packs)
                 asked_of = zip(self.task.losses, self.task.weights, counts, values, strict=True)
-                row: dict[str, float] = {"step": self.step, "epoch": epoch, "loss": sum(values)}
+                row: dict[str, float] = {"step": self.step, "epoch": epoch, "loss": sum(values), "gradient_norm": size}
+                row |= {"skipped": int(not finite), "learning_rate": rate, "cells_per_second": len(cells) / seconds}
+                row |= {"tokens_per_second": n_tokens * world.size / seconds}
                 row |= {f"loss_{name}": loss / weight for name, weight, n, loss in asked_of if n and weight}
-                row |= {"gradient_norm": size, "skipped": int(not finite), "learning_rate": rate}
-                row |= {"cells_per_second": len(cells) / seconds, "tokens_per_second": n_tokens * world.size / seconds}
                 self.record(row)
                 self.check_finite(cells)
                 last = self.step == self.n_steps
                 if last or self.step % self.validate_every == 0:
                     self.validate()
                 if last or self.step % self.checkpoint_every == 0 or self.since_best >= self.patience:
-                    self.save()
+                    self.save(store)
                 started = time.perf_counter()
 
-            if asked or world.sum_host(np.array([len(stop) > 0]))[0]:
-                self.save()
+            if asked or world.sum(np.array([float(len(stop) > 0)]))[0]:
+                self.save(store)
                 raise KeyboardInterrupt if stop and stop[0] == signal.SIGINT else SystemExit(EXIT_RESUMABLE)
         finally:
             self.thread.shutdown()
-            if bar:
-                bar.close()
+            bar.bar.close()
         with torch.no_grad():
             for name, tensor in self.best.items():
                 self.weights[name].copy_(tensor)
         return history_frame(self.history)
 
-    def gradients(self, batch: Batch, counts: np.ndarray, cells: np.ndarray, epoch: int) -> tuple[Tensor, Batch]:
-        """Leave the gradient of this process's cells in the parameters, the same for any packs; return the weighted losses.
+    def summed(self, batch: Batch, cells: np.ndarray, epoch: int, factors: np.ndarray) -> Tensor:
+        """Return the losses of a batch (losses,) times their factors; in training, leave the gradient in the parameters.
 
-        Alone, a step that runs out of memory is tried again in smaller packs; the batch that was used is returned too.
+        Both are the same for any packs: a batch that runs out of memory is tried again in smaller ones.
         """
-        factors = np.array(self.task.weights) * (counts > 0) / np.maximum(counts, 1e-12)
         on_device = to_device(_pinned(torch.from_numpy(factors.astype(np.float32)), self.device), self.device)
         while True:
             try:
                 sums = torch.zeros(len(factors), device=self.device)
                 self.parts.zero_grad()
                 for number, packed in enumerate(batch.packs):
-                    _seed_generators(self.device, self.seed, self.step, number, self.world.rank)
+                    key = np.random.SeedSequence([self.seed, self.step, number, self.world.rank])
+                    torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
                     losses = self.losses_of(packed)
-                    if losses.requires_grad:  # not where nothing is asked
+                    if losses.requires_grad:  # not in validation, nor where nothing is asked
                         (losses * on_device).sum().backward()
                     sums += losses.detach()
                     del losses
-                return sums * on_device, batch
+                return sums * on_device
             except RuntimeError as error:
-                if not any(words in str(error) for words in _OUT_OF_MEMORY):
-                    raise
                 self.halve_budget(batch, error)
-            batch = self.thread.submit(self.prepare, cells, epoch).result()
+            batch = self.thread.submit(
+                self.prepare, self.world.share(cells), epoch
+            ).result()  # the error's tensors are gone
+
+    def halve_budget(self, batch: Batch, error: RuntimeError) -> None:
+        """Go on with half as many tokens at once as this batch had, or raise where it was one cell or the error is another one."""
+        if not any(words in str(error) for words in _OUT_OF_MEMORY):
+            raise error
+        longest, largest = (max(of(pack.layout.lengths) for pack, _ in batch.packs) for of in (max, sum))
+        if largest == longest:
+            told = f"one cell of {longest:,} tokens does not fit into the memory of {self.device}."
+            raise ScbinTrainingError("T02", f"{told} Take a smaller network, or fewer genes.") from error
+        self.budget = max(min(self.budget, largest // 2), longest)
+        told = f"out of memory: going on with at most {self.budget:,} tokens at once. But for dropout, this changes nothing."
+        warnings.warn(ScbinTrainingWarning("T02", told), stacklevel=2)
 
     def losses_of(self, packed: tuple[Pack, Any]) -> Tensor:
         """Return the summed losses of a pack (losses,), from the host to the device and through the network."""
@@ -261,41 +257,24 @@ class Trainer:
     def steps_left(self) -> Iterator[tuple[int, np.ndarray]]:
         """Yield epoch and cells, over all processes, of each step that is left: a function of (seed, step)."""
         first, within = divmod(self.step, self.steps_per_epoch)
-        order = getattr(self.tokens, "epoch_order", epoch_order)  # rows on disk come block by block
-        orders = ((epoch, order(self.cells, self.seed, epoch)) for epoch in count(first))
+        orders = ((epoch, self.tokens.epoch_order(self.cells, self.seed, epoch)) for epoch in count(first))
         size = self.training.cells_per_step
         steps = ((epoch, order[k : k + size]) for epoch, order in orders for k in range(0, len(order), size))
         return islice(steps, within, within + self.n_steps - self.step)
 
     def prepared(self, steps: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray, Batch]]:
         """Yield epoch, cells and this process's batch of each step; the next one is prepared in a thread meanwhile."""
-        ahead = None
-        for epoch, cells in steps:
-            future = self.thread.submit(self.prepare, self.world.share(cells), epoch)
-            if ahead is not None:
-                yield *ahead[:2], ahead[2].result()
-            ahead = epoch, cells, future
-        if ahead is not None:
-            yield *ahead[:2], ahead[2].result()
+        submitted = ((e, cells, self.thread.submit(self.prepare, self.world.share(cells), e)) for e, cells in steps)
+        ahead = next(submitted, None)
+        while ahead is not None:
+            (epoch, cells, batch), ahead = ahead, next(submitted, None)
+            yield epoch, cells, batch.result()
 
     def prepare(self, cells: np.ndarray, epoch: int) -> Batch:
         """Hide tokens of some cells and pack them."""
-        budget = min(self.budget, _CPU_TOKENS) if self.device.type == "cpu" and self.layer is not None else self.budget
-        tokens = self.validated if epoch == EVALUATION else self.tokens
-        batch = self.task.prepare(tokens, cells, seed=self.seed, epoch=epoch, token_budget=budget)
+        tokens: Any = self.validated if epoch == EVALUATION else self.tokens
+        batch = self.task.prepare(tokens, cells, seed=self.seed, epoch=epoch, token_budget=self.budget)
         return Batch(_pinned(batch.packs, self.device), batch.counts)
-
-    def halve_budget(self, batch: Batch, error: RuntimeError) -> None:
-        """Go on with half the tokens of the batch's largest pack at once, or say which cell does not fit."""
-        longest, largest = (max(size(pack.layout.lengths) for pack, _ in batch.packs) for size in (max, sum))
-        if largest <= longest:
-            told = f"one cell of {longest:,} tokens does not fit into the memory of {self.device}."
-            raise ScbinTrainingError("T02", f"{told} Use a smaller network, or fewer genes.") from error
-        self.budget = max(min(self.budget, largest // 2), longest)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        told = f"out of memory: going on with at most {self.budget:,} tokens at once. But for dropout, this changes nothing."
-        warnings.warn(ScbinTrainingWarning("T02", told), stacklevel=2)
 
     # ---- the record -------------------------------------------------------------------------------------------------
 
@@ -312,12 +291,10 @@ class Trainer:
         """Stop the run where too many steps in a row were not finite; these are the cells of the last one."""
         last = self.history[-_MOST_SKIPPED:]
         if len(last) == _MOST_SKIPPED and all(row.get("skipped") for row in last):
+            told = f"loss or gradient was not finite in {_MOST_SKIPPED} steps in a row; none of them changed the weights. Try a"
             names = ", ".join(str(name) for name in self.tokens.names[cells[:20]])
-            raise ScbinTrainingError(
-                "T01",
-                f"loss or gradient was not finite in {_MOST_SKIPPED} steps in a row; none of them changed the weights. Try a "
-                f"smaller learning_rate or precision='float32'. The cells of the last one: {names}.",
-            )
+            told += f" smaller learning_rate or precision='float32'. The cells of the last one: {names}."
+            raise ScbinTrainingError("T01", told)
 
     def validate(self) -> None:
         """Score the held-out cells, whose masks never change, and keep the weights if they are the best so far."""
@@ -327,18 +304,17 @@ class Trainer:
         sums, n = torch.zeros(len(self.task.losses), device=self.device), np.zeros(len(self.task.losses))
         self.parts.eval()
         with torch.no_grad():
-            for _, _, batch in self.prepared((EVALUATION, part) for part in parts):
+            for epoch, cells, batch in self.prepared((EVALUATION, part) for part in parts):
                 n += batch.counts
-                for packed in batch.packs:
-                    sums += self.losses_of(packed)
+                sums += self.summed(batch, cells, epoch, np.ones(len(n)))
         self.parts.train()
-        total, n = self.world.sum_host(np.stack([sums.double().cpu().numpy(), n]))
+        total, n = self.world.sum(np.stack([sums.double().cpu().numpy(), n]))
         means = {name: float(t / c) for name, t, c in zip(self.task.losses, total, n, strict=True) if c}
         weighted = sum(w * means.get(name, 0.0) for name, w in zip(self.task.losses, self.task.weights, strict=True))
-        row = {"step": self.step, "epoch": max(self.step - 1, 0) // self.steps_per_epoch}
+        row: dict[str, float] = {"step": self.step, "epoch": max(self.step - 1, 0) // self.steps_per_epoch}
         row |= {f"validation_{name}": mean for name, mean in means.items()}
         self.validations.append(means.get(getattr(self.task, "watched", None) or "", weighted))
-        self.record({**row, "validation": self.validations[-1]})
+        self.record(row | {"validation": self.validations[-1]})
         if self.patience < math.inf and self.since_best == 0:
             self.best = {name: tensor.detach().clone() for name, tensor in self.weights.items()}
 
@@ -350,7 +326,7 @@ class Trainer:
 
     # ---- the state --------------------------------------------------------------------------------------------------
 
-    def resume(self, wanted: bool = True) -> None:
+    def resume(self, store: Checkpoints | None) -> None:
         """Go on from the newest sound checkpoint, if there is one; all processes have to train the same."""
         task = {"losses": list(self.task.losses), "weights": [float(w) for w in self.task.weights]}
         n_weights = sum(tensor.numel() for tensor in self.weights.values())
@@ -363,30 +339,20 @@ class Trainer:
             "data": fingerprint(self.tokens, self.cells, self.held_out),
         }
         self.world.check_same(self.about)
-        if self.store is None:
-            return
-        newest = None
-        if self.world.is_first:
-            if self.store.steps() and not wanted:
-                told = f"{self.store.directory} holds a run already: pass resume=True to go on with it, or another save_dir."
-                raise ScbinInputError("A03", told)
-            newest = self.store.newest()
-        newest = self.world.gather(newest)[0]
-        if newest is not None:
-            state, tensors, self.history = self.store.load(newest, self.about)
-            left = restore_state(tensors, self.weights, self.optimizer)
-            self.best = {name.removeprefix("best."): tensor.to(self.device) for name, tensor in left.items()}
-            self.step, self.budget = state["step"], state["token_budget"]
+        newest = self.world.gather(store.newest() if store is not None and self.world.is_first else None)[0]
+        if newest is not None and store is not None:
+            self.step, (tensors, self.history) = newest, store.load(newest, self.about)
+            restore_state(tensors, self.weights, self.optimizer)
             self.validations = [row["validation"] for row in self.history if "validation" in row]
+            self.best = {n: tensors[f"best.{n}"].to(self.device) for n in self.weights if f"best.{n}" in tensors}
 
-    def save(self) -> None:
+    def save(self, store: Checkpoints | None) -> None:
         """Write a checkpoint; the other processes wait."""
-        if self.store is not None and self.world.is_first:
-            tensors = collect_state(self.weights, self.optimizer)
-            tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
-            place = {"seed": self.seed, "epoch": self.step // self.steps_per_epoch, "step": self.step}
-            self.store.save({**place, "token_budget": self.budget, "run": self.about}, tensors, self.history)
-        self.world.barrier()
+        if store is not None and self.world.is_first:
+            best = {f"best.{name}": tensor for name, tensor in self.best.items()}
+            about = {"epoch": self.step // self.steps_per_epoch, "step": self.step, "run": self.about}
+            store.save(about, collect_state(self.weights, self.optimizer) | best, self.history)
+        self.world.gather()
 
 
 # ---- cells, rates, generators, signals ----------------------------------------------------------------------------------
@@ -397,35 +363,26 @@ def split_cells(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows to train on and those held out: the ones given, or a fraction that depends on (seed, cell) alone."""
     filled = np.flatnonzero(tokens.lengths)
-    cells = filled if cells is None else np.intersect1d(np.asarray(cells), filled)
-    if held_out is not None:
-        cells, held_out = np.setdiff1d(cells, held_out), np.intersect1d(held_out, filled)
-    else:
+    cells = filled if cells is None else np.intersect1d(cells, filled)
+    if held_out is None:
         fraction = min(training.held_out, _MOST_HELD_OUT / max(len(cells), 1))
-        chosen = held_out_cells(tokens.n_cells, fraction, seed)[cells]
-        chosen[:1] &= not chosen.all()
-        cells, held_out = cells[~chosen], cells[chosen]
+        held_out = cells[held_out_cells(tokens.n_cells, fraction, seed)[cells]]
+        held_out = held_out[len(held_out) == len(cells) :]  # one is left to train on
+    cells, held_out = np.setdiff1d(cells, held_out), np.intersect1d(held_out, filled)
     if not len(cells):
         told = "there is no cell to train on: every token row is empty or held out. See obs['scbin_status']."
         raise ScbinInputError("I47", told)
     return cells, held_out
 
 
-def learning_rate_factor(step: int, n_steps: int, warmup: float, schedule: str) -> float:
-    """Return the fraction of the peak learning rate at a step (counted from 0).
-
-    Examples
-    --------
-    >>> [learning_rate_factor(step, 10, 2, "linear") for step in (0, 1, 2, 9)]
-    [0.5, 1.0, 1.0, 0.125]
-    """
+def learning_rate_factor(step: int, n_steps: int, training: Any) -> float:
+    """Return the fraction of the peak learning rate at a step, counted from 0."""
+    warmup = training.warmup
     n_warm = math.ceil(warmup * n_steps) if warmup < 1 else int(warmup)
     if step < n_warm:
         return (step + 1) / n_warm
-    if schedule == "constant":
-        return 1.0
-    progress = (step - n_warm) / max(n_steps - n_warm, 1)
-    return max(1 - progress, 0.0) if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    progress = min((step - n_warm) / max(n_steps - n_warm, 1), 1.0)
+    return 1 - progress if training.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def build_optimizer(named: dict[str, Tensor], rate: float, decay: float) -> torch.optim.AdamW:
@@ -437,16 +394,6 @@ def build_optimizer(named: dict[str, Tensor], rate: float, decay: float) -> torc
         groups.setdefault((factor, decay if decays else 0.0), []).append(parameter)
     by_group = [{"params": p, "factor": factor, "weight_decay": decay} for (factor, decay), p in groups.items()]
     return torch.optim.AdamW(by_group, lr=rate, betas=_BETAS, fused=True)
-
-
-def _seed_generators(device: torch.device, *numbers: int) -> None:
-    """Seed torch as a function of (seed, step, pack, process)."""
-    seed = int(np.random.SeedSequence([number % 2**63 for number in numbers]).generate_state(1, np.uint64)[0])
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)
 
 
 def _pinned(value: Any, device: torch.device) -> Any:

@@ -1,95 +1,33 @@
-"""Which tokens are hidden, what stands in their place, and what is to be predicted there."""
+"""Which tokens and molecules of a cell are hidden, what stands in their place, and what is to be predicted."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from numba import njit
+from scipy.sparse import csr_matrix
 
-from scbin._arguments import check_fields, shown
 from scbin._errors import ScbinInputError
-from scbin.nn.limits import check_limits
+from scbin.nn.embedding import gene_values
 from scbin.nn.packs import make_pack
 from scbin.tokens.vocabulary import MASK, PAD
 from scbin.train import randomness
 
 if TYPE_CHECKING:
-    from scipy.sparse import csr_matrix
-
     from scbin.nn.packs import Pack
     from scbin.tokens.vocabulary import Vocabulary
+    from scbin.train.settings import Masking
 
-_PROBABILITIES = ("gene_mask_prob", "phenotype_mask_prob", "phenotype_drop", "zero_swap", "nonzero_ratio")
+EXACT = 128  # up to so many molecules are drawn one by one; of more, a rounded normal number is as good as binomial
 _TRIES = 32  # draws of an unexpressed gene before walking to the next free one
+CLOSED = np.float32(-1e4)  # the gate of a token that nobody attends to
 GENE, NEVER = 0, -1  # what a token is: a gene, 1.. the number of a phenotype, then a special; never masked
 
 
-@dataclass(frozen=True)
-class Masking:
-    """What is masked in training, how often, and what stands there instead.
-
-    The defaults hide 15 % of the genes and half of the phenotypes. Where rows have no zeros, unexpressed genes are asked for too,
-    as `[MASK]` like the others, so many that bin 0 is as frequent among the labels as the other bins are on average. Randomness
-    is a function of (seed, epoch, cell): neither batches nor processes change which tokens are hidden.
-
-    Parameters
-    ----------
-    gene_mask_prob
-        Probability that a gene is to be predicted.
-    phenotype_mask_prob
-        Probability that a phenotype is to be predicted; `[NO_X]` never is.
-    replacement
-        Fractions of hidden genes that become `[MASK]`, become a random token, stay as they are. They sum to 1. `None` is (0.8,
-        0.1, 0.1), and (1, 0, 0) where tokens hold counts, whose sum a random one would change.
-    random_from
-        Where random tokens come from: the position's `"group"`, or the whole `"vocabulary"`.
-    mask_specials
-        Hide and predict `[CLS]`, `[START]` and `[END]` too, as Geneformer does.
-    phenotype_drop
-        Fraction of the hidden phenotypes that leave the row without being predicted.
-    zero_swap
-        For rows without zeros: probability per cell that hidden genes give their place to unexpressed ones, so that 1 / bins of
-        all labels are bin 0 (PerturbGene: 0.9). Then no others are asked for.
-    nonzero_ratio
-        For rows with zeros: hide exactly `gene_mask_prob` times the number of genes, this fraction of them expressed
-        (Bioformers: 0.5), no refill where there are too few.
-    attend_zeros
-        For rows with zeros: whether zeros are attended to, hidden or not (Polygene: `False`).
-
-    Examples
-    --------
-    >>> Masking(gene_mask_prob=0.3, replacement=(1, 0, 0)).gene_mask_prob
-    0.3
-    """
-
-    gene_mask_prob: float = 0.15
-    phenotype_mask_prob: float = 0.5
-    replacement: tuple[float, float, float] | None = None
-    random_from: Literal["group", "vocabulary"] = "group"
-    mask_specials: bool = False
-    phenotype_drop: float = 0.0
-    zero_swap: float = 0.0
-    nonzero_ratio: float | None = None
-    attend_zeros: bool = True
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        check_limits(vars(self), dict.fromkeys(_PROBABILITIES, (0.0, 1.0)))
-        if self.replacement is not None:
-            try:
-                parts = np.array(self.replacement, dtype=np.float64)
-            except (TypeError, ValueError):
-                parts = np.empty(0)
-            if parts.shape != (3,) or not parts.min() >= 0 or not abs(parts.sum() - 1) < 1e-6:
-                given = shown(self.replacement)
-                raise ScbinInputError("A02", f"replacement is {given}; it needs three fractions that sum to 1.")
-            object.__setattr__(self, "replacement", tuple(parts.tolist()))
-
-
-@dataclass(frozen=True, eq=False)
-class Hidden:
+class Hidden(NamedTuple):
     """What is to be predicted in a pack, ordered by loss; `where` points into its tokens."""
 
     where: np.ndarray  # (M,) int64
@@ -97,9 +35,6 @@ class Hidden:
     start: np.ndarray  # (M,) int64, first id of the group
     stop: np.ndarray  # (M,) int64, one past its last id
     loss: np.ndarray  # (M,) int64, index into `masked_losses`
-
-    def __len__(self) -> int:
-        return len(self.where)
 
 
 def masked_losses(vocabulary: Vocabulary) -> tuple[str, ...]:
@@ -134,6 +69,7 @@ def mask_rows(
     --------
     >>> from scipy.sparse import csr_matrix
     >>> from scbin.tokens.vocabulary import Vocabulary
+    >>> from scbin.train.settings import Masking
     >>> vocabulary = Vocabulary.build("rank", ["A", "B", "C"], max_length=8)
     >>> rows = csr_matrix([[2, 4, 5, 7, 3]])  # [CLS] [START] A C [END]
     >>> pack, hidden = mask_rows(rows, np.array([0]), vocabulary, Masking(1.0, replacement=(1, 0, 0)), seed=0, epoch=0)
@@ -149,17 +85,12 @@ def mask_rows(
     owner = np.repeat(np.arange(len(cells)), lengths)
     ids, positions = rows.data.astype(np.int64), rows.indices.astype(np.int64)
     row = _Row(keys[owner], owner, positions, ids, _kinds(ids, positions, vocabulary))
-    is_zero = np.zeros(len(ids), bool)
-    if vocabulary.keeps_zeros:
-        is_zero = (row.kinds == GENE) & (ids == vocabulary.group_start[positions])
-    hit = _hidden(row, is_zero, vocabulary, masking)
-    asked = hit | (score_all & (row.kinds >= GENE) & (row.kinds <= len(vocabulary.phenotypes)))
-    labels = np.where(asked, ids, -1)
-    ids = _replaced(row, hit, vocabulary, masking)
-    attended = ~is_zero | masking.attend_zeros
-    kept = np.ones(len(ids), bool)
+    specials = len(vocabulary.phenotypes) + 1
+    hit = _hidden(row, vocabulary, masking)
+    labels = np.where(hit | (score_all & (row.kinds >= GENE) & (row.kinds < specials)), ids, -1)
+    ids, kept = _replaced(row, hit, vocabulary, masking), np.ones(len(ids), bool)
     if masking.phenotype_drop:
-        phenotypes = np.flatnonzero(hit & (row.kinds > GENE) & (row.kinds <= len(vocabulary.phenotypes)))
+        phenotypes = np.flatnonzero(hit & (row.kinds > GENE) & (row.kinds < specials))
         kept[phenotypes] = row.uniforms(randomness.DROP, phenotypes) >= masking.phenotype_drop
 
     # a hidden gene gives its place to one that the cell does not express, or brings one along; of a row that was cut off
@@ -174,28 +105,27 @@ def mask_rows(
         genes = genes[extra_zeros(vocabulary, masking) + row.uniforms(randomness.EXTRA, genes) >= 1]
     counters = positions[genes] + (0 if masking.zero_swap else vocabulary.n_positions)
     candidates = np.asarray(vocabulary.gene_positions if zero_positions is None else zero_positions, dtype=np.int64)
-    places = _draw_unexpressed(
-        rows.indptr, positions, vocabulary.n_positions, owner[genes], row.keys[genes], counters, candidates
-    )
+    drawn = owner[genes], row.keys[genes], counters, candidates
+    places = _draw_unexpressed(rows.indptr, positions, vocabulary.n_positions, *drawn)
     genes, places = genes[places >= 0], places[places >= 0]
     kept[genes] &= not masking.zero_swap
-    columns = [owner, positions, ids, labels, row.kinds, attended]
-    if len(genes) or masking.phenotype_drop or not masking.attend_zeros:
+    columns, starts = [owner, positions, ids, labels, row.kinds], vocabulary.group_start
+    if len(genes) or masking.phenotype_drop:
         like = np.ones(len(genes), dtype=np.int64)
-        new = [owner[genes], places, like * vocabulary.mask_id, vocabulary.group_start[places], like * GENE]
-        new.append(np.full(len(genes), masking.attend_zeros))
-        columns = [np.append(old, more) for old, more in zip(columns, new, strict=True)]
-        key = 2 * columns[0] + ~columns[-1]  # by row, attended tokens first; numpy has a radix sort for 16 bits alone
-        order = np.argsort(key.astype(np.uint16) if len(cells) < 2**15 else key, kind="stable")
-        order = order if kept.all() else order[np.append(kept, like > 0)[order]]
+        new = [owner[genes], places, like * vocabulary.mask_id, starts[places], like * GENE]
+        columns = [np.append(old[kept], more) for old, more in zip(columns, new, strict=True)]
+        # by row; numpy has a radix sort for 16 bits alone
+        order = np.argsort(columns[0].astype(np.uint16) if len(cells) < 2**16 else columns[0], kind="stable")
         columns = [column[order] for column in columns]
-    owner, positions, ids, labels, kinds, attended = columns
-    lengths, n_attended = (np.bincount(of, minlength=len(cells)) for of in (owner, owner[attended]))
-    pack = make_pack(ids, positions, lengths, cells, key_lengths=None if masking.attend_zeros else n_attended)
+    owner, positions, ids, labels, kinds = columns
+    pack = make_pack(ids, positions, np.bincount(owner, minlength=len(cells)), cells)
+    if not masking.attend_zeros and vocabulary.bins is not None:
+        is_zero = (kinds == GENE) & (np.where(labels < 0, ids, labels) == starts[positions])
+        pack = replace(pack, gates=torch.from_numpy(np.where(is_zero, CLOSED, np.float32(0))))
     where = np.flatnonzero(labels >= 0)
     where = where[np.argsort(kinds[where], kind="stable")]
-    special, positions = kinds[where] > len(vocabulary.phenotypes), positions[where]
-    start = np.where(special, 0, vocabulary.group_start[positions])
+    special, positions = kinds[where] == specials, positions[where]
+    start = np.where(special, 0, starts[positions])
     stop = np.where(special, vocabulary.n_tokens, vocabulary.group_stop[positions])
     return pack, Hidden(where, labels[where], start, stop, kinds[where])
 
@@ -223,15 +153,14 @@ def _kinds(ids: np.ndarray, positions: np.ndarray, vocabulary: Vocabulary) -> np
         of_position[phenotype.position] = number
     if vocabulary.depth is not None:
         of_position[vocabulary.depth.position] = NEVER
-    is_special = np.zeros(vocabulary.n_tokens, bool)
-    is_special[[id for name, id in vocabulary.specials.items() if name not in (PAD, MASK)]] = True
     kinds = of_position[positions]
     other = np.flatnonzero((ids < vocabulary.group_start[positions]) | (ids >= vocabulary.group_stop[positions]))
-    kinds[other] = np.where(is_special[ids[other]] & (kinds[other] != NEVER), specials, NEVER)
+    is_special = np.isin(ids[other], [id for name, id in vocabulary.specials.items() if name not in (PAD, MASK)])
+    kinds[other] = np.where(is_special & (kinds[other] != NEVER), specials, NEVER)
     return kinds
 
 
-def _hidden(row: _Row, is_zero: np.ndarray, vocabulary: Vocabulary, masking: Masking) -> np.ndarray:
+def _hidden(row: _Row, vocabulary: Vocabulary, masking: Masking) -> np.ndarray:
     """Choose which tokens are to be predicted (T,)."""
     by_kind = np.full(len(vocabulary.phenotypes) + 3, masking.phenotype_mask_prob)
     by_kind[[GENE, -2, NEVER]] = masking.gene_mask_prob, masking.gene_mask_prob * masking.mask_specials, 0.0
@@ -241,7 +170,7 @@ def _hidden(row: _Row, is_zero: np.ndarray, vocabulary: Vocabulary, masking: Mas
     hit[at] = row.uniforms(randomness.SELECT, at) < p[at]
     if masking.nonzero_ratio is not None:  # exact numbers of zeros and others in each row, every set equally likely
         genes = np.flatnonzero(row.kinds == GENE)
-        groups = 2 * row.owner[genes] + is_zero[genes]
+        groups = 2 * row.owner[genes] + (row.ids[genes] == vocabulary.group_start[row.positions[genes]])
         sizes = np.bincount(groups, minlength=2 * (int(row.owner.max(initial=-1)) + 1))
         both = np.floor(masking.gene_mask_prob * sizes.reshape(-1, 2).sum(axis=1))
         wanted = np.outer(both, (masking.nonzero_ratio, 1 - masking.nonzero_ratio)).ravel()
@@ -272,10 +201,10 @@ def _replaced(row: _Row, hit: np.ndarray, vocabulary: Vocabulary, masking: Maski
 
 @njit(cache=True, nogil=True)
 def _draw_unexpressed(
-    indptr: Any, positions: Any, n_positions: Any, owner: Any, keys: Any, counters: Any, candidates: Any
+    indptr: Any, positions: Any, n: Any, owner: Any, keys: Any, counters: Any, candidates: Any
 ) -> Any:
     """Return a position of `candidates` for each of some rows (n,) that is not taken in its row, -1 where there is none."""
-    places, taken, row = np.full(len(owner), -1), np.zeros(n_positions, np.bool_), -1
+    places, taken, row = np.full(len(owner), -1), np.zeros(n, np.bool_), -1
     for k in range(len(owner)):
         if owner[k] != row:
             row = owner[k]
@@ -283,14 +212,102 @@ def _draw_unexpressed(
             taken[positions[indptr[row] : indptr[row + 1]]] = True
         slot = 0
         for attempt in range(_TRIES + len(candidates) if len(candidates) else 0):
-            if attempt < _TRIES:
-                slot = int(
-                    randomness.uniform(keys[k], randomness.PLACE, counters[k] * _TRIES + attempt) * len(candidates)
-                )
-            else:
-                slot = (slot + 1) % len(candidates)
+            u = randomness.uniform(keys[k], randomness.PLACE, counters[k] * _TRIES + attempt)
+            slot = int(u * len(candidates)) if attempt < _TRIES else (slot + 1) % len(candidates)
             if not taken[candidates[slot]]:
                 places[k] = candidates[slot]
                 taken[places[k]] = True
                 break
     return places
+
+
+# ---- molecules ------------------------------------------------------------------------------------------------------
+
+
+def split_rows(
+    rows: csr_matrix, cells: np.ndarray, vocabulary: Vocabulary, visible: tuple[float, float], *, seed: int, epoch: int
+) -> tuple[csr_matrix, csr_matrix, np.ndarray | None]:
+    """Split the counts of some cells (rows,): what is shown, what is hidden, and which genes are asked about.
+
+    Of counts, each molecule is visible with a probability q that is drawn for each cell between the two of `visible`. Of
+    other units, whole genes are visible with this probability. All is a function of (seed, epoch, cell).
+
+    Returns
+    -------
+    Token rows of the visible half; the counts of the hidden one (cells, genes) float32; and whether each gene is asked about
+    (cells, genes), `None` where all are.
+    """
+    genes, values = gene_values(vocabulary.tables(), rows.data, rows.indices)
+    key, n_genes = randomness.random_key(seed, epoch), len(vocabulary.genes)
+    owner = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
+    if vocabulary.unit == "counts":
+        counts, asked = np.rint(values).astype(np.int64), None
+        shown = split_counts(rows.indptr, genes, counts, cells, key, *visible)
+        hidden, kept = counts - shown, rows_with_counts(rows, shown, vocabulary)
+    else:
+        every, ones = np.tile(np.arange(n_genes), len(cells)), np.ones(len(cells) * n_genes, dtype=np.int64)
+        bounds = n_genes * np.arange(len(cells) + 1)
+        asked = split_counts(bounds, every, ones, cells, key, *visible).reshape(-1, n_genes) == 0  # (cells, genes)
+        hides = (genes >= 0) & asked[owner, genes]
+        hidden, kept = np.where(hides, values, 0), rows_without(rows, hides, vocabulary)
+    at = hidden > 0
+    matrix = csr_matrix((hidden[at].astype(np.float32), (owner[at], genes[at])), shape=(rows.shape[0], n_genes))
+    return kept, matrix, asked
+
+
+def rows_with_counts(rows: csr_matrix, counts: np.ndarray, vocabulary: Vocabulary) -> csr_matrix:
+    """Return rows whose gene tokens say other counts (tokens,), and `[DEPTH]` their sum; where zeros are dropped, genes without any go."""
+    bins = vocabulary.bins
+    if bins is None or bins.per != "all":
+        raise ScbinInputError("M04", "counts can be split only in bins of counts that all genes share.")
+    is_gene = vocabulary.is_gene_token(rows.data)
+    table = np.searchsorted(np.asarray(bins.edges), np.arange(int(np.ceil(bins.edges[-1])) + 1), side="right")
+    level = table[np.minimum(counts, len(table) - 1)]
+    ids = np.where(is_gene, vocabulary.group_start[rows.indices] + level, rows.data)
+    if vocabulary.depth is not None:
+        owner = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
+        depth = np.asarray(vocabulary.depth.ids(np.bincount(owner, np.where(is_gene, counts, 0), rows.shape[0])))
+        known = (rows.indices == vocabulary.depth.position) & (rows.data != vocabulary.depth.first_id)
+        ids = np.where(known, depth[owner], ids)
+    changed = csr_matrix((ids.astype(rows.dtype), rows.indices, rows.indptr), shape=rows.shape)
+    return changed if vocabulary.keeps_zeros else select(changed, ~is_gene | (level > 0))
+
+
+def rows_without(rows: csr_matrix, drop: np.ndarray, vocabulary: Vocabulary) -> csr_matrix:
+    """Return rows without some of their gene tokens (tokens,); where positions are ranks, later tokens move up."""
+    if vocabulary.keeps_zeros:  # a gene that is not shown is masked
+        ids = np.where(drop, vocabulary.mask_id, rows.data).astype(rows.dtype)
+        return csr_matrix((ids, rows.indices, rows.indptr), shape=rows.shape)
+    if not vocabulary.position_is_gene:
+        dropped = np.concatenate([[0], np.cumsum(drop)])
+        before = dropped[:-1] - np.repeat(dropped[rows.indptr[:-1]], np.diff(rows.indptr))
+        rows = csr_matrix((rows.data, rows.indices - before.astype(rows.indices.dtype), rows.indptr), shape=rows.shape)
+    return select(rows, ~drop)
+
+
+def select(rows: csr_matrix, keep: np.ndarray) -> csr_matrix:
+    """Return rows with some of their tokens (tokens,)."""
+    bounds = np.concatenate([[0], np.cumsum(keep)])[rows.indptr]
+    return csr_matrix((rows.data[keep], rows.indices[keep], bounds), shape=rows.shape)
+
+
+@njit(cache=True, nogil=True)
+def split_counts(indptr: Any, genes: Any, counts: Any, cells: Any, seed_key: Any, low: Any, high: Any) -> Any:
+    """Return how many of the molecules of each token are visible (tokens,): binomial, with q drawn for each cell."""
+    shown = np.zeros(len(counts), dtype=np.int64)
+    for i in range(len(cells)):
+        key = randomness.cell_key(seed_key, cells[i])
+        q = low + (high - low) * randomness.uniform(key, randomness.SPLIT_SHARE, 0)
+        for j in range(indptr[i], indptr[i + 1]):
+            n = counts[j]
+            if n <= 0:
+                continue
+            token = randomness.mix(key + np.uint64(genes[j] + 1))
+            if n <= EXACT:
+                for molecule in range(n):
+                    shown[j] += randomness.uniform(token, randomness.SPLIT, molecule) < q
+            else:
+                radius = np.sqrt(-2 * np.log(1 - randomness.uniform(token, randomness.SPLIT, 0)))  # Box and Muller
+                normal = radius * np.cos(2 * np.pi * randomness.uniform(token, randomness.SPLIT, 1))
+                shown[j] = min(max(round(n * q + np.sqrt(n * q * (1 - q)) * normal), 0), n)
+    return shown

@@ -10,19 +10,8 @@ from numba import njit, uint64
 from scbin.train.task import EVALUATION
 
 # what a number decides; one stream of numbers each
-SELECT, KIND, VALUE, DROP, SWAP_CELL, SWAP, PLACE, EXTRA, SPLIT, SPLIT_SHARE, HELD_OUT = (
-    0,
-    1,
-    2,
-    3,
-    5,
-    6,
-    7,
-    8,
-    10,
-    11,
-    15,
-)
+SELECT, KIND, VALUE, DROP, SWAP_CELL, SWAP, PLACE, EXTRA = 0, 1, 2, 3, 5, 6, 7, 8
+SPLIT, SPLIT_SHARE, GENE_DROPOUT, HELD_OUT = 10, 11, 14, 15
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -91,9 +80,3 @@ def random_key(seed: int, epoch: int) -> np.uint64:
 def held_out_cells(n_cells: int, fraction: float, seed: int) -> np.ndarray:
     """Return whether each cell is held out for validation (cells,), a function of (seed, cell) alone."""
     return hash_uniform(random_key(seed, EVALUATION), np.arange(n_cells), HELD_OUT) < fraction
-
-
-def epoch_order(cells: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Return the cells in the order of one epoch, a function of (seed, epoch, set of cells)."""
-    bits = np.random.Philox(key=np.array([seed % 2**64, epoch % 2**64], dtype=np.uint64))
-    return np.random.Generator(bits).permutation(np.sort(cells))

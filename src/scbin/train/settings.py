@@ -1,28 +1,30 @@
-"""How to train: everything but the data, the network and what is to be learned."""
+"""How to train: everything but the data and the network."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from scbin._arguments import check_fields, instances
+from scbin._arguments import check_fields, instances, numbers, plain
+from scbin._errors import ScbinInputError
 from scbin.nn.device import Precision  # noqa: TC001 (`check_fields` reads its choices)
-from scbin.nn.limits import check_limits
+from scbin.nn.presets import check_limits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
-_MOST = 2**31
 _COUNTS = ("epochs", "cells_per_step", "token_budget", "validate_every", "patience", "checkpoint_every")
 _LIMITS: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(_COUNTS, (1, _MOST)),
-    "max_steps": (0, _MOST),
+    **dict.fromkeys(_COUNTS, (1, 2**31)),
+    "max_steps": (0, 2**31),
     **dict.fromkeys(("learning_rate", "weight_decay"), (0.0, 100.0)),
     "warmup": (0.0, 1e9),
     **dict.fromkeys(("clip", "timeout"), (1e-6, math.inf)),
     "held_out": (0.0, 0.99),
 }
+_PROBABILITIES = ("gene_mask_prob", "phenotype_mask_prob", "phenotype_drop", "zero_swap", "nonzero_ratio")
 # what a run's result does not depend on
 _INCIDENTAL = ("token_budget", "checkpoint_every", "timeout", "callbacks")
 
@@ -81,7 +83,7 @@ class Training:
     epochs: int | None = None
     cells_per_step: int | None = None
     learning_rate: float | None = None
-    schedule: Literal["cosine", "linear", "constant"] | None = None
+    schedule: Literal["cosine", "linear"] | None = None
     warmup: float | None = None
     weight_decay: float | None = None
     clip: float | None = None
@@ -119,20 +121,148 @@ class Training:
         (50, 10)
         """
         how: Any = self.filled(**RECIPES.get(name, {})).complete()
-        if self.epochs is None:
-            fewest, most = STEPS.get(name, (0, math.inf))
-            of_epoch = math.ceil(max(n_cells, 1) / how.cells_per_step)
-            how = replace(how, epochs=max(1, math.ceil(min(max(how.epochs, fewest / of_epoch), most / of_epoch))))
-        return how
+        if self.epochs is not None:
+            return how
+        fewest, most = STEPS.get(name, (0, math.inf))
+        of_epoch = math.ceil(max(n_cells, 1) / how.cells_per_step)
+        return replace(how, epochs=max(1, math.ceil(min(max(how.epochs, fewest / of_epoch), most / of_epoch))))
 
     def learned(self) -> dict[str, Any]:
         """Return the settings that what is learned depends on, as plain values; a resumed run must have the same ones."""
-        values = {
-            name: value
-            for name, value in asdict(replace(self.complete(), callbacks=())).items()
-            if name not in _INCIDENTAL
-        }
-        return {**values, "clip": None if values["clip"] == math.inf else values["clip"]}
+        plain = asdict(replace(self.complete(), callbacks=()))  # in JSON there is no infinity
+        return {name: None if plain[name] == math.inf else plain[name] for name in plain if name not in _INCIDENTAL}
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What is masked in training, how often, and what stands there instead.
+
+    The defaults hide 15 % of the genes and half of the phenotypes. Where rows have no zeros, unexpressed genes are asked for too,
+    as `[MASK]` like the others, so many that bin 0 is as frequent among the labels as the other bins are on average. Randomness
+    is a function of (seed, epoch, cell): neither batches nor processes change which tokens are hidden.
+
+    Parameters
+    ----------
+    gene_mask_prob
+        Probability that a gene is to be predicted.
+    phenotype_mask_prob
+        Probability that a phenotype is to be predicted; `[NO_X]` never is.
+    replacement
+        Fractions of hidden genes that become `[MASK]`, become a random token, stay as they are. They sum to 1. `None` is (0.8,
+        0.1, 0.1), and (1, 0, 0) where tokens hold counts, whose sum a random one would change.
+    random_from
+        Where random tokens come from: the position's `"group"`, or the whole `"vocabulary"`.
+    mask_specials
+        Hide and predict `[CLS]`, `[START]` and `[END]` too, as Geneformer does.
+    phenotype_drop
+        Fraction of the hidden phenotypes that leave the row without being predicted.
+    zero_swap
+        For rows without zeros: probability per cell that hidden genes give their place to unexpressed ones, so that 1 / bins of
+        all labels are bin 0 (PerturbGene: 0.9). Then no others are asked for.
+    nonzero_ratio
+        For rows with zeros: hide exactly `gene_mask_prob` times the number of genes, this fraction of them expressed
+        (Bioformers: 0.5), no refill where there are too few.
+    attend_zeros
+        For rows with zeros: whether zeros are attended to, hidden or not (Polygene: `False`).
+
+    Examples
+    --------
+    >>> Masking(gene_mask_prob=0.3, replacement=(1, 0, 0)).gene_mask_prob
+    0.3
+    """
+
+    gene_mask_prob: float = 0.15
+    phenotype_mask_prob: float = 0.5
+    replacement: tuple[float, float, float] | None = None
+    random_from: Literal["group", "vocabulary"] = "group"
+    mask_specials: bool = False
+    phenotype_drop: float = 0.0
+    zero_swap: float = 0.0
+    nonzero_ratio: float | None = None
+    attend_zeros: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_limits(vars(self), dict.fromkeys(_PROBABILITIES, (0.0, 1.0)))
+        if self.replacement is not None:
+            parts = tuple(float(part) for part in self.replacement)
+            if len(parts) != 3 or min(parts) < 0 or not abs(sum(parts) - 1) < 1e-6:
+                raise ScbinInputError("A02", f"replacement is {parts}; it needs three fractions that sum to 1.")
+            object.__setattr__(self, "replacement", parts)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How the prediction of a hidden gene or phenotype is scored.
+
+    Parameters
+    ----------
+    kind
+        Score of genes: `"cross_entropy"`, which with two levels is the binary one, or `"ordinal"`, the cross entropy against a
+        Gaussian around the true bin, so that near misses cost less. Phenotypes always have the cross entropy.
+    label_smoothing
+        Fraction of the target that is spread evenly over the group (or vocabulary).
+    sigma
+        Standard deviation of the Gaussian, in bins.
+    over
+        Probabilities sum to one over the `"group"` of the position (the levels of a gene, the values of a phenotype), or over
+        the whole `"vocabulary"`, as in Geneformer, Polygene and PerturbGene.
+    positions
+        Score the `"masked"` positions, or `"all"` of them, copied tokens too, as Bioformers does.
+    weights
+        Weight of each loss, which is a mean, in the sum: `{"genes": 1.0, "cell_vector": 0.5}`. Default 1.
+
+    Examples
+    --------
+    >>> Loss("ordinal", sigma=0.7).over
+    'group'
+    """
+
+    kind: Literal["cross_entropy", "ordinal"] = "cross_entropy"
+    label_smoothing: float = 0.0
+    sigma: float = 1.0
+    over: Literal["group", "vocabulary"] = "group"
+    positions: Literal["masked", "all"] = "masked"
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        instances(Mapping, "a dict by loss", weights=self.weights)
+        weights = {f"weights[{name!r}]": plain(weight) for name, weight in self.weights.items()}
+        numbers(**weights)
+        limits = {"label_smoothing": (0.0, 0.99), "sigma": (1e-3, 1e3), **dict.fromkeys(weights, (0.0, 1e9))}
+        check_limits(vars(self) | weights, limits)
+        if self.kind == "ordinal" and self.over == "vocabulary":
+            raise ScbinInputError("A03", 'kind="ordinal" goes with over="group": bins of one gene follow one another.')
+        object.__setattr__(self, "weights", {name: float(weight) for name, weight in self.weights.items()})
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """How labels are held out and learned.
+
+    Parameters
+    ----------
+    validation
+        Fraction of the labelled cells (or genes) that are held out, to stop early, to choose and to calibrate.
+    gene_dropout
+        Fraction of the genes of a cell that are left out at random, others in every epoch.
+    label_smoothing
+        Fraction of each label that is spread evenly over all classes.
+
+    Examples
+    --------
+    >>> Finetuning(validation=0.2).gene_dropout
+    0.3
+    """
+
+    validation: float = 0.1
+    gene_dropout: float = 0.3
+    label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_limits(vars(self), dict.fromkeys(("validation", "gene_dropout", "label_smoothing"), (0.0, 0.99)))
 
 
 DEFAULTS: dict[str, Any] = {

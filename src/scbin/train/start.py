@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +24,7 @@ MOST_CELLS = 20_000  # more change the leading components little
 GENE_TABLE = 0.3  # standard deviation of the gene vectors that go into the backbone
 
 
-@dataclass(frozen=True, eq=False)
-class Components:
+class Components(NamedTuple):
     """Principal components of log-normalised expression: the scores of a cell are `(expression - mean) @ directions`."""
 
     directions: np.ndarray  # (genes, k), orthonormal columns, the sign of the largest entry positive
@@ -36,13 +34,7 @@ class Components:
 
 @torch.no_grad()
 def start(
-    network: CellNetwork,
-    task: Pretraining,
-    tokens: Tokens,
-    cells: np.ndarray,
-    batches: np.ndarray | None = None,
-    *,
-    seed: int = 0,
+    network: CellNetwork, task: Pretraining, tokens: Tokens, cells: np.ndarray, batches: Any = None, *, seed: int = 0
 ) -> None:
     """Start a new network from what the data say about genes, in place.
 
@@ -52,27 +44,24 @@ def start(
     the count head knows them: each batch is centred by itself. Only genes that some cell expresses will be asked for as
     unexpressed.
     """
-    generator = np.random.default_rng(seed)
-    cells = np.asarray(cells)[tokens.lengths[cells] > 0]
+    generator, cells = np.random.default_rng(seed), cells[tokens.lengths[cells] > 0]
     if len(cells) > MOST_CELLS:
         cells = np.sort(generator.choice(cells, MOST_CELLS, replace=False))
     rows, vocabulary = tokens.take(cells), tokens.vocabulary
-    codes = np.zeros(len(cells), dtype=np.int64) if batches is None else np.asarray(batches, dtype=np.int64)[cells]
+    codes = np.zeros(len(cells), dtype=np.int64) if batches is None else batches[cells]
     if vocabulary.bins is not None and not vocabulary.keeps_zeros and task.zero_positions is None:
         task.zero_positions = np.intersect1d(vocabulary.gene_positions, rows.indices)
     counts = token_expression(rows, vocabulary).astype(np.float64)
-    size = network.vector.size if isinstance(network.vector, LatentVector) else 30
-    found = components(log_normalised(counts, vocabulary), size, codes, seed=seed)
+    vector = network.vector if isinstance(network.vector, LatentVector) else None
+    found = components(log_normalised(counts, vocabulary), vector.size if vector else 30, codes, seed=seed)
     start_gene_table(network.backbone, vocabulary, found, generator)
-    if isinstance(network.vector, LatentVector):
-        network.vector.start_from(found.directions, found.spreads, found.means.mean(axis=0))
+    if vector is not None:
+        vector.start_from(found.directions, found.spreads, found.means.mean(axis=0))
     if network.counts is not None:
         start_counts(network.counts, found, counts, codes)
 
 
-def components(
-    matrix: csr_matrix, n_components: int, batches: np.ndarray | None = None, *, seed: int = 0
-) -> Components:
+def components(matrix: csr_matrix, n: int, batches: np.ndarray | None = None, *, seed: int = 0) -> Components:
     """Return the principal components of a sparse matrix (cells, genes), each batch centred by itself, never made dense.
 
     Examples
@@ -82,18 +71,17 @@ def components(
     (20, 5)
     """
     n_cells, n_genes = matrix.shape
-    codes = np.zeros(n_cells, dtype=np.int64) if batches is None else np.asarray(batches)
+    codes = np.zeros(n_cells, dtype=np.int64) if batches is None else batches
     batch = csr_matrix((np.ones(n_cells), (codes, np.arange(n_cells))), shape=(codes.max(initial=0) + 1, n_cells))
     sizes = np.maximum(np.diff(batch.indptr), 1)
     means = (batch @ matrix).toarray() / sizes[:, None]  # (batches, genes)
     centred = LinearOperator(
         matrix.shape,
-        dtype=np.float64,
         matvec=lambda vector: matrix @ vector.ravel() - (means @ vector.ravel())[codes],
         rmatvec=lambda vector: matrix.T @ vector.ravel() - means.T @ (batch @ vector.ravel()),
     )
-    k = min(n_components, n_cells - 1, n_genes - 1)
-    variance = matrix.multiply(matrix).sum() - (sizes[:, None] * means**2).sum()
+    k = min(n, n_cells - 1, n_genes - 1)
+    variance = matrix.data @ matrix.data - (sizes[:, None] * means**2).sum()
     if k < 1 or variance <= 1e-9 * max(matrix.sum(), 1):  # cells that are all alike
         return Components(np.zeros((n_genes, 1)), np.ones(1), means)
     _, values, vectors = svds(centred, k=k, v0=np.random.default_rng(seed).standard_normal(min(matrix.shape)))
@@ -103,9 +91,7 @@ def components(
     return Components((vectors * signs[:, None]).T, np.maximum(values / np.sqrt(n_cells - 1), 1e-6), means)
 
 
-def start_gene_table(
-    backbone: Backbone, vocabulary: Vocabulary, found: Components, generator: np.random.Generator
-) -> None:
+def start_gene_table(backbone: Backbone, vocabulary: Vocabulary, found: Components, generator: Any) -> None:
     """Add to the vector of each gene its place along the components, so that genes that vary together look alike.
 
     The components are turned at random into the hidden size, which keeps angles. A gene's vector is that of its position, or
@@ -133,7 +119,6 @@ def start_counts(head: CountHead, found: Components, counts: csr_matrix, codes: 
     prior = 5 * max(typical, 1e-3) * (total + 1e-3) / (total + 1e-3).sum()
     for batch in range(len(head.batches)):
         mine = codes == batch
-        sums = np.asarray(counts[mine].sum(axis=0)).ravel()
-        fraction = (sums + prior) / (depth[mine].sum() + prior.sum())
-        head.bias[batch] = torch.from_numpy(np.log(fraction)).to(head.bias)
+        sums = np.asarray(counts[mine].sum(axis=0)).ravel() + prior
+        head.bias[batch] = torch.from_numpy(np.log(sums / (depth[mine].sum() + prior.sum()))).to(head.bias)
         head.batch_weights[batch] = mine.mean() if len(mine) else 1.0

@@ -66,8 +66,6 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(value)
     if isinstance(value, dict):
         return {key: map_tensors(item, change) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(item, change) for item in value))
     if isinstance(value, tuple | list) and not all(isinstance(item, int | str) for item in value[:1]):
         return type(value)(map_tensors(item, change) for item in value)
     if is_dataclass(value) and not isinstance(value, type):
