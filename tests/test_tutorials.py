@@ -21,7 +21,7 @@ def code_of(cells: list[dict]) -> list[str]:
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebooks_keep_their_outputs_and_say_what_made_them(name):
     cells = NOTEBOOKS[name]
-    assert "session_info.show(html=False" in code_of(cells)[-1]
+    assert "scbin.session_info(" in code_of(cells)[-1]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from importlib.metadata import version
 from typing import Any
 
 from session_info import show
@@ -18,7 +17,7 @@ def session_info(**kwargs: Any) -> None:
     Parameters
     ----------
     **kwargs
-        For `session_info.show`: `os=False` leaves the operating system out, `dependencies=False` lists what scbin imports alone.
+        For `session_info.show`: `os=False` leaves the operating system out, `dependencies=True` lists every module.
 
     Examples
     --------
@@ -27,12 +26,17 @@ def session_info(**kwargs: Any) -> None:
     -----
     ...
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of packages that are asked for their `__version__`
-        show(**{"html": False, "dependencies": True} | kwargs)
+    names = sys._getframe(1).f_globals | _loaded() | {"show": show, "kwargs": {"html": False} | kwargs}
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of packages asked for their `__version__`
+        eval("show(**kwargs)", names)  # it lists what the globals of its caller hold
 
 
 def versions() -> str:
     """Return the versions of Python and of the packages in use, in one line."""
-    named = [f"{name} {version(name)}" for name in PACKAGES if name in sys.modules]
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        named = [f"{name} {module.__version__}" for name, module in _loaded().items()]
     return ", ".join([*named, f"Python {sys.version.split()[0]}"])
+
+
+def _loaded() -> dict[str, Any]:
+    return {name: sys.modules[name] for name in PACKAGES if name in sys.modules}

@@ -202,3 +202,36 @@ def test_generated_cells_are_ringed_and_nothing_is_stored(pair, calls):
     assert before == (set(real.obsm), set(made.obsm), set(real.uns))
     with pytest.raises(ScbinInputError, match="celltype"):
         scbin.pl.generated(real, made, color="celltype")
+
+
+# ---- side by side ------------------------------------------------------------------------------------------------------
+
+
+def test_compare_draws_each_embedding_with_the_same_colours(embedded, calls):
+    embedded.obsm["X_pca"] = embedded.obsm["X_scbin"][:, ::-1].copy()
+    axes = scbin.pl.compare(embedded, color="cell_type")
+    assert [ax.get_title() for ax in axes] == ["X_scbin", "X_pca"] and len(calls) == 2
+    first, second = (ax.collections[0].get_facecolors() for ax in axes)
+    assert np.array_equal(first, second)
+    assert [ax.get_legend() is None for ax in axes] == [True, False]
+    assert len(scbin.pl.compare(embedded, ["X_pca"], color="GENE3", vmax=2)) == 1
+    with pytest.raises(ScbinInputError, match=r"A06.*'X_umap'"):
+        scbin.pl.compare(embedded, ["X_scbin", "X_umap"])
+
+
+def test_linked_maps_need_jupyter_scatter(embedded, monkeypatch):
+    embedded.obsm["X_pca"] = embedded.obsm["X_scbin"]
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(ScbinInputError, match=r"A05.*scbin\[interactive\]"):
+        scbin.pl.compare(embedded, interactive=True)
+
+
+def test_selections_are_shared_between_linked_maps(embedded, calls):
+    pytest.importorskip("jscatter", reason="jupyter-scatter, scbin[interactive], is not installed")
+    embedded.obsm["X_scbin"][:2] = np.nan
+    embedded.obsm["X_pca"] = embedded.obsm["X_scbin"].copy()
+    grid = scbin.pl.compare(embedded, color="cell_type", interactive=True)
+    one, two = (box.children[1] for box in grid.children)
+    assert len(one.points) == 58
+    one.selection = np.array([3, 5])
+    assert list(two.selection) == [3, 5]

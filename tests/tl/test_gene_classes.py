@@ -35,6 +35,26 @@ def test_scores_are_those_of_scikit_learns_cross_validation():
     assert chance["roc_auc"] < 0.7
 
 
+def test_the_head_is_a_logistic_regression_on_simple_features(toy, quick):
+    scbin.pp.tokenize(toy)
+    model = scbin.tl.pretrain(toy, **quick)
+    genes = list(model.vocabulary.genes)
+    classes = {"high": genes[:15], "low": genes[15:30]}
+    model = scbin.tl.finetune(toy, model, target=classes, level="gene", max_steps=0, **QUIET)
+    scbin.tl.predict(toy, model, **QUIET)
+    counts = toy[:, genes].X.toarray().astype(float)
+    x = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4)
+    _, singular, rows = np.linalg.svd(x, full_matrices=False)
+    rank = min(30, min(x.shape) - 1)
+    features = np.column_stack([x.mean(axis=0), (x > 0).mean(axis=0), x.std(axis=0), rows[:rank].T])
+    features = StandardScaler().fit_transform(features)
+    (strength,) = model.training["finetune"]["probe"]["gene_class"]["strengths"]
+    oracle = LogisticRegression(C=strength, max_iter=2000).fit(features[:30], np.arange(30) < 15)
+    probability = toy.varm["scbin_gene_class_probability"][toy.var_names.get_indexer(genes)]
+    odds = np.log(probability[:, 0] / probability[:, 1])
+    assert np.corrcoef(odds, oracle.decision_function(features))[0, 1] > 0.99
+
+
 def test_known_classes_are_told_and_baselines_stand_beside(toy, quick, tmp_path):
     toy.var["high"] = ["high" if k < 15 else "low" if k < 30 else None for k in range(40)]
     toy.X = toy.X.multiply(np.where(np.arange(40) < 15, 4, 1)).tocsr()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scbin.pl._embedding import embedding, generated
+from scbin.pl._embedding import compare, embedding, generated
 from scbin.pl._knowledge import age_gap, clock, gene_network, gene_roc
 from scbin.pl._measured import perturbation_response, perturbation_retrieval, perturbation_scores
 from scbin.pl._model import tokens, training
@@ -13,6 +13,7 @@ __all__ = [
     "age_gap",
     "calibration",
     "clock",
+    "compare",
     "confusion",
     "embedding",
     "gene_network",

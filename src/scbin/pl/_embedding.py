@@ -1,9 +1,11 @@
-"""`pl.embedding`, `pl.generated`: the cells as the model sees them, in two dimensions."""
+"""`pl.embedding`, `pl.compare`, `pl.generated`: the cells as the model sees them, in two dimensions."""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,6 +94,77 @@ def embedding(
 
 
 @_docs.shared
+def compare(
+    adata: AnnData,
+    bases: Sequence[str] = (_keys.EMBEDDING, "X_pca"),
+    *,
+    color: str | None = None,
+    interactive: bool | None = None,
+    **kwargs: Any,
+) -> list[Axes] | Any:
+    """Draw the same cells by several embeddings side by side, in the same colours.
+
+    Parameters
+    ----------
+    adata
+        The cells, with the embeddings in `obsm`.
+    bases
+        The embeddings, each drawn as by :func:`scbin.pl.embedding`.
+    {color}
+    interactive
+        Link the maps with jupyter-scatter: cells selected in one are selected in all. Default: in a notebook where it is installed.
+    **kwargs
+        For :func:`scanpy.pl.embedding`, or for `jscatter.Scatter`.
+
+    Returns
+    -------
+    The axes, one per embedding, or the widget.
+
+    Examples
+    --------
+    >>> import scbin
+    >>> adata = scbin.datasets.pbmc68k_reduced()
+    >>> adata.obsm["X_scbin"], adata.obsm["X_pca"] = adata.X[:, :2].toarray(), adata.X[:, 2:4].toarray()
+    >>> [ax.get_title() for ax in scbin.pl.compare(adata, color="louvain")]
+    ['X_scbin', 'X_pca']
+    """
+    import matplotlib.pyplot as plt
+
+    matrices = {basis: read_embedding(check_adata(adata), basis) for basis in bases}
+    if interactive or (interactive is None and "ipykernel" in sys.modules and find_spec("jscatter")):
+        return _linked(adata, matrices, color, kwargs)
+    axes = plt.subplots(1, len(bases), figsize=(4 * len(bases) + 1.2, 3.6), layout="constrained", squeeze=False)[1][0]
+    for ax, basis in zip(axes, bases, strict=True):
+        once = {} if ax is axes[-1] else {"legend_loc": None, "colorbar_loc": None}
+        embedding(adata, color=color, basis=basis, ax=ax, **{"title": basis, **once, **kwargs})
+    return list(axes)
+
+
+def _linked(adata: AnnData, matrices: dict[str, np.ndarray], color: str | None, options: dict[str, Any]) -> Any:
+    """Return a widget with one map per embedding; the cells that are in all of them, selected together."""
+    import scanpy as sc
+
+    if not find_spec("jscatter"):
+        fix = 'Install it, pip install "scbin[interactive]", or pass interactive=False.'
+        raise ScbinInputError("A05", f"an interactive plot needs jupyter-scatter. {fix}")
+    jscatter = import_module("jscatter")
+    make_real(adata)
+    slots = [basis if matrix.shape[1] == 2 else umap_slot(adata, basis, matrix) for basis, matrix in matrices.items()]
+    xy = np.hstack([adata.obsm[slot] for slot in slots])
+    table = sc.get.obs_df(adata, [] if color is None else [color])
+    if color is not None:
+        options = {"color_by": color, "legend": True} | options
+        if hasattr(table[color], "cat"):
+            names = table[color].cat.categories
+            colours = adata.uns.get(f"{color}_colors", _style.palette(len(names)))
+            options = {"color_map": dict(zip(names, colours, strict=False))} | options
+    table[[f"{axis}{i}" for i in range(len(slots)) for axis in "xy"]] = xy
+    table = table[np.isfinite(xy).all(axis=1)].reset_index(drop=True)
+    maps = [(jscatter.Scatter(f"x{i}", f"y{i}", data=table, **options), basis) for i, basis in enumerate(matrices)]
+    return jscatter.compose(maps, sync_selection=True, sync_hover=True)
+
+
+@_docs.shared
 def generated(
     adata: AnnData,
     made: AnnData,
@@ -151,7 +224,9 @@ def generated(
 def read_embedding(adata: AnnData, basis: str) -> np.ndarray:
     """Return `obsm[basis]` as a dense float32 matrix (cells, dimensions) that can be drawn."""
     if basis not in adata.obsm:
-        advice = "scbin.tl.pretrain(adata) or scbin.tl.embed(adata, model) writes 'X_scbin'."
+        advice = (
+            "scbin.tl.pretrain(adata) or scbin.tl.embed(adata, model) writes 'X_scbin', scanpy.pp.pca(adata) 'X_pca'."
+        )
         raise ScbinInputError("A06", f"{basis!r} is not in adata.obsm. Available: {list(adata.obsm)}. {advice}")
     matrix = np.asarray(adata.obsm[basis], dtype=np.float32)
     if matrix.ndim != 2 or matrix.shape[1] < 2 or not np.isfinite(matrix).all(axis=1).any():

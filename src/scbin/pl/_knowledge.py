@@ -47,7 +47,7 @@ def gene_network(
         The slot of `varp`. Default: `"scbin_network"`.
     {ax}
     **kwargs
-        For :func:`networkx.draw_networkx`: `node_size`, `font_size`, `pos` and more.
+        For `networkx.draw_networkx`: `node_size`, `font_size`, `pos` and more.
 
     Returns
     -------

@@ -89,7 +89,7 @@ def tokens(
     {tokens_key}
     {ax}
     **kwargs
-        For :func:`seaborn.heatmap`: `cmap`, `annot_kws` and more.
+        For `seaborn.heatmap`: `cmap`, `annot_kws` and more.
 
     Returns
     -------

@@ -142,7 +142,7 @@ def perturbation_matrix(adata: AnnData, *, key: str | None = None, ax: Axes | No
     {perturbed}
     {ax}
     **kwargs
-        For :func:`seaborn.heatmap`.
+        For `seaborn.heatmap`.
 
     Returns
     -------

@@ -31,7 +31,7 @@ from scbin.tl._genes import mean_gene_vectors
 from scbin.tl._labels import MaskedPhenotypes, balanced_weights, cell_columns, gene_labels
 from scbin.tl._leakage import remembered_cells
 from scbin.tl._pretrain import note_model
-from scbin.tl._probe import Probe, Scaler, fit_probe, fitted_temperature, log_expression, losses_of
+from scbin.tl._probe import Probe, Scaler, fit_probe, fitted_temperature, log_expression, losses_of, some_of
 from scbin.tl._split import Split, hold_out, read_split, warn_of_donors
 from scbin.train.adapters import adapted
 from scbin.train.distributed import is_first_process
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 NEW = "new"
 _RATE, _EPOCHS, _STEPS, _CELLS_PER_STEP = 3e-4, 8, 400, 32  # epochs, but about as many steps at most
-_MOST_HELD_OUT, _MOST_FOR_GENES = 2_000, 2_000  # cells
+_MOST_HELD_OUT, _MOST_FOR_GENES, _MOST_FOR_FEATURES = 2_000, 2_000, 10_000  # cells
 # standard errors that a gain on held-out cells must exceed: the best epoch was chosen on the same cells
 _CLEARLY = 2.0
 # what a probe reads: the weight of the standardised vector, and whether the standardised genes
@@ -428,8 +428,8 @@ def _genes(
     network: Any, tokens: Tokens, columns: list[Column], split: Split, fraction: float, seed: int, options: Any
 ) -> _Items:
     """Return the labelled genes that some cells express, and give the network a head for them."""
-    cells = np.sort(np.random.default_rng(seed).permutation(np.flatnonzero(split.open))[:_MOST_FOR_GENES])
-    simple = gene_features(log_expression(tokens, cells), seed)
+    every = np.flatnonzero(split.open)
+    cells, simple = every[some_of(len(every), _MOST_FOR_GENES, seed)], gene_features(tokens, every, seed)
     hidden, _ = mean_gene_vectors(network, tokens, rows=cells, **options)
     rows = np.flatnonzero(columns[0].known & np.isfinite(hidden).all(axis=1))
     held_out = hold_out(columns[0].codes(rows), fraction, seed=seed)
@@ -445,12 +445,16 @@ def _genes(
     return items
 
 
-def gene_features(expression: csr_matrix, seed: int = 0) -> np.ndarray:
-    """Return what expression alone says of genes (genes, features): mean, detection rate, spread and principal directions, scaled."""
+def gene_features(tokens: Tokens, cells: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Return what expression alone says of genes (genes, features): mean, detection rate, spread and principal directions, scaled.
+
+    By all these cells, or 10,000. Singular vectors are exact: those of a randomized SVD change with its seed, and what they say, too.
+    """
+    expression = log_expression(tokens, cells[some_of(len(cells), _MOST_FOR_FEATURES, seed)])
     mean = np.asarray(expression.mean(axis=0)).ravel()
     detected = np.asarray((expression > 0).mean(axis=0)).ravel()
     variance = np.asarray(expression.multiply(expression).mean(axis=0)).ravel() - mean**2
     rank = max(min(_LOADINGS, min(expression.shape) - 1), 1)
-    loadings = TruncatedSVD(rank, random_state=seed).fit(expression).components_.T
+    loadings = TruncatedSVD(rank, algorithm="arpack", random_state=seed).fit(expression).components_.T
     features = np.column_stack([mean, detected, np.sqrt(np.maximum(variance, 0)), loadings])
     return np.clip(StandardScaler().fit_transform(features), -LARGEST, LARGEST).astype(np.float32)

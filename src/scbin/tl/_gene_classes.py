@@ -20,7 +20,7 @@ from scbin.tl._finetune import gene_features
 from scbin.tl._genes import fixed_gene_vectors, mean_gene_vectors
 from scbin.tl._labels import MaskedPhenotypes, balanced_weights, gene_labels
 from scbin.tl._metrics import class_scores
-from scbin.tl._probe import fit_probe, log_expression, some_of
+from scbin.tl._probe import fit_probe, some_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -40,9 +40,8 @@ def evaluate_gene_classes(
     chosen = resolve_model(model, adata)
     tokens: Any = MaskedPhenotypes(read_tokens(adata, chosen.vocabulary, tokens_key))
     labels, cells = gene_labels(adata, target, chosen.vocabulary), np.flatnonzero(tokens.lengths)
-    cells = cells[some_of(len(cells), MOST_CELLS, seed)]
+    simple, cells = gene_features(tokens, cells, seed), cells[some_of(len(cells), MOST_CELLS, seed)]
     hidden, counts = mean_gene_vectors(chosen.network, tokens, rows=cells, **how)
-    simple = gene_features(log_expression(tokens, cells), seed)
     rows = np.flatnonzero(labels.known & (counts > 0))
     codes = labels.codes(rows)
     if np.bincount(codes, minlength=len(labels.classes)).min() < N_FOLDS:
