@@ -1,4 +1,5 @@
-"""Code in README and docs: blocks below `<!-- run -->` run as they stand, on few cells and with few steps; all others name what exists."""
+"""Code in README and docs: blocks below `<!-- run -->` run as they stand, on few cells and with few steps, those below
+`<!-- run with package -->` where it is installed; all others name what exists."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ import scbin
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^(<!-- run -->\n+)?```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PAGES = {path.name: BLOCK.findall(path.read_text()) for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+WITH = re.findall(r"^<!-- run with (\w+) -->\n```python\n(.*?)^```", (ROOT / "docs/interoperability.md").read_text(), re.M | re.S)
 SMALL = {  # what a verb is given beside the arguments on the page
     "pretrain": {"preset": scbin.Network(1, 16, 16, 1), "max_steps": 2, "progress": False},
     "finetune": {"max_steps": 1, "progress": False},
@@ -67,6 +69,15 @@ def namespace(trained, tmp_path, monkeypatch):
 def test_marked_blocks_run(page, namespace):
     for code in (code for run, code in PAGES[page] if run):
         exec(compile(code, page, "exec"), namespace)
+    plt.close("all")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("package", dict(WITH))
+def test_blocks_with_another_package_run_where_it_is_installed(package, namespace):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    exec("import anndata as ad, numpy as np, pandas as pd, scanpy as sc", namespace)
+    exec(compile(dict(WITH)[package], package, "exec"), namespace)
     plt.close("all")
 
 

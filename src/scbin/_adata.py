@@ -140,7 +140,7 @@ def _warn_if_replaced(adata: ad.AnnData, tokens: MemoryTokens, layer: Any) -> No
     values = np.asarray(matrix[cells[at >= 0], at[at >= 0]]) if (at >= 0).any() else np.zeros(0)
     if values.size and (share := float(np.mean(values == 0))) > REPLACED:
         name = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
-        found = f"{name} has zeros at {share:.0%} of the genes that the tokens of cells hold"
+        found = f"{name} is zero at {share:.0%} of the genes in the cells' tokens"
         warn("V02", f"{found}: other cells or counts than were tokenized. If it was replaced, tokenize again.")
 
 
@@ -203,7 +203,7 @@ def _check_sound(rows: Any, n: int, n_others: int) -> None:
     rises = len(indptr) == n + 1 and indptr[0] == 0 and bool((indptr[1:] >= indptr[:-1]).all())
     inside = not len(indices) or (indices.min() >= 0 and indices.max() < n_others)
     if not (rises and inside and indptr[-1] <= min(len(indices), len(rows.data))):
-        found = "indptr does not rise from 0 to the number of stored values, or an index is out of range"
+        found = "indptr does not increase from 0 to the number of stored values, or an index is out of range"
         raise ScbinInputError("I43", f"the sparse matrix is damaged: its {found}.")
 
 
@@ -257,9 +257,7 @@ class GeneNames:
         if unknown:
             by_upper = {known.upper(): known for known in self.places}
             close = ", ".join(repr(by_upper[name]) for name in difflib.get_close_matches(unknown[0].upper(), by_upper))
-            what = (
-                f"{unknown[0]!r} is no gene of the model ({len(unknown):,} such names). Closest: {close or 'nothing'}"
-            )
+            what = f"{unknown[0]!r} is not a gene of the model ({len(unknown):,} such names). Closest: {close or 'nothing'}"
             raise ScbinInputError("A06", f"{what}. If adata has it, tokenize and train with it: n_genes=, mask_var=.")
         return list(dict.fromkeys(found))
 
@@ -327,7 +325,7 @@ def write_uns(adata: ad.AnnData, key: str, value: Any) -> None:
 
 
 def read_uns(adata: ad.AnnData, key: str, kind: Any) -> Any:
-    """Return `uns["scbin"][key]`, a `dict` or `list` (kept as JSON) or a table, or an empty one; refuse what is no such thing."""
+    """Return `uns["scbin"][key]`, a `dict` or `list` (kept as JSON) or a table, or an empty one; refuse anything else."""
     entries = adata.uns.get(_keys.UNS, {})
     found = entries.get(key) if isinstance(entries, Mapping) else entries
     if found is None:

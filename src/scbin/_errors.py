@@ -36,7 +36,7 @@ class ScbinInputWarning(_Coded, UserWarning):
 
 
 class ScbinTrainingWarning(_Coded, UserWarning):
-    """Training goes on, but not exactly as asked. `code` as in the errors."""
+    """Training continues, but not exactly as requested. `code` as in the errors."""
 
 
 def count(n: int, one: str, many: str | None = None) -> str:

@@ -29,16 +29,16 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "check": Verb("pp.check", "say what a file holds and what tokenizing would make of it", "matrix", skip=("quiet",)),
+    "check": Verb("pp.check", "report what a file contains and how it would be tokenized", "matrix", skip=("quiet",)),
     "tokenize": Verb("pp.tokenize", "turn files of cells into files of tokens", skip=("client", "copy")),
     "pretrain": Verb("tl.pretrain", "train a model on tokens", out="folder for the model", skip=("task", "key_added")),
-    "finetune": Verb("tl.finetune", "teach a model the labels of cells", out="folder for the model"),
-    "embed": Verb("tl.embed", "give every cell its vector", skip=("copy",)),
+    "finetune": Verb("tl.finetune", "train a model on the labels of cells", out="folder for the model"),
+    "embed": Verb("tl.embed", "compute the vector of every cell", skip=("copy",)),
     "predict": Verb("tl.predict", "predict labels of cells", skip=("copy",)),
-    "evaluate": Verb("tl.evaluate", "score predictions, beside simple methods", out="file for the table, csv"),
-    "perturb": Verb("tl.perturb", "edit genes and see how cells move", out="file for the results", skip=("copy",)),
-    "generate": Verb("tl.generate", "make cells of a kind", "", "file for the cells", ("like",)),
-    "plot": Verb("pl.", "draw a result: scbin plot embedding cells.h5ad", "cells", "file, png or pdf", ("ax", "made")),
+    "evaluate": Verb("tl.evaluate", "score predictions and simple baselines", out="file for the table, csv"),
+    "perturb": Verb("tl.perturb", "edit genes and measure how cells move", out="file for the results", skip=("copy",)),
+    "generate": Verb("tl.generate", "generate cells of a type", "", "file for the cells", ("like",)),
+    "plot": Verb("pl.", "plot a result: scbin plot embedding cells.h5ad", "cells", "file, png or pdf", ("ax", "made")),
     "quickstart": Verb("cli.quickstart", "all of it on 700 blood cells that come with scanpy (a few minutes)", ""),
 }
 

@@ -135,7 +135,7 @@ class Model:
     def load(cls, path: str | os.PathLike[str], *, revision: str | None = None) -> Model:
         """Read a model from the directory that :meth:`save` wrote, or from the Hugging Face hub.
 
-        The directory is treated as if a stranger had made it: no code in it is run, every number is checked, and a file that
+        The directory is treated as untrusted: no code in it is run, every number is checked, and a file that
         was damaged, exchanged or added is an error that names it.
 
         Parameters
@@ -143,8 +143,8 @@ class Model:
         path
             The directory, or the `"owner/name"` of a model on the hub.
         revision
-            Which state of a model on the hub: the hash of a commit, best, or a branch. Without it nothing is ever fetched; what was
-            fetched before is found in the cache.
+            Which state of a model on the hub: the hash of a commit, best, or a branch. Without it nothing is fetched: the main branch
+            is looked for in the cache.
         """
         return cls(*read_model(local_directory(path, revision)))
 
@@ -311,5 +311,7 @@ def resolve_model(model: Model | str | os.PathLike[str] | None, adata: AnnData |
         raise ScbinInputError("M01", f"no model was given, and none is known for these cells in this session. {fix}")
     found = Model.load(directory)
     if found.fingerprint != identifier:
-        raise ScbinInputError("M01", f"{directory} now holds another model than the one trained on these cells. {fix}")
+        raise ScbinInputError(
+            "M01", f"{directory} now contains another model than the one trained on these cells. {fix}"
+        )
     return found

@@ -422,7 +422,7 @@ def test_genes_that_cannot_be_chosen():
     adata = cells()
     adata.var["mine"], adata.var["text"], adata.var["none"] = [k < 7 for k in range(30)], "yes", False
     for wrong in ("text", "none", "hvg"):
-        fails(adata, "A06", repr(wrong), "There are: 'mine'", mask_var=wrong)
+        fails(adata, "A06", repr(wrong), "Available: 'mine'", mask_var=wrong)
     fails(adata, "A02", "n_genes is 0", n_genes=0)
     assert vocabulary_of(adata, mask_var="mine").genes == tuple(SYMBOLS[:7])
     fails(cells(np.zeros((4, 5))), "V04", "empty", encoding="rank")

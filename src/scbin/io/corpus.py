@@ -92,7 +92,11 @@ def naming(path: Path) -> Iterator[None]:
     except ScbinError:
         raise
     except FAULTS as error:
-        found = "is not there" if not path.exists() else f"is damaged, cut short or no AnnData ({str(error)[:200]})"
+        found = (
+            "is not there"
+            if not path.exists()
+            else f"is damaged, cut short or not an AnnData file ({str(error)[:200]})"
+        )
         raise ScbinInputError("F01", f"{path} {found}.") from error
 
 
@@ -102,7 +106,7 @@ def reading(path: Path) -> Iterator[Any]:
     with naming(path):
         group = zarr.open_group(path, mode="r") if path.is_dir() else h5py.File(path, "r")
         if "obs" not in group:
-            raise ScbinInputError("F01", "this is no AnnData file: it has no obs.")
+            raise ScbinInputError("F01", "this is not an AnnData file: it has no obs.")
         yield group
 
 
@@ -304,7 +308,7 @@ def open_tokens(paths: Paths, *, tokens_key: str | None = None) -> FileTokens:
 
 
 def opened(data: Any, tokens_key: str | None = None) -> Any:
-    """Return the corpus that paths name; whatever is no path as it is."""
+    """Return the corpus that paths name; anything else unchanged."""
     return open_tokens(data, tokens_key=tokens_key) if is_paths(data) else data
 
 

@@ -30,7 +30,7 @@ FAULTS += (RecursionError, OSError, struct.error, pickle.UnpicklingError)
 
 def _dtype(code: Any, *_: Any) -> np.dtype[Any]:
     if type(code) is not str or not re.fullmatch("[iu][1248]|f[48]", code):
-        raise ValueError("it has a type that is no number")
+        raise ValueError("it has a type that is not a number")
     return np.dtype(f"<{code}")
 
 
@@ -91,7 +91,7 @@ class _Unpickler(pickle._Unpickler):
     def set_items(self, pairs: list[Any]) -> None:
         """Set items of a dictionary, whose keys are texts: others could take for ever to hash."""
         if type(self.stack[-1]) is not dict or not all(type(key) is str for key in pairs[::2]):
-            raise ValueError("it has a key that is no text")
+            raise ValueError("it has a key that is not text")
         self.stack[-1].update(zip(pairs[::2], pairs[1::2], strict=True))
 
 

@@ -1,4 +1,4 @@
-"""A model directory, format 2: written at once and whole, read as if a stranger had made it.
+"""A model directory, format 2: written at once and whole, read as untrusted input.
 
 | file | what |
 |---|---|
@@ -92,7 +92,9 @@ def describe_parts(network: CellNetwork) -> dict[str, dict[str, Any]]:
     described: dict[str, dict[str, Any]] = {}
     for place, part in parts_of(network).items():
         if type(part) not in PARTS[place].values():
-            raise ScbinModelError("M05", f"network.{place}, a {type(part).__name__}, is of no kind that can be stored.")
+            raise ScbinModelError(
+                "M05", f"network.{place}, a {type(part).__name__}, is not of a kind that can be saved."
+            )
         described[place] = {"kind": part.kind, "config": json.loads(json.dumps(part.config(), allow_nan=False))}
     return described
 
@@ -180,7 +182,9 @@ def check_replaceable(path: Path, overwrite: bool) -> None:
         raise ScbinModelError("M05", f"{path} exists already. Choose another place, or pass overwrite=True.")
     names = set(os.listdir(path)) if path.is_dir() else set()
     if names - ALLOWED - {FIRST, *LEFT_OUT} or not names & {NETWORK, FIRST}:
-        raise ScbinModelError("A04", f"{path} is not a model that scbin wrote, or holds more. Remove it yourself.")
+        raise ScbinModelError(
+            "A04", f"{path} is not a model written by scbin, or contains other files. Remove it yourself."
+        )
 
 
 def thinned(history: pd.DataFrame) -> pd.DataFrame:
@@ -207,7 +211,7 @@ def read_model(path: Path) -> Content:
     try:
         network, *rest = _read_format_1(path) if first else _read_format_2(path)
         if type(network.vector.layer) is not int:
-            raise ValueError("the layer of its cell vector is no number")
+            raise ValueError("the layer of its cell vector is not a number")
         layer_number(network.vector.layer, network.backbone.n_layers)
     except ScbinModelError:
         raise
@@ -242,7 +246,7 @@ def _read_format_1(path: Path) -> Content:
     left = [name.split(".")[0] for name in LEFT_OUT if (path / name).exists()]
     left += ["gene weights"] if pooled.get("gene_weights") else []
     if left:
-        text = f"{path} was saved by the first edition of scbin: its {', '.join(left)} left out; pretrain again for today's."
+        text = f"{path} was saved by scbin 0.1: {', '.join(left)} left out, as this version has no such parts. Pretrain again."
         warnings.warn(ScbinInputWarning("M06", text), stacklevel=5)
     return CellNetwork(backbone, vector), vocabulary, dict(about["training"]), read_history(about["history"])
 
@@ -271,7 +275,7 @@ def local_directory(path: str | os.PathLike[str], revision: str | None = None) -
     is_id = isinstance(path, str) and re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", path) and not os.path.lexists(path)
     if revision is not None and not is_id:
         raise ScbinInputError(
-            "A03", f"revision= was given, but {str(path)[:200]!r} is a path, no 'owner/name' of the hub."
+            "A03", f"revision= was given, but {str(path)[:200]!r} is a path, not an 'owner/name' of the hub."
         )
     if not is_id:
         return Path(path)
@@ -279,6 +283,6 @@ def local_directory(path: str | os.PathLike[str], revision: str | None = None) -
     try:
         return Path(snapshot_download(str(path), revision=revision, **options))
     except (OSError, ValueError) as error:
-        what = f"{path} is neither a directory nor to be had from the Hugging Face hub ({str(error)[:120]})"
-        fix = "Say which state of it to fetch: Model.load('owner/name', revision='...') with the hash of a commit"
+        what = f"{path} is not a directory, and could not be read from the Hugging Face hub or its cache ({str(error)[:120]})"
+        fix = "Pass the revision to fetch: Model.load('owner/name', revision='...') with the hash of a commit"
         raise ScbinModelError("M01", f"{what}. {fix}.") from error

@@ -1,4 +1,4 @@
-"""The files of a model: written whole and with a manifest, read as if a stranger had made them, each checked before it is believed."""
+"""The files of a model: written whole and with a manifest, read as untrusted input, each checked before it is used."""
 
 from __future__ import annotations
 
@@ -114,11 +114,11 @@ def check_directory(path: Path, required: set[str], allowed: set[str], unlisted:
 
 
 def check_files(directory: Path, required: Collection[str], others: Collection[str] = ()) -> None:
-    """Refuse a directory that lacks a file, or in which one is no plain file, before any is opened."""
+    """Refuse a directory that lacks a file, or in which one is not a plain file, before any is opened."""
     missing = sorted(set(required) - set(os.listdir(directory) if directory.is_dir() else ()))
     if missing:
-        what = f"{directory} is not such a model: {', '.join(missing)} is not there"
-        fix = "For those of others see Model.from_geneformer, from_polygene, from_perturbgene. Pickled weights (*.bin) are never opened"
+        what = f"{directory} is not a model of this kind: {', '.join(missing)} is not there"
+        fix = "For models of other packages see Model.from_geneformer, from_polygene, from_perturbgene. Pickled weights (*.bin) are never opened"
         raise ScbinModelError(
             "M01", f"{what}. {fix}: where you trust them, convert them with transformers' save_pretrained."
         )
@@ -134,7 +134,9 @@ def check_plain(path: Path, most: int) -> None:
     real, folders = Path(os.path.realpath(path)), Path(os.path.abspath(path)).parents
     blobs = [Path(os.path.realpath(folder.parent / "blobs")) for folder in folders if folder.name == "snapshots"]
     if (path.is_symlink() and real.parent not in blobs) or not real.is_file() or real.stat().st_size > most:
-        raise ScbinModelError("M03", f"{path.name} in {path.parent} is a link, or no file of at most {most:,} bytes.")
+        raise ScbinModelError(
+            "M03", f"{path.name} in {path.parent} is a link, or not a file of at most {most:,} bytes."
+        )
     if real.stat().st_size < 1024 and real.read_bytes().startswith(b"version https://git-lfs"):
         raise ScbinModelError("M02", f"{path.name} is a Git LFS pointer. Fetch the file itself with `git lfs pull`.")
 
@@ -144,7 +146,7 @@ def parse_json(text: bytes) -> dict[str, Any]:
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) != len(pairs):
-            raise ValueError("a key stands twice in one object")
+            raise ValueError("a key occurs twice in one object")
         return dict(pairs)
 
     def number(text: str) -> float:
@@ -215,4 +217,4 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError, MemoryError) as error:
-        raise ScbinModelError("M02", f"{path.name} is not a sound safetensors file ({str(error)[:80]}).") from error
+        raise ScbinModelError("M02", f"{path.name} is not a valid safetensors file ({str(error)[:80]}).") from error

@@ -93,8 +93,8 @@ def _head(
     known = stored if isinstance(stored, dict) else {}
     names = class_names or [str(known.get(str(k), f"LABEL_{k}")) for k in range(n_classes)]
     if isinstance(names, str) or len(names) != n_classes:
-        what = f"class_names={shown(class_names)} was given, but the model tells {n_classes} classes apart"
-        raise ScbinInputError("A02", f"{what}. Name each of them; leave it out where the model is no classifier.")
+        what = f"class_names={shown(class_names)} was given, but the model has {n_classes} classes"
+        raise ScbinInputError("A02", f"{what}. Name each of them; omit it if the model is not a classifier.")
     if not weights:
         return None
     targets: list[Any] = [{"name": target, "classes": list(names)}]

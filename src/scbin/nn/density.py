@@ -25,7 +25,7 @@ class Density(nn.Module):
     """A kernel density of cell vectors, depth and phenotypes: some training cells, each blurred by the spread around it.
 
     Vectors within a class are far from Gaussian (subtypes, states), and differ in depth; a kernel density keeps both. A
-    drawn cell is no copy: its vector is that of a training cell plus a normal variable with the covariance of its neighbours.
+    drawn cell is not a copy: its vector is that of a training cell plus a normal variable with the covariance of its neighbours.
     """
 
     kind = "cells"

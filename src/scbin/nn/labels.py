@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from scbin.tokens.tokens import Tokens
     from scbin.tokens.vocabulary import Vocabulary
 
-LARGEST = 10.0  # scaled expression: a gene that few cells have shall not decide alone
+LARGEST = 10.0  # scaled expression: a gene that few cells have should not decide alone
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Target:
         fits = self.kind == ("class" if self.classes else "number") and 0 < self.scale < math.inf
         texts = all(type(text) is str for text in (self.name, *self.classes))
         if not fits or not texts or len(set(self.classes)) != len(self.classes):
-            raise ScbinInputError("M04", f"{self} is no target: classes are different texts, a number has none.")
+            raise ScbinInputError(
+                "M04", f"{self} is not a valid target: classes are distinct strings, and a number has none."
+            )
 
     @property
     def n_outputs(self) -> int:

@@ -82,7 +82,7 @@ def build_network(
     Parameters
     ----------
     vocabulary
-        What it shall read.
+        The vocabulary that it reads.
     shape
         A preset by name, or a `Network`.
     backbone

@@ -203,7 +203,7 @@ def _reproducible(adata: AnnData, metric: str) -> pd.DataFrame:
     if metric not in METRICS or table.empty:
         known = ", ".join(map(repr, METRICS))
         raise ScbinInputError(
-            "P02", f"no perturbation is reproducible (see the verdict), or {metric=} is none of {known}."
+            "P02", f"no perturbation is reproducible (see the verdict), or {metric=} is not one of {known}."
         )
     return table
 

@@ -294,7 +294,7 @@ def _draw_genes(
     """Draw a dot for each gene, open where it was screened, name some or those asked for, and return their rows."""
     unknown = sorted(set(genes or ()) - set(table["gene"]))
     if unknown:
-        raise ScbinInputError("A06", f"{unknown[0]!r} is none of the {len(table):,} genes that are drawn.")
+        raise ScbinInputError("A06", f"{unknown[0]!r} is not one of the {len(table):,} genes in the plot.")
     chosen = np.flatnonzero(named if genes is None else table["gene"].isin(genes))
     signed = params.get("goal") is not None or bool((table["shift"] < -1e-6).any())
     found = (table.get("fdr", pd.Series(np.nan, index=table.index)) < SIGNIFICANT).to_numpy()

@@ -57,7 +57,7 @@ def tokenize_files(paths: Paths, out: Any, key: str, request: Request, workers: 
     warn_without_tokens(pd.Categorical.from_codes(codes, categories=STATUS))
     if failed := [result["error"] for result in done if result["error"]]:
         found = "; ".join(text for _, text in failed[:3])
-        raise ScbinInputError(failed[0][0], f"{found} The other files are done; the same call goes on from there.")
+        raise ScbinInputError(failed[0][0], f"{found} The other files are done; repeat the call to continue.")
     return targets
 
 
@@ -72,7 +72,10 @@ def _targets(sources: list[Path], out: Any) -> list[Path]:
         targets = [out / source.name for source in sources]
     clash = {target.resolve() for target in targets} & {source.resolve() for source in sources}
     if len(set(targets)) < len(targets) or clash or not {target.suffix for target in targets} <= set(SUFFIXES):
-        raise ScbinInputError("A02", f"out={str(out)!r} gives two files one name, an input's, or no h5ad or zarr.")
+        raise ScbinInputError(
+            "A02",
+            f"out={str(out)!r} gives two files the same name, the name of an input, or a name without .h5ad or .zarr.",
+        )
     return targets
 
 
@@ -164,11 +167,11 @@ def tokenize_file(source: Path, target: Path, *, key: str, request: Request) -> 
 
 
 def _check_done(target: Path, key: str, request: Request, about: dict[str, Any]) -> None:
-    """Refuse to go on where the file that is there is of other cells, or of another vocabulary."""
+    """Refuse to continue where the file that is there is of other cells, or of another vocabulary."""
     with reading(target) as group:
         entries = read_elem(group["uns"]).get(_keys.UNS, {})
         record = json.loads(str(entries.get(_keys.of_tokens(_keys.TOKENIZE, key), "{}")))
         same = str(entries.get(_keys.of_tokens(_keys.VOCABULARY, key))) == request.like.to_json()
         if not same or {name: record.get(name) for name in about} != about:
             found = "is there already, with tokens of other cells or of another vocabulary"
-            raise ScbinInputError("A04", f"{found}. Take it away, or choose another out.")
+            raise ScbinInputError("A04", f"{found}. Move it, or choose another out=.")

@@ -201,7 +201,7 @@ class Plan:
             found = f"only {counts:.0%} of the counts and {genes:.0%} of the genes of the vocabulary are found here"
             found += "; another annotation or species, or genes filtered away, is the likely cause."
             if counts < LEAST_OVERLAP and not self.request.tokenization.force:
-                fix = "Pass scbin.Tokenization(force=True) to go on nevertheless."
+                fix = "Pass scbin.Tokenization(force=True) to continue anyway."
                 raise ScbinInputError("I32", f"{found} {fix}")
             warn("I32", found)
         measured = known and len(set(shares)) > 1  # those of published models are not
@@ -223,7 +223,7 @@ class Plan:
         lines.append(f"{', '.join(count(*each) for each in made)}.")
         if record["cut_cells"]:
             lines.append(
-                f"{count(record['cut_cells'], 'cell')} had more genes than fit: those with the least values were cut."
+                f"{count(record['cut_cells'], 'cell')} had more genes than fit: those with the least values were left out."
             )
         return lines
 
@@ -307,7 +307,7 @@ def _fit(
     """Make a vocabulary from the cells: genes, bins or medians, phenotype values."""
     fine, encoding = request.tokenization, encoding_of(request.encoding)
     if source.adata.n_obs == 0:
-        fix = "Pass the one that the cells shall be read with: like=model."
+        fix = "Pass the vocabulary to use: like=model."
         raise ScbinInputError("I47", f"there is no cell to make a vocabulary from. {fix}")
     if fine.depth and not reading.counted:
         raise ScbinInputError("A03", f"depth=True needs counts, but {source.name} holds {reading.text}.")
@@ -335,7 +335,7 @@ def _marked_genes(var: pd.DataFrame, mask_var: str, match: GeneMatch) -> np.ndar
     columns = [c for c in var.columns if pd.api.types.is_bool_dtype(var[c]) and (match.columns[var[c]] >= 0).any()]
     if mask_var not in columns:
         there = ", ".join(map(repr, columns)) or "none"
-        raise ScbinInputError("A06", f"{mask_var!r} is no column of var that marks genes by True. There are: {there}.")
+        raise ScbinInputError("A06", f"{mask_var!r} is not a boolean column of var. Available: {there}.")
     genes = match.columns[var[mask_var]]
     return np.unique(genes[genes >= 0])
 

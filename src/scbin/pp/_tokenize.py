@@ -64,7 +64,7 @@ def tokenize(
     out
         For files: the folder to write files with tokens to, under the same names, or a name with `{}` in it for that of each file,
         `"corpus/{}.zarr"`. They have obs, var and tokens, not the matrix. A file that is there is not made again, so a call that was
-        interrupted is repeated to go on.
+        interrupted is repeated to continue.
     encoding
         What a token says: `"bins"` how much of a gene, `"binary"` whether a gene is expressed, `"rank"` which gene comes
         at this rank of the cell, `"gene_bins"` gene and amount jointly.

@@ -43,7 +43,7 @@ def age_gap(
     groupby
         Column of `obs`, such as the cell type: a gap of each donor in each group, and a line for each.
     compare
-        Column of `obs` that tells donors apart, such as a disease; it comes into the table.
+        Column of `obs` by which donors are compared, such as a disease; it becomes a column of the table.
     reference
         The line goes through the donors of this value of `compare`, such as the healthy ones. Default: all donors.
 
@@ -75,7 +75,9 @@ def age_gap(
     keys = {"donor": donor_key, "group": groupby, "compare": compare}
     obs = pd.DataFrame({name: read_obs(adata, key).astype(object) for name, key in keys.items() if key is not None})
     if reference is not None and reference not in set(obs.get("compare", ())):
-        raise ScbinInputError("A06", f"reference={reference!r} is no value of obs[{compare!r}]; name it in compare=.")
+        raise ScbinInputError(
+            "A06", f"reference={reference!r} is not a value of obs[{compare!r}]; name it in compare=."
+        )
     obs = obs.iloc[found.cells].assign(truth=found.truth, predicted=found.predicted).dropna(subset="predicted")
     by = [name for name in ("donor", "group", "truth", "compare") if name in obs]
     table = obs.groupby(by)["predicted"].agg(n_cells="size", predicted="mean").reset_index()

@@ -36,7 +36,7 @@ def config(kind: Any, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class States:
-    """From which cells to which others genes shall move cells; described in :func:`scbin.tl.perturb`."""
+    """From which cells to which others genes should move cells; described in :func:`scbin.tl.perturb`."""
 
     key: str = ""
     goal: str | None = None
@@ -174,4 +174,6 @@ def _gene_sets(named: GeneNames, wanted: Any, each: bool, combine: int) -> np.nd
 
 def _refuse_too_many(n: int) -> None:
     if n > MOST_EDITS:
-        raise ScbinInputError("A02", f"this makes {n:,} edits; at most {MOST_EDITS:,} go. Take fewer genes or cells.")
+        raise ScbinInputError(
+            "A02", f"this makes {n:,} edits; at most {MOST_EDITS:,} are possible. Use fewer genes or cells."
+        )

@@ -87,7 +87,9 @@ class Measure:
         if states is not None and self.phenotype is not None:
             values = record_of(model, states.key).classes
             if states.goal not in (None, *values):
-                raise ScbinInputError("A06", f"{states.goal!r} is no value of {states.key!r}; these are: {values[:9]}.")
+                raise ScbinInputError(
+                    "A06", f"{states.goal!r} is not a value of {states.key!r}. Available: {values[:9]}."
+                )
             self.wanted = None if states.goal is None else values.index(states.goal)
             self.limits = (0.0 if self.wanted is None else -1.0, 1.0)
             self.names = ("shift", *(f"change_of_{in_column(value)}" for value in values))

@@ -152,5 +152,5 @@ def embedding_key(adata: ad.AnnData | None, key_added: str | None) -> str:
     check_writable(ad.AnnData() if adata is None else adata, "obsm", key)
     entries = {} if adata is None else adata.uns.get(_keys.UNS, {})
     if key == _keys.TOKENS or _keys.of_tokens(_keys.VOCABULARY, key) in entries:
-        raise ScbinInputError("A04", f"key_added={key!r} is where tokens stand. Choose another name for the embedding.")
+        raise ScbinInputError("A04", f"key_added={key!r} contains the tokens. Choose another name for the embedding.")
     return key

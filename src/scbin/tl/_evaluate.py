@@ -61,7 +61,7 @@ def evaluate(
 ) -> pd.DataFrame:
     """Score a model's predictions, with simple methods beside it on the same cells.
 
-    A score by itself says little: logistic regression alone tells cell types of blood apart in nine cells of ten. So each table has
+    A score by itself says little: logistic regression alone recognises the type of nine blood cells in ten. So each table has
     the rows to beat. For classes: the majority class, and balanced logistic regression on log expression. For numbers: the mean,
     and ridge regression. Both have their penalty by cross-validation. For masked genes: the most frequent bin of the gene, and
     negative binomials of gene x depth and of gene x depth x PCA scores. They read the same tokens as the model.

@@ -1,4 +1,4 @@
-"""`tl.finetune`: teach a model the labels of cells or genes."""
+"""`tl.finetune`: train a model on the labels of cells or genes."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def finetune(
     seed: int = 0,
     progress: bool = True,
 ) -> Model:
-    """Teach a model the labels of cells (their type, the age of a donor) or of genes.
+    """Train a model on the labels of cells (their type, the age of a donor) or of genes.
 
     The head starts from a linear probe: the mean of scikit-learn's logistic (or ridge) regressions on the log expression of each
     gene, on the cell's vector, and on both, or the first alone where that is better by cross-validation (by donor where donors are

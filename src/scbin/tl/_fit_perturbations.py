@@ -72,7 +72,7 @@ def fit_perturbations(
         `"crispri"` and `"ko"`: the target itself goes down by a fraction, that of the other targets; `"activation"`: it goes up.
     features
         Your own features of genes, such as embeddings of their descriptions: a table of numbers with gene names as index, or the
-        name of one in `varm`. Targets that are no genes of `adata` can be predicted from them.
+        name of one in `varm`. Targets that are not genes of `adata` can be predicted from them.
     min_cells
         Perturbations with fewer cells are listed, but nothing is learned from them.
     {layer}
@@ -147,7 +147,7 @@ def _user_features(adata: AnnData, features: Any) -> pd.DataFrame | None:
     if not isinstance(features, pd.DataFrame):
         if features not in adata.varm:
             there = ", ".join(map(repr, adata.varm)) or "none"
-            raise ScbinTypeError("A01", f"features is no DataFrame and no name in adata.varm. Available: {there}.")
+            raise ScbinTypeError("A01", f"features is neither a DataFrame nor a key of adata.varm. Available: {there}.")
         features = pd.DataFrame(adata.varm[features], index=adata.var_names)
     if not len(features.columns) or not all(kind.kind in "biuf" for kind in features.dtypes):
         raise ScbinInputError("A02", "features need to be numbers: one row per gene, one column per dimension.")

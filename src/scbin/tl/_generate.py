@@ -53,7 +53,7 @@ def generate(
     """Generate cells of a kind, such as `{"cell_type": "B cell", "sex": "female"}`.
 
     For tests of methods, teaching, and to balance rare types in the training of a classifier. Generated cells show what the
-    model learned from its data; they are no evidence about biology. Every cell is marked as generated, in `obs`, in its name
+    model learned from its data; they are not evidence about biology. Every cell is marked as generated, in `obs`, in its name
     and in `uns`.
 
     For each cell a vector is drawn from where the training cells of this kind lie, and then the counts of all genes from the
@@ -151,12 +151,12 @@ def _wanted(asked: Mapping[str, Any], vocabulary: Vocabulary, density: Density) 
     row, seen = np.full(len(names), -1), density.values.cpu().numpy()
     for name, value in asked.items():
         if name not in names:
-            raise ScbinInputError("A06", f"{name!r} is no phenotype of this model, which knows: {names}.")
+            raise ScbinInputError("A06", f"{name!r} is not a phenotype of this model. Available: {names}.")
         k, text = names.index(name), text_of(value)
         known = [of for number, of in enumerate(vocabulary.phenotypes[k].values) if number in seen[:, k]]
         if text not in known:
             close = ", ".join(map(repr, difflib.get_close_matches(str(value), known, n=5, cutoff=0.0)))
-            raise ScbinInputError("A06", f"the model saw no cell with {name} {str(value)!r}. Close to it: {close}.")
+            raise ScbinInputError("A06", f"no training cell had {name} {str(value)!r}. Closest: {close}.")
         row[k] = vocabulary.phenotypes[k].values.index(text)
     return row
 

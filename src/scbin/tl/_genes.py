@@ -313,7 +313,7 @@ def attention(
     Raises
     ------
     ScbinInputError
-        If the backbone is no BERT, or has no such layer or head.
+        If the backbone is not a BERT, or has no such layer or head.
 
     Examples
     --------
@@ -402,7 +402,9 @@ def gene_association(
     codes, names = groups_of(adata, groupby)
     asked = names if groups is None else [groups] if isinstance(groups, str) else list(groups)
     if unknown := sorted({*asked, reference} - {*names, "rest"}):
-        raise ScbinInputError("A06", f"{unknown[0]!r} is no group of obs[{groupby!r}]. There are: {', '.join(names)}.")
+        raise ScbinInputError(
+            "A06", f"{unknown[0]!r} is not a group of obs[{groupby!r}]. Available: {', '.join(names)}."
+        )
     donors = np.arange(adata.n_obs) if donor_key is None else pd.factorize(read_obs(adata, donor_key))[0]
     usable = (tokens.lengths > 0) & (codes >= 0) & (donors >= 0)
     how: dict[str, Any] = {"device": device, "precision": "float32", "token_budget": token_budget, "progress": progress}
@@ -485,7 +487,7 @@ def fixed_gene_vectors(model: Model, vectors: str) -> np.ndarray:
     network, vocabulary = model.network, model.vocabulary
     if vectors == "loadings":
         if network.counts is None:
-            raise ScbinInputError("M06", "this model has no count head, so genes have no loadings. Take 'context'.")
+            raise ScbinInputError("M06", "this model has no count head, so genes have no loadings. Use 'context'.")
         return (network.counts.loadings * network.counts.scale).detach().cpu().numpy()
     ids, places = (table.detach().cpu().numpy() for table in network.backbone.tables())
     by_position, n_genes = vocabulary.position_is_gene, len(vocabulary.genes)
@@ -494,7 +496,7 @@ def fixed_gene_vectors(model: Model, vectors: str) -> np.ndarray:
 
 def expected_logs(model: Model, tokens: Tokens, codes: np.ndarray, n_groups: int, **how: Any) -> list[np.ndarray]:
     """Return the log1p counts per 10,000 that the model expects of cells of each group (cells, genes), of 5,000 at most."""
-    head, result = count_head(model, "Take another method, or tokenize as 'bins' and pretrain."), []
+    head, result = count_head(model, "Use another method, or tokenize as 'bins' and pretrain."), []
     for group in range(n_groups):
         cells = np.flatnonzero((codes == group) & (tokens.lengths > 0))
         if len(cells) < FEWEST:

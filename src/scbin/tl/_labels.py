@@ -131,7 +131,7 @@ def _classes(texts: np.ndarray, name: str, learning: np.ndarray) -> tuple[np.nda
     sizes, classes = pd.Series(known).value_counts(), values_of(known)
     if len(classes) < 2:
         found = f"{name!r} has {classes[0] if classes else 'none'!r} where it is to be learned from"
-        why = "'NA', 'unknown' and '' are no labels"
+        why = "'NA', 'unknown' and '' do not count as labels"
         raise ScbinInputError("L01", f"two classes or more are needed; {found} ({why}). Name another column.")
     if few := [f"{text!r} ({sizes[text]})" for text in classes if sizes[text] < _FEW]:
         found = f"fewer than {_FEW} have the labels {', '.join(few[:10])} of {name!r}"

@@ -74,7 +74,7 @@ def score_masked_genes(
 ) -> dict[str, dict[str, float]]:
     """Return the scores of the model and of simple models on masked genes of test cells, by method.
 
-    All hear of the visible genes alone, and of masked genes that they are expressed (where zeros have no tokens).
+    All of them are given only the visible genes, and that the masked genes are expressed (where zeros have no tokens).
     """
     generator, vocabulary = np.random.default_rng(seed), tokens.vocabulary
     train, test = (np.sort(generator.permutation(part)[:_MOST_CELLS]) for part in (train, test))

@@ -161,7 +161,7 @@ def perturb(
     adata = copied(adata) if copy else adata
     chosen = resolve_model(model, adata)
     if level == "expression":
-        count_head(chosen, 'Take level="gene", or tokenize as "bins" and pretrain.')
+        count_head(chosen, 'Use level="gene", or tokenize as "bins" and pretrain.')
     rows, named = _rows(adata, chosen, tokens_key), gene_names(adata, chosen.vocabulary)
     members = ends.members(adata, rows.n_genes > 0) if ends is not None and level == "cell" else ()
     cells = perturbed_cells(adata, rows.n_genes > 0, ends, members)

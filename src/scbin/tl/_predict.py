@@ -143,7 +143,9 @@ def predictable(target: str | Sequence[str] | None, model: Model) -> list[str]:
     if not names or not set(names) <= {*of_head, *slots}:
         known = ", ".join(map(repr, dict.fromkeys([*of_head, *slots]))) or "nothing"
         fix = "scbin.tl.finetune(adata, model, target=...), or pretrain with phenotypes: scbin.pp.tokenize(adata, phenotypes=[...])"
-        raise ScbinInputError("M06", f"this model cannot predict {target!r}; it predicts {known}. Teach it: {fix}.")
+        raise ScbinInputError(
+            "M06", f"this model cannot predict {target!r}; it predicts {known}. To train it on this target: {fix}."
+        )
     return list(dict.fromkeys(names))
 
 

@@ -77,7 +77,7 @@ def predict_perturbations(
     Raises
     ------
     ScbinInputError
-        If there is no fit, a perturbation has no feature to predict it from, or cells are asked of data that are no counts.
+        If there is no fit, a perturbation has no feature to predict it from, or cells are requested but the data are not counts.
 
     Examples
     --------
@@ -125,7 +125,9 @@ def _asked(perturbations: Any, screen: Screen) -> list[str]:
         if not 1 <= len(each) <= 2:
             raise ScbinInputError("A02", f"{label!r} names {len(each)} targets; pass one gene, or two as 'A+B'.")
         if lacking:
-            found = f"{lacking[0]!r} was not measured alone and is no gene of adata, of the model or of your features"
+            found = (
+                f"{lacking[0]!r} was not measured alone and is not a gene of adata, of the model or of your features"
+            )
             raise ScbinInputError("A06", f"{found}. Pass features= to scbin.tl.fit_perturbations, a table with it.")
     if not targets:
         raise ScbinInputError("A02", "perturbations is empty: pass ['A', 'B', 'A+B'].")

@@ -71,7 +71,7 @@ def pretrain(
     """Train a network on the cells and give each cell its vector.
 
     From a part of a cell's molecules the network makes the cell's vector, which has to predict the rest of them. Hidden phenotypes
-    are predicted too, where the tokens have some, and hidden genes, where `masking` or `loss` is given or the data are no counts.
+    are predicted too, where the tokens have some, and hidden genes, where `masking` or `loss` is given or the data are not counts.
     Gene table and loadings start at the principal components of the data, and training stops where it no longer gets better on held-out
     cells; one line says how good it was at the start and in the end. Labels are used only if you tokenized them.
 

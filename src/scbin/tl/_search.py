@@ -103,7 +103,7 @@ def search(
         tuned = finetune(cells.copy(), start or NEW, progress=False, **_arguments({**common, **settings}))
         report = tuned.training["finetune"]
         if report["kept"] not in report["held_out_loss"]:
-            raise ScbinInputError("L03", "these cells are too few to hold some out, on which trials could be compared.")
+            raise ScbinInputError("L03", "there are too few cells to hold some out for comparing trials.")
         return float(report["held_out_loss"][report["kept"]])
 
     common = {"target": target, "seed": seed, **fixed}

@@ -48,7 +48,7 @@ def split(
     ----------
     {adata}
     target
-        Column of `obs` whose classes shall be in all parts in similar fractions.
+        Column of `obs` whose classes should occur in all parts in similar fractions.
     split_key
         Column of `obs` with donors or batches. It is remembered: :func:`scbin.tl.finetune` then keeps them apart in all that it
         divides further.

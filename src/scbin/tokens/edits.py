@@ -215,7 +215,7 @@ def _edit_ranks(rows: GeneRows, edit: Edit, cells: np.ndarray, genes: np.ndarray
 
 
 def _targets(edit: Edit, rank: np.ndarray, there: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rank that each gene shall have, and which genes are in the row afterwards (pairs, m)."""
+    """Return the rank that each gene is to have, and which genes are in the row afterwards (pairs, m)."""
     if edit.mode == "delete" or (edit.mode == "knock_down" and edit.fraction == 1):
         return rank, np.zeros_like(there)
     if edit.mode == "overexpress":

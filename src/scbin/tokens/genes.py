@@ -22,7 +22,7 @@ FEW_GENES = 0.05  # share of the names, of which so many or fewer are found by a
 
 @dataclass(frozen=True)
 class GeneMatch:
-    """Which gene each column is: an index, -1 for a gene outside the vocabulary, -2 for a column that is no gene count."""
+    """Which gene each column is: an index, -1 for a gene outside the vocabulary, -2 for a column that is not a gene count."""
 
     columns: np.ndarray  # (n_vars,) int32
     genes: tuple[str, ...]  # names of the indices

@@ -180,7 +180,7 @@ def read_values(scan: Scan, values: Values = "auto", note: Mapping[str, Any] | N
     if largest > LOG_LIMIT:
         return counts()
     found = f"{name} was taken for log1p values by its range only (largest {largest:.4g})"
-    fix = 'Pass values="log1p" or values="counts" to settle it.'
+    fix = 'Pass values="log1p" or values="counts" to say which.'
     warnings.append(("I01", f"{found}; low corrected counts look the same. {fix}"))
     return logs(float(np.e), "range only")
 
@@ -197,7 +197,7 @@ def _refuse(scan: Scan) -> None:
         code = "I03" if n["fractions"] else "I04"
         raise ScbinInputError(code, f"{found}, {cause}; scbin needs counts or log1p values: pass their layer, layer=.")
     if scan.largest > LARGEST:
-        found = f"{name} has values up to {scan.largest:.4g}, which no cell can have"
+        found = f"{name} has values up to {scan.largest:.4g}, which is impossible for a cell"
         raise ScbinInputError("I08", f"{found}. Use the original counts.")
 
 

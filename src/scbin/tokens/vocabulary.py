@@ -439,7 +439,7 @@ class Vocabulary:
         known = {phenotype.name: phenotype for phenotype in self.phenotypes}
         if name not in known:
             listed = ", ".join(map(repr, known)) or "none"
-            raise ScbinInputError("A06", f"{name!r} is not a phenotype of this vocabulary. It knows: {listed}.")
+            raise ScbinInputError("A06", f"{name!r} is not a phenotype of this vocabulary. Available: {listed}.")
         return known[name]
 
     @cached_property

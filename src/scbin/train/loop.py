@@ -82,7 +82,7 @@ def train(
     held_out
         Rows to validate on, instead of that fraction.
     save_dir
-        Directory for checkpoints; the run goes on from the newest sound one there.
+        Directory for checkpoints; the run continues from the newest valid one.
     device
         Where to compute.
     seed
@@ -242,7 +242,7 @@ class Trainer:
             told = f"one cell of {longest:,} tokens does not fit into the memory of {self.device}."
             raise ScbinTrainingError("T02", f"{told} Take a smaller network, or fewer genes.") from error
         self.budget = max(min(self.budget, largest // 2), longest)
-        told = f"out of memory: going on with at most {self.budget:,} tokens at once. But for dropout, this changes nothing."
+        told = f"out of memory: continuing with at most {self.budget:,} tokens at once. But for dropout, this changes nothing."
         warnings.warn(ScbinTrainingWarning("T02", told), stacklevel=2)
 
     def losses_of(self, packed: tuple[Pack, Any]) -> Tensor:

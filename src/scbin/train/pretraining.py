@@ -92,7 +92,7 @@ class Pretraining(nn.Module):
         asks["genes"] = bool(self.masking.gene_mask_prob or self.score.positions == "all")
         self.losses = tuple(name for name, asked in asks.items() if asked)
         if unknown := set(self.score.weights) - {*self.losses, CELL_VECTOR}:
-            told = f"{min(unknown)!r} is not something to predict here. There are: {', '.join(self.losses)}."
+            told = f"{min(unknown)!r} is not predicted here. Available: {', '.join(self.losses)}."
             raise ScbinInputError("A06", told)
         self.weights = tuple(float(self.score.weights.get(name, 1.0)) for name in self.losses)
         if not any(self.weights):
