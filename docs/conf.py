@@ -55,6 +55,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 always_use_bars_union = True
 typehints_defaults = "braces"
+typehints_use_rtype = False  # one heading, Returns
 napoleon_google_docstring = False
 
 
@@ -76,6 +77,7 @@ suppress_warnings = ["mystnb.unknown_mime_type"]
 html_theme = "sphinx_book_theme"
 html_title = "scbin"
 html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 html_theme_options = {
     "show_toc_level": 2,
     "path_to_docs": "docs",

@@ -19,7 +19,9 @@ import scbin
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^(<!-- run -->\n+)?```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PAGES = {path.name: BLOCK.findall(path.read_text()) for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
-WITH = re.findall(r"^<!-- run with (\w+) -->\n```python\n(.*?)^```", (ROOT / "docs/interoperability.md").read_text(), re.M | re.S)
+WITH = re.findall(
+    r"^<!-- run with (\w+) -->\n```python\n(.*?)^```", (ROOT / "docs/interoperability.md").read_text(), re.M | re.S
+)
 SMALL = {  # what a verb is given beside the arguments on the page
     "pretrain": {"preset": scbin.Network(1, 16, 16, 1), "max_steps": 2, "progress": False},
     "finetune": {"max_steps": 1, "progress": False},

@@ -68,7 +68,7 @@ def test_zarr_of_both_versions_and_in_shards(shards, tmp_path, zarr_format):
         warnings.simplefilter("ignore")  # of what will be anndata's default
         write_elem(group, "/", adata)
     how = {"chunks": (64,), **({"shards": (640,)} if zarr_format == 3 else {})}
-    write_elem(group, "obsm/X_tokens", adata.obsm["X_tokens"], dataset_kwargs=how)
+    write_elem(group["obsm"], "X_tokens", adata.obsm["X_tokens"], dataset_kwargs=how)
     assert (scbin.open_tokens(tmp_path / "one.zarr").take(np.arange(60)) != adata.obsm["X_tokens"]).nnz == 0
 
 

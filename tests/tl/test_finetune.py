@@ -233,7 +233,7 @@ def test_none_is_a_class_and_what_is_no_label_is_named(ready, trained):
     model = scbin.tl.finetune(ready, trained[1], target="treatment", split_key="donor_id", **PROBE)
     assert model.network.labels.targets[0].classes == ("IFN", "none")
     ready.obs["treatment"] = np.array(["NA", "IFN"])[np.arange(60) % 2]
-    with pytest.raises(ScbinInputError, match=r"L01.*'NA'.*no labels"):
+    with pytest.raises(ScbinInputError, match=r"L01.*'NA'.*not count as labels"):
         scbin.tl.finetune(ready, trained[1], target="treatment", split_key="donor_id", **PROBE)
 
 

@@ -331,7 +331,7 @@ def write_shard(path: Path, key: str, rows: Iterator[sparse.csr_matrix], rest: A
             if key in group["obsm"]:
                 sparse_dataset(group["obsm"][key]).append(joined)
             else:
-                write_elem(group, f"obsm/{key}", joined, dataset_kwargs=how)
+                write_elem(group["obsm"], key, joined, dataset_kwargs=how)
             waiting = []
     for name, value in ({"layers": {}, "obsp": {}, "varm": {}, "varp": {}} | rest()).items():
         write_elem(group, name, value)
