@@ -105,6 +105,7 @@ def test_pooled_vectors_are_means_of_plain_transformers_states(trained, quick):
     np.testing.assert_allclose(adata.obsm["X_scbin"], cells, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:This setting will be removed")  # anndata 0.13
 @pytest.mark.parametrize("kind", ["h5ad", "zarr2", "zarr3"])
 def test_what_is_written_survives_a_file(ready, trained, quick, tmp_path, kind):
     scbin.tl.pretrain(ready, **quick, seed=1, key_added="X_own")

@@ -32,6 +32,7 @@ def cells_of(adata: ad.AnnData, block_values: int | None = None, reading=Reading
     return Cells(names, columns, reading, lambda: iter_blocks(adata, block_values=block_values), n_genes=n_genes)
 
 
+@pytest.mark.filterwarnings("ignore:The inplace keyword")  # scanpy with pandas 3.1
 def test_pearson_residuals_are_scanpys_in_any_blocks(counts):
     few = counts[1:, counts.X.getnnz(axis=0) >= 3].copy()
     found = [cells_of(few, size).choose_genes() for size in (None, 3000)]

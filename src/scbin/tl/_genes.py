@@ -420,7 +420,7 @@ def gene_association(
         both = units[0].index.intersection(units[1].index)
         paired = donor_key is not None and len(both) >= 3
         units = [unit.loc[both] for unit in units] if paired else units
-        shares = [expected_shares(head, torch.from_numpy(unit.to_numpy(dtype=np.float32))) for unit in units]
+        shares = [expected_shares(head, torch.from_numpy(unit.to_numpy(dtype=np.float32, copy=True))) for unit in units]
         logs = [np.log2(DEPTH * share + PSEUDOCOUNT) for share in shares]
         test: Any = stats.ttest_rel(*logs) if paired else stats.ttest_ind(*logs, equal_var=False)
         plain = [np.log2(log_expression(tokens, side).expm1().mean(axis=0) + PSEUDOCOUNT) for side in sides]
