@@ -39,4 +39,5 @@ def versions() -> str:
 
 
 def _loaded() -> dict[str, Any]:
+    """Return the packages that are in use."""
     return {name: sys.modules[name] for name in PACKAGES if name in sys.modules}

@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 
 import scbin
 from scbin import ScbinInputError
-from scbin.pl._embedding import compute_umap, umap_slot
+from scbin.pl._embedding import compute_umap, map_slot
 
 module = sys.modules["scbin.pl._embedding"]
 
@@ -32,7 +32,7 @@ def calls(monkeypatch):
 
 
 def umap(adata, basis="X_scbin"):
-    return np.asarray(adata.obsm[umap_slot(adata, basis, module.read_embedding(adata, basis))])
+    return np.asarray(adata.obsm[map_slot(adata, basis, module.read_embedding(adata, basis))])
 
 
 # ---- drawing -----------------------------------------------------------------------------------------------------------

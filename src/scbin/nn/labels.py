@@ -204,7 +204,7 @@ def label_outputs(network: Any, tokens: Tokens, **options: Any) -> np.ndarray:
     """Return the outputs of the head for each cell (cells, outputs), NaN for cells without genes; `options` are those of `run`."""
     head: Any = network.labels
     result = np.full((tokens.n_cells, head.n_outputs), np.nan, dtype=np.float32)
-    for pack, hidden in run(network, tokens, layer=network.vector.layer, label="predicting", **options):
+    for pack, hidden in run(network, tokens, layer=network.vector_layer, label="predicting", **options):
         with torch.inference_mode():
             genes, _ = gene_values(head.tokens, pack.input_ids, pack.position_ids)
             outputs = head(network.vector(hidden, pack), pack).float()

@@ -62,6 +62,11 @@ class CellNetwork(nn.Module):
         self.labels, self.batches, self.density = labels, batches, density
 
     @property
+    def vector_layer(self) -> int | None:
+        """Whose hidden states the cell vector is made of, `None` where it reads the expression alone."""
+        return None if getattr(self.vector, "latents", None) == 0 else self.vector.layer
+
+    @property
     def gene_layer(self) -> int:
         """The layer whose hidden states stand for genes: that of the cell vector, the last where that reads embeddings alone."""
         return int(self.vector.layer) or -1

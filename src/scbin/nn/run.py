@@ -97,8 +97,7 @@ def gene_tokens(pack: Pack, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndar
 def embed(network: CellNetwork, tokens: Tokens, **options: Any) -> np.ndarray:
     """Return one vector per cell (cells, size), NaN for cells without tokens; `options` are those of `run`."""
     result = np.full((tokens.n_cells, network.vector.size), np.nan, dtype=np.float32)
-    layer = None if getattr(network.vector, "latents", None) == 0 else network.vector.layer  # None: it reads no states
-    for pack, hidden in run(network, tokens, layer=layer, label="embedding", **options):
+    for pack, hidden in run(network, tokens, layer=network.vector_layer, label="embedding", **options):
         with torch.inference_mode():
             result[pack.cells] = network.vector(hidden, pack).float().cpu().numpy()
     return result

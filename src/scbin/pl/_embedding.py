@@ -82,7 +82,7 @@ def embedding(
             read_obs(adata, key)
     make_real(adata)
     matrix = read_embedding(adata, basis)
-    slot = basis if matrix.shape[1] == 2 else umap_slot(adata, basis, matrix)
+    slot = map_slot(adata, basis, matrix)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PendingDeprecationWarning)  # between scanpy and matplotlib
         drawn = sc.pl.embedding(adata, slot, color=color, ax=ax, show=False, **kwargs)
@@ -149,7 +149,7 @@ def _linked(adata: AnnData, matrices: dict[str, np.ndarray], color: str | None, 
         raise ScbinInputError("A05", f"an interactive plot needs jupyter-scatter. {fix}")
     jscatter = import_module("jscatter")
     make_real(adata)
-    slots = [basis if matrix.shape[1] == 2 else umap_slot(adata, basis, matrix) for basis, matrix in matrices.items()]
+    slots = [map_slot(adata, basis, matrix) for basis, matrix in matrices.items()]
     xy = np.hstack([adata.obsm[slot] for slot in slots])
     table = sc.get.obs_df(adata, [] if color is None else [color])
     if color is not None:
@@ -238,11 +238,13 @@ def read_embedding(adata: AnnData, basis: str) -> np.ndarray:
 # ---- the UMAP: computed once, kept as long as it belongs to the embedding --------------------------------------------
 
 
-def umap_slot(adata: AnnData, basis: str, matrix: np.ndarray) -> str:
-    """Return the slot with the UMAP of an embedding, which is computed where there is none or an outdated one.
+def map_slot(adata: AnnData, basis: str, matrix: np.ndarray) -> str:
+    """Return the slot to draw: the embedding itself if it has two columns, else its UMAP, computed where it is missing or outdated.
 
     Fingerprints are kept per cell, not for the matrix, so that a subset of the cells keeps the coordinates it had.
     """
+    if matrix.shape[1] == 2:
+        return basis
     slot = _keys.UMAP + ("" if basis == _keys.EMBEDDING else "_" + basis.removeprefix("X_").removeprefix("scbin_"))
     record = read_uns(adata, _keys.UMAP_RECORD, dict)
     if slot in adata.obsm and slot in record:

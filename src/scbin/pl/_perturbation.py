@@ -13,7 +13,7 @@ from scbin._arguments import checked
 from scbin._errors import ScbinInputError
 from scbin.get.perturbation import SIGNIFICANT, perturb_df, read_perturbation
 from scbin.pl import _style
-from scbin.pl._embedding import embedding, read_embedding, umap_slot
+from scbin.pl._embedding import embedding, map_slot, read_embedding
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -237,7 +237,7 @@ def perturbation_map(
         found = f"obsm[{slot!r}] is not there, or not of this embedding: {after.shape} beside {before.shape}"
         raise ScbinInputError("A06", f"{found}. Perturb a list of genes together, with each=False.")
     drawing: Any = embedding(adata, color=color, basis=basis, ax=ax or _style.new_axes(5.6, 4.6))
-    drawn = basis if before.shape[1] == 2 else umap_slot(adata, basis, before)
+    drawn = map_slot(adata, basis, before)
     for dots in drawing.collections:  # the cells are the ground that the arrows stand on
         dots.set(alpha=0.35, zorder=1)
     places, steps = displacements(before, after, np.asarray(adata.obsm[drawn], dtype=float))

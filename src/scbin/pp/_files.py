@@ -119,13 +119,18 @@ class Joined(Source):
         """Go through the rows as they are stored, their columns those of the union."""
         for path, first, before in zip(self.paths, self.bounds, self.stamps, strict=False):
             with naming(path):
-                if stamp(path) != before:
-                    raise ScbinInputError("F01", "the file was changed while it was read. Tokenize it again.")
+                _check_unchanged(path, before)
                 adata = open_cells(path, self.layer)
                 columns = self.adata.var_names.get_indexer(adata.var_names).astype(np.int32)
                 for block in iter_blocks(adata, self.layer):
                     here: Any = {"start": int(first) + block.start, "indices": columns[block.indices]}
                     yield replace(block, **here, n_vars=self.adata.n_vars)
+
+
+def _check_unchanged(path: Path, before: Sequence[int]) -> None:
+    """Refuse a file that is not as it was."""
+    if list(stamp(path)) != list(before):
+        raise ScbinInputError("F01", "the file was changed while it was read. Tokenize it again.")
 
 
 # ---- one file -------------------------------------------------------------------------------------------------------
@@ -157,8 +162,7 @@ def tokenize_file(source: Path, target: Path, *, key: str, request: Request) -> 
 
             with committed(target) as temporary:
                 write_shard(temporary, key, plan.encode(), rest)
-                if about["stamp"] != list(stamp(source)):
-                    raise ScbinInputError("F01", "the file was changed while it was read. Tokenize it again.")
+                _check_unchanged(source, about["stamp"])
         found = [w.message for w in caught if isinstance(w.message, ScbinInputWarning)]
         result["warnings"] = [(w.code, w.message) for w in found]
     except ScbinInputError as error:

@@ -67,8 +67,9 @@ def embed_genes(
     {tokenized}
     {model}
     vectors
-        `"context"`: the mean hidden state of the gene's token over the cells that express it, where the model reads its cell vector. `"static"`: the gene's row in the input
-        table, the same in every cell. `"loadings"`: how the expected counts of the gene follow the cell vector.
+        `"context"`: the mean hidden state of the gene's token over the cells that express it, behind the layer that the cell vector
+        reads, or the last one where it reads none. `"static"`: the gene's row in the input table, the same in every cell.
+        `"loadings"`: how the expected counts of the gene follow the cell vector.
     groupby
         Column of `obs`: the means in each group of cells, too. For `"context"`.
     {reading}

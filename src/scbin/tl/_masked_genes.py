@@ -78,14 +78,16 @@ def score_masked_genes(
     """
     generator, vocabulary = np.random.default_rng(seed), tokens.vocabulary
     train, test = (np.sort(generator.permutation(part)[:_MOST_CELLS]) for part in (train, test))
-    learned, asked = (mask_cells(tokens, part, GENE_MASK, seed) for part in (train, test))
+    shown = MemoryTokens(tokens.take(train), vocabulary)
+    learned = mask_cells(shown, np.arange(len(train)), GENE_MASK, seed)
+    asked = mask_cells(tokens, test, GENE_MASK, seed)
     if not len(asked.levels):
         raise ScbinInputError("P02", "no gene of a test cell was masked; take more cells.")
     head: Any = model.network.counts
     by_rank = "rank" if vocabulary.unit == "order" else "gene"
-    simple = {f"most frequent per {by_rank}": _frequencies(tokens.take(train), asked)}
+    simple = {f"most frequent per {by_rank}": _frequencies(shown.matrix, asked)}
     if vocabulary.unit == "counts":
-        counts = token_expression(tokens.take(train), vocabulary)
+        counts = token_expression(shown.matrix, vocabulary)
         simple["gene x depth"] = _depth_model(counts, learned, asked, 0, seed)
         simple["gene x depth x PCA scores"] = _depth_model(counts, learned, asked, _COMPONENTS, seed)
     if vocabulary.unit == "counts" and head is not None:
@@ -101,7 +103,9 @@ def fit_dispersion(
     """Fit how far the counts of every gene spread around what a cell's other genes predict; it hardly moves in training."""
     rng, head = np.random.default_rng(seed), network.counts
     cells = np.sort(rng.permutation(cells)[: max(_DENSE // len(tokens.vocabulary.genes), 50)])
-    masked, counts = mask_cells(tokens, cells, 0.5, seed), token_expression(tokens.take(cells), tokens.vocabulary)
+    shown = MemoryTokens(tokens.take(cells), tokens.vocabulary)
+    masked = mask_cells(shown, np.arange(len(cells)), 0.5, seed)
+    counts = token_expression(shown.matrix, tokens.vocabulary)
     asked = (counts.toarray() == 0) & (rng.random(counts.shape) < 0.5)  # of the zeros as many
     asked[masked.rows, masked.keys] = True
     vectors = torch.from_numpy(embed(network, masked.tokens, device=device, precision="float32"))
@@ -167,9 +171,9 @@ def _depth_model(
     counts: csr_matrix, learned: MaskedCells, asked: MaskedCells, rank: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fit a negative binomial of gene times depth, times principal components of the visible genes, to the training cells."""
-    parts = [log_normalised(each.visible(), asked.tokens.vocabulary) for each in (learned, asked)]
-    before, after = (torch.zeros(part.shape[0], 1) for part in parts)
+    before, after = (torch.zeros(each.tokens.n_cells, 1) for each in (learned, asked))
     if rank:
+        parts = [log_normalised(each.visible(), asked.tokens.vocabulary) for each in (learned, asked)]
         found = components(parts[0], max(1, min(rank, counts.shape[0] // _CELLS_PER_COMPONENT)), seed=seed)
         scores = [((part - found.means[0]) @ found.directions) / found.spreads for part in parts]
         before, after = (torch.from_numpy(np.asarray(each)).float() for each in scores)

@@ -160,8 +160,7 @@ def pretrain(
     training = training.for_preset(name, len(cells))
 
     network = build_network(tokens.vocabulary, shape, backbone, batches=batches or ("all",), seed=seed)
-    layer = network.vector.layer if network.vector.latents else None
-    own = Pretraining(tokens.vocabulary, masking, loss, batches=codes, layer=layer)
+    own = Pretraining(tokens.vocabulary, masking, loss, batches=codes, layer=network.vector_layer)
     with joined_world(training.timeout) as world:  # computed once; the trainer gives the weights to all processes
         if world.is_first:
             with stage("principal components of the cells", shown=progress):

@@ -229,9 +229,8 @@ class Trainer:
                 return sums * on_device
             except RuntimeError as error:
                 self.halve_budget(batch, error)
-            batch = self.thread.submit(
-                self.prepare, self.world.share(cells), epoch
-            ).result()  # the error's tensors are gone
+            # out of the except clause, the tensors of the step that failed are gone
+            batch = self.thread.submit(self.prepare, self.world.share(cells), epoch).result()
 
     def halve_budget(self, batch: Batch, error: RuntimeError) -> None:
         """Go on with half as many tokens at once as this batch had, or raise where it was one cell or the error is another one."""

@@ -167,7 +167,7 @@ class Pretraining(nn.Module):
             head = network.counts
             if head is None:
                 raise ScbinInputError("M04", "this network has no count head, which the cell vector is trained by.")
-            if network.vector.layer == 0 and self.layer == -1:
+            if network.vector_layer == 0 and self.layer == -1:
                 hidden = network.backbone.embed(pack)
             with torch.autocast(pack.input_ids.device.type, enabled=False):
                 z = network.vector(hidden, pack, noise=targets.noise)
