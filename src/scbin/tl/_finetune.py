@@ -27,7 +27,7 @@ from scbin.nn.labels import LARGEST, GeneHead, LabelHead, Target, gene_outputs, 
 from scbin.nn.network import build_network
 from scbin.nn.presets import preset_for
 from scbin.nn.run import embed
-from scbin.tl._genes import mean_gene_vectors
+from scbin.tl._gene_vectors import mean_gene_vectors
 from scbin.tl._labels import MaskedPhenotypes, balanced_weights, cell_columns, gene_labels
 from scbin.tl._leakage import remembered_cells
 from scbin.tl._pretrain import note_model
@@ -181,12 +181,7 @@ def finetune(
     network: Any = _new_network(masked, used, seed) if old is None else copy.deepcopy(old.network)
     if not 0 <= freeze <= network.backbone.n_layers:
         raise ScbinInputError("A02", f"freeze is {freeze}; this network has {network.backbone.n_layers} layers.")
-    training = training or Training()
-    training = replace(training, max_steps=max_steps) if max_steps else training
-    training = training.filled(learning_rate=_RATE, cells_per_step=_CELLS_PER_STEP, warmup=0.1)
-    epochs = max(1, min(_EPOCHS, round(_STEPS * (training.cells_per_step or 1) / n)))
-    training = training.filled(epochs=epochs).complete()
-
+    training = _complete(training or Training(), max_steps, n)
     options = {"device": device, "token_budget": training.token_budget}
     if level == "gene":
         items = _genes(network, masked, columns, used, settings.validation, seed, options)
@@ -197,28 +192,25 @@ def finetune(
     losses = {"without network": items.losses(items.probe(), weights)}
     items.install()
     losses["linear probe"] = items.losses(items.outputs(), weights)
-    kept, history = "linear probe", pd.DataFrame()
+    history, untouched = pd.DataFrame(), {name: each.cpu().clone() for name, each in network.state_dict().items()}
     if max_steps != 0:
-        untouched = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
         layer = network.gene_layer if level == "gene" else network.vector.layer
         task = items.task(tokens.vocabulary, layer, settings, weights)
-        cells, held_out = np.flatnonzero(used.open), np.flatnonzero(used.validation)
-        how: dict[str, Any] = {"save_dir": save_dir, "device": device, "seed": seed, "progress": progress}
+        how: dict[str, Any] = {"cells": np.flatnonzero(used.open), "held_out": np.flatnonzero(used.validation)}
+        how |= {"save_dir": save_dir, "device": device, "seed": seed, "progress": progress}
         for weight in _frozen(network, freeze):
             weight.requires_grad_(False)
         with adapted(network.backbone, {} if lora else None, seed=seed):
-            history = train(network, task, masked, training, cells=cells, held_out=held_out, **how)
+            history = train(network, task, masked, training, **how)
         network.requires_grad_(True)
         outputs = items.outputs()
         losses["fine-tuned"] = items.losses(outputs, weights)
-        gain = losses["linear probe"] - losses["fine-tuned"]
-        if not len(gain) or gain.mean() > _CLEARLY * gain.std() / np.sqrt(len(gain)):
-            kept = "fine-tuned"
-            network.density = network.batches = None  # they belong to the vectors of before
-            items.calibrate(outputs)
-        else:
-            network.load_state_dict(untouched)
-    if kept == "linear probe":
+    kept = _better(losses)
+    if kept == "fine-tuned":
+        network.density = network.batches = None  # they belong to the vectors of before
+        items.calibrate(outputs)
+    else:
+        network.load_state_dict(untouched)
         items.refit()
 
     means = {name: float(loss.mean()) for name, loss in losses.items() if len(loss)}
@@ -258,6 +250,23 @@ def _divided(split: Split, usable: np.ndarray, strata: np.ndarray, fraction: flo
         if donors is not None:  # unlabelled cells of held-out donors go with them
             held_out |= split.open & np.isin(donors, donors[held_out])
     return replace(split, train=split.open & ~held_out, validation=held_out)
+
+
+def _complete(training: Training, max_steps: int | None, n_cells: int) -> Training:
+    """Return the settings to train on so many cells, with those of fine-tuning where nothing was chosen."""
+    training = replace(training, max_steps=max_steps) if max_steps else training
+    training = training.filled(learning_rate=_RATE, cells_per_step=_CELLS_PER_STEP, warmup=0.1)
+    epochs = max(1, min(_EPOCHS, round(_STEPS * (training.cells_per_step or 1) / n_cells)))
+    return training.filled(epochs=epochs).complete()
+
+
+def _better(losses: Mapping[str, np.ndarray]) -> str:
+    """Return what is kept: the linear probe, unless training it together with the network is clearly better on held-out items."""
+    if "fine-tuned" not in losses:
+        return "linear probe"
+    gain = losses["linear probe"] - losses["fine-tuned"]
+    clear = not len(gain) or gain.mean() > _CLEARLY * gain.std() / np.sqrt(len(gain))
+    return "fine-tuned" if clear else "linear probe"
 
 
 def _new_network(tokens: Tokens, split: Split, seed: int) -> CellNetwork:
