@@ -15,7 +15,7 @@ from scbin.nn.labels import GeneHead, LabelHead, Target, gene_outputs, label_out
 from scbin.nn.network import build_network
 from scbin.nn.packs import pack_rows
 from scbin.nn.presets import Network
-from scbin.tl._genes import mean_gene_vectors
+from scbin.tl._gene_vectors import mean_gene_vectors
 from scbin.tokens.tokens import MemoryTokens
 from scbin.tokens.vocabulary import Vocabulary
 

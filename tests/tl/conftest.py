@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import copy
+
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import sparse
 
 import scbin
@@ -49,6 +52,45 @@ def trained():
     with pytest.warns(scbin._errors.ScbinInputWarning, match="I19"):
         scbin.pp.tokenize(adata, phenotypes=["cell_type", "sex"])
     return adata, scbin.tl.pretrain(adata, **{**QUICK, "max_steps": 3})
+
+
+@pytest.fixture(scope="module")
+def bert():
+    """Such cells, one without a group and one empty, and a BERT of two steps; not to be changed."""
+    adata = toy_cells()
+    adata.X.data[adata.X.indptr[7] : adata.X.indptr[8]] = 0
+    with pytest.warns(scbin.ScbinInputWarning, match="I19"):
+        scbin.pp.tokenize(adata, phenotypes=["cell_type", "sex"])
+    adata.obs["part"] = np.where(np.arange(60) % 2, "a/b", "c")
+    adata.obs.loc["cell3", "part"] = None
+    return adata, scbin.tl.pretrain(adata, **QUICK, backbone="bert")
+
+
+@pytest.fixture(scope="module")
+def eager(bert):
+    """Of each cell of `bert` its genes, which tokens they are, and what plain transformers return, or None."""
+    adata, model = bert
+    plain, first, result = copy.deepcopy(model.network.backbone.bert), model.vocabulary.first_gene_position, []
+    plain.set_attn_implementation("eager")
+    tokens = adata.obsm["X_tokens"].tocsr().copy()
+    tokens.data[np.isin(tokens.indices, [p.position for p in model.vocabulary.phenotypes])] = model.vocabulary.mask_id
+    for row in tokens:
+        ids, positions = torch.tensor(row.data.astype(int))[None], torch.tensor(row.indices.astype(int))[None]
+        is_gene = (row.indices >= first) & (row.indices < first + 40)
+        with torch.inference_mode():
+            asked = {"position_ids": positions, "output_attentions": True, "output_hidden_states": True}
+            out = plain.bert(ids, **asked) if row.nnz else None
+        result.append(out and (row.indices[is_gene] - first, is_gene, out))
+    return result
+
+
+@pytest.fixture(scope="module")
+def counts():
+    """Such cells of five donors, and a default model, trained a little; not to be changed."""
+    adata = toy_cells()
+    adata.obs["donor"] = np.arange(60) % 5
+    scbin.pp.tokenize(adata, phenotypes=["cell_type"])
+    return adata, scbin.tl.pretrain(adata, **QUICK | {"preset": "tiny", "training": None, "max_steps": 30})
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from scbin._adata import check_adata, copied, gene_names, read_tokens, warn, wri
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError, ScbinTypeError, count
 from scbin.model import resolve_model
-from scbin.tl._genes import fixed_gene_vectors, mean_gene_vectors
+from scbin.tl._gene_vectors import fixed_gene_vectors, mean_gene_vectors
 from scbin.tl._perturb_statistics import false_discovery_rates
 from scbin.tl._responses import Sums, control_features, narrow, reproducibility, sum_cells
 from scbin.tl._screen import Cells, read_cells

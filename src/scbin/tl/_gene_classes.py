@@ -17,7 +17,7 @@ from scbin._errors import ScbinInputError
 from scbin.model import resolve_model
 from scbin.nn.labels import LARGEST
 from scbin.tl._finetune import gene_features
-from scbin.tl._genes import fixed_gene_vectors, mean_gene_vectors
+from scbin.tl._gene_vectors import fixed_gene_vectors, mean_gene_vectors
 from scbin.tl._labels import MaskedPhenotypes, balanced_weights, gene_labels
 from scbin.tl._metrics import class_scores
 from scbin.tl._probe import fit_probe, some_of

@@ -1,4 +1,4 @@
-"""What a model knows of genes and phenotypes: their vectors, networks, attention, and genes that go with groups of cells."""
+"""Networks of genes from a model, its attention, and the genes that it associates with groups of cells."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import sparse, stats
+from sklearn.metrics.pairwise import cosine_similarity
 from tqdm.auto import tqdm
 
 from scbin import _docs, _keys
@@ -23,13 +24,14 @@ from scbin.nn.density import expected_shares
 from scbin.nn.packs import pack_rows, plan_packs
 from scbin.nn.run import Runner, at_rest, gene_tokens, run
 from scbin.nn.run import embed as embed_tokens
+from scbin.tl._gene_vectors import fixed_gene_vectors, groups_of, hidden_states, means_by_gene
 from scbin.tl._labels import MaskedPhenotypes
 from scbin.tl._perturb_statistics import false_discovery_rates
 from scbin.tl._probe import log_expression, some_of
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from anndata import AnnData
     from torch import Tensor
@@ -44,143 +46,11 @@ DEPTH, PSEUDOCOUNT, MOST_CELLS, FEWEST = 10_000.0, 0.1, 5_000, 3
 
 @_docs.shared
 @checked
-def embed_genes(
-    adata: AnnData,
-    model: Model | str | os.PathLike[str] | None = None,
-    *,
-    vectors: Literal["context", "static", "loadings"] = "context",
-    groupby: str | None = None,
-    tokens_key: str | None = None,
-    device: str = "auto",
-    token_budget: int = 32_768,
-    progress: bool = True,
-    key_added: str | None = None,
-    copy: bool = False,
-) -> AnnData | None:
-    """Give every gene its vector, for classes of genes or a map of them. Its neighbours: :func:`scbin.tl.gene_network`.
-
-    A default model (`backbone="mlp"`) has trained its count head, not the hidden states of its tokens: take `"loadings"` there. Hidden
-    states mean something where genes were masked in pretraining (`masking=scbin.Masking()`), or in a published model.
-
-    Parameters
-    ----------
-    {tokenized}
-    {model}
-    vectors
-        `"context"`: the mean hidden state of the gene's token over the cells that express it, behind the layer that the cell vector
-        reads, or the last one where it reads none. `"static"`: the gene's row in the input table, the same in every cell.
-        `"loadings"`: how the expected counts of the gene follow the cell vector.
-    groupby
-        Column of `obs`: the means in each group of cells, too. For `"context"`.
-    {reading}
-    {key_added}
-    {copy}
-
-    Returns
-    -------
-    {returns_copy}
-
-    `adata.varm["scbin_genes"]`
-        One float32 vector per gene (genes, size); NaN for genes that the model does not read or no cell expresses.
-    `adata.varm["scbin_genes_groups"]`
-        With `groupby`: the same by group (genes, groups, size).
-    `adata.var["scbin_n_cells"]`
-        How many cells a mean is over; for `"context"`.
-    `adata.uns["scbin"]["scbin_genes"]`
-        How they were made, and the names of the groups in order, as JSON.
-
-    Raises
-    ------
-    ScbinInputError
-        If the cells are not tokenized, or the model has no such vectors. Nothing is written then.
-
-    Examples
-    --------
-    >>> import scbin
-    >>> adata = scbin.datasets.pbmc68k_reduced()[:200].copy()
-    >>> scbin.pp.tokenize(adata)
-    >>> model = scbin.tl.pretrain(adata, preset="tiny", max_steps=2, progress=False)
-    >>> scbin.tl.embed_genes(adata, model, vectors="loadings")
-    >>> adata.varm["scbin_genes"].shape
-    (765, 30)
-    """
-    check_adata(adata)
-    if groupby is not None and vectors != "context":
-        raise ScbinInputError("A03", f"vectors={vectors!r} are the same in every cell: groupby needs 'context'.")
-    key = _keys.GENES if key_added is None else key_added
-    for slot in (key, f"{key}_groups"):
-        check_writable(adata, "varm", slot)
-    chosen, (codes, groups) = resolve_model(model, adata), groups_of(adata, groupby)
-    columns = gene_names(adata, chosen.vocabulary).columns
-    if vectors == "context":
-        tokens: Any = MaskedPhenotypes(read_tokens(adata, chosen.vocabulary, tokens_key))
-        how: dict[str, Any] = {"device": device, "precision": "float32", "token_budget": token_budget}
-        states = hidden_states(chosen.network, tokens, progress=progress, **how)
-        sums, counts = sums_by_gene(states, codes, len(groups), len(columns))
-        values, n_cells = mean_of(sums.sum(axis=0), counts.sum(axis=0)), counts.sum(axis=0)
-    else:
-        values = fixed_gene_vectors(chosen, vectors)
-    target = copied(adata) if copy else adata
-
-    def by_column(of_genes: np.ndarray) -> np.ndarray:
-        result = np.full((target.n_vars, *of_genes.shape[1:]), np.nan, dtype=np.float32)
-        result[columns[columns >= 0]] = of_genes[columns >= 0]
-        return result
-
-    write(target, "varm", key, by_column(values))
-    grouped = None if groupby is None else by_column(mean_of(sums, counts)[:-1].swapaxes(0, 1))
-    write(target, "varm", f"{key}_groups", grouped)
-    if vectors == "context":
-        write(target, "var", _keys.N_CELLS, np.nan_to_num(by_column(n_cells)).astype(np.int64))
-    about = {"model": chosen.fingerprint, "vectors": vectors, "groupby": groupby, "groups": groups}
-    write_uns(target, key, json.dumps(about))
-    return target if copy else None
-
-
-def embed_phenotypes(model: Model | str | os.PathLike[str]) -> pd.DataFrame:
-    """Return the vectors of all values of all phenotypes, as the model has learned them as tokens.
-
-    Neighbours among them say which tissues, diseases or ages the model takes for alike, where it was pretrained with them.
-
-    Parameters
-    ----------
-    model
-        A :class:`scbin.Model`, the path of its directory, or the id of a published one.
-
-    Returns
-    -------
-    A table with a row for each `phenotype` and `value` (the index), and a column for each number of the vector.
-
-    Raises
-    ------
-    ScbinInputError
-        If the model reads no phenotypes.
-
-    Examples
-    --------
-    >>> import scbin
-    >>> adata = scbin.datasets.pbmc68k_reduced()[:100].copy()
-    >>> scbin.pp.tokenize(adata, phenotypes=["phase"])
-    >>> model = scbin.tl.pretrain(adata, preset="tiny", max_steps=2, progress=False)
-    >>> scbin.tl.embed_phenotypes(model).loc["phase"].index.tolist()
-    ['G1', 'G2M', 'S']
-    """
-    chosen = resolve_model(model)
-    table = chosen.network.backbone.tables()[0].detach().cpu().numpy()
-    slots = chosen.vocabulary.phenotypes
-    rows = {(slot.name, value): table[slot.first_id + k] for slot in slots for k, value in enumerate(slot.values)}
-    if not rows:
-        raise ScbinInputError("M06", "this model reads no phenotypes. Tokenize with phenotypes=[...] and pretrain.")
-    return pd.DataFrame(list(rows.values()), index=pd.MultiIndex.from_tuples(rows, names=["phenotype", "value"]))
-
-
-@_docs.shared
-@checked
 def gene_network(
     adata: AnnData,
     model: Model | str | os.PathLike[str] | None = None,
     *,
-    method: Literal["covariance", "effect", "similarity", "attention"] = "covariance",
+    method: Literal["similarity", "covariance", "effect", "attention"] = "similarity",
     groupby: str | None = None,
     n_edges: int | None = 50,
     tokens_key: str | None = None,
@@ -190,24 +60,24 @@ def gene_network(
     key_added: str | None = None,
     copy: bool = False,
 ) -> AnnData | None:
-    """Draw a network of genes from a model: genes that it expects together, that act on each other in it, or look alike to it.
+    """Find the neighbours of genes in a model: genes that look alike to it, that it expects together, or that act on each other in it.
 
-    None of them is regulation. Against known targets of transcription factors all are close to plain co-expression; the page on
-    knowledge has the numbers.
+    None of them is regulation. Against known targets of transcription factors all are close to plain co-expression, the default the
+    furthest above it on average; the page on knowledge has the numbers.
 
     Parameters
     ----------
     {tokenized}
     {model}
     method
-        `"covariance"`: how what the model expects of both genes varies together over the cells, co-expression without the noise of
-        counting. `"effect"`: by how much the presence of a gene in a cell raises what the model expects of each other gene, the mean
-        over the cells that express it; from gradients, so the effect of a little more of it. Both in log1p counts per 10,000.
-        `"similarity"`: the cosine of the vectors of both genes less the mean over all genes: of the loadings of the count head, or of mean
-        hidden states where there is none or a `groupby`. `"attention"`: how much the other gene's token attends to it in the last layer, the
-        mean over the cells that express both; for models with a BERT.
+        `"similarity"`: the cosine of the vectors of both genes less the mean over all genes: of the loadings of the count head, the same
+        for any cells, or of mean hidden states where there is none or a `groupby`. `"covariance"`: how what the model expects of both
+        genes varies together over the cells, co-expression without the noise of counting. `"effect"`: by how much the presence of a gene
+        in a cell raises what the model expects of each other gene, the mean over the cells that express it; from gradients, so the effect
+        of a little more of it. Both in log1p counts per 10,000. `"attention"`: how much the other gene's token attends to it in the last
+        layer, the mean over the cells that express both; for models with a BERT.
     groupby
-        Column of `obs`: a network for each group of cells.
+        Column of `obs`: a network for each group of cells. `"covariance"` tells groups apart best.
     n_edges
         Keep so many edges from each gene, the strongest; 0 or `None` keeps all.
     {reading}
@@ -251,20 +121,21 @@ def gene_network(
     how: dict[str, Any] = {"device": device, "precision": "float32", "token_budget": token_budget, "progress": progress}
     n_groups, n_genes = len(slots), len(chosen.vocabulary.genes)
     found: Any
-    if method == "covariance":
-        found = [np.cov(each.T) for each in expected_logs(chosen, tokens, codes, n_groups, **how)]
-    elif method == "effect":
-        logs = expected_logs(chosen, tokens, codes, n_groups, **how)
-        steepness = np.stack([-np.expm1(-each).mean(axis=0) for each in logs])  # of log1p counts by log counts
-        slopes = mean_of(*sums_by_gene(presence_slopes(chosen.network, tokens, **how), codes, n_groups, n_genes))[:-1]
-        found = slopes @ fixed_gene_vectors(chosen, "loadings").T * steepness[:, None]
-    elif method == "attention":
+    if method == "attention":
         found = mean_attention(chosen.network, tokens, codes, n_groups, **how)
+    elif method != "similarity":
+        logs = expected_logs(chosen, tokens, codes, n_groups, **how)
+        if method == "covariance":
+            found = [np.cov(each.T) for each in logs]
+        else:
+            steepness = np.stack([-np.expm1(-each).mean(axis=0) for each in logs])  # of log1p counts by log counts
+            slopes = means_by_gene(presence_slopes(chosen.network, tokens, **how), codes, n_groups, n_genes)[0][:-1]
+            found = slopes @ fixed_gene_vectors(chosen, "loadings").T * steepness[:, None]
     elif chosen.network.counts is not None and groupby is None:
         found = [cosines(fixed_gene_vectors(chosen, "loadings"))]
     else:
         states = hidden_states(chosen.network, tokens, **how)
-        found = [cosines(each) for each in mean_of(*sums_by_gene(states, codes, n_groups, n_genes))[:-1]]
+        found = [cosines(each) for each in means_by_gene(states, codes, n_groups, n_genes)[0][:-1]]
     columns = gene_names(adata, chosen.vocabulary).columns
     target = copied(adata) if copy else adata
     for slot, weights in zip(slots, found, strict=True):
@@ -439,62 +310,6 @@ def gene_association(
 # ---- below ----------------------------------------------------------------------------------------------------------
 
 
-def groups_of(adata: AnnData, groupby: str | None) -> tuple[np.ndarray, list[str]]:
-    """Return the group of each cell (cells,), -1 where it has none, and the names of the groups; 0 and no names without `groupby`."""
-    if groupby is None:
-        return np.zeros(adata.n_obs, dtype=np.int64), []
-    codes, names = pd.factorize(read_obs(adata, groupby).astype(object).map(str, na_action="ignore"), sort=True)
-    return codes, list(names)
-
-
-def hidden_states(network: CellNetwork, tokens: Tokens, **how: Any) -> Iterator[tuple[Tensor, np.ndarray, np.ndarray]]:
-    """Yield the hidden states of tokens of genes (n, hidden), their genes and their cells (n,)."""
-    for pack, hidden in run(network, tokens, layer=network.gene_layer, label="embedding genes", **how):
-        at, genes, cells = gene_tokens(pack, tokens.vocabulary)
-        yield hidden[torch.from_numpy(at).to(hidden.device)], genes, cells
-
-
-def sums_by_gene(
-    parts: Iterable[tuple[Tensor, np.ndarray, np.ndarray]], codes: np.ndarray, n_groups: int, n_genes: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return sums of vectors by group of cells and gene (groups + 1, genes, size), and how many there are.
-
-    The last group are the cells without one.
-    """
-    sums, counts = torch.zeros(0, 0), np.zeros((n_groups + 1) * n_genes, dtype=np.int64)
-    for vectors, genes, cells in parts:
-        if not len(sums):
-            sums = torch.zeros(len(counts), vectors.shape[1], dtype=torch.float64)
-        place = genes + codes[cells] % (n_groups + 1) * n_genes
-        sums.index_add_(0, torch.from_numpy(place), vectors.cpu().double())
-        counts += np.bincount(place, minlength=len(counts))
-    return sums.numpy().reshape(n_groups + 1, n_genes, -1), counts.reshape(n_groups + 1, n_genes)
-
-
-def mean_gene_vectors(network: CellNetwork, tokens: Tokens, **how: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean hidden state of each gene's token over the cells that express it (genes, hidden), and their number (genes,)."""
-    states, codes = hidden_states(network, tokens, **how), np.zeros(tokens.n_cells, dtype=np.int64)
-    sums, counts = sums_by_gene(states, codes, 0, len(tokens.vocabulary.genes))
-    return mean_of(sums[0], counts[0]), counts[0]
-
-
-def mean_of(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return means (..., genes, hidden) of sums over so many cells (..., genes); NaN where there are none."""
-    return (sums / np.where(counts > 0, counts, np.nan)[..., None]).astype(np.float32)
-
-
-def fixed_gene_vectors(model: Model, vectors: str) -> np.ndarray:
-    """Return the vectors of genes that are the same in every cell (genes, size)."""
-    network, vocabulary = model.network, model.vocabulary
-    if vectors == "loadings":
-        if network.counts is None:
-            raise ScbinInputError("M06", "this model has no count head, so genes have no loadings. Use 'context'.")
-        return (network.counts.loadings * network.counts.scale).detach().cpu().numpy()
-    ids, places = (table.detach().cpu().numpy() for table in network.backbone.tables())
-    by_position, n_genes = vocabulary.position_is_gene, len(vocabulary.genes)
-    return places[vocabulary.gene_positions] if by_position else ids[vocabulary.first_gene_id :][:n_genes]
-
-
 def expected_logs(model: Model, tokens: Tokens, codes: np.ndarray, n_groups: int, **how: Any) -> list[np.ndarray]:
     """Return the log1p counts per 10,000 that the model expects of cells of each group (cells, genes), of 5,000 at most."""
     head, result = count_head(model, "Use another method, or tokenize as 'bins' and pretrain."), []
@@ -570,10 +385,8 @@ def mean_attention(
 
 
 def cosines(vectors: np.ndarray) -> np.ndarray:
-    """Return the cosines between vectors of genes (genes, size) less their mean; NaN for genes without one."""
-    centred = vectors.astype(np.float64) - np.nanmean(vectors, axis=0, dtype=np.float64)
-    unit = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
-    return unit @ unit.T
+    """Return the cosines between vectors of genes (genes, size) less their mean; 0 for genes without one."""
+    return cosine_similarity(np.nan_to_num(vectors - np.nanmean(vectors, axis=0, dtype=np.float64)))
 
 
 def strongest(weights: np.ndarray, columns: np.ndarray, n_vars: int, n_edges: int | None) -> sparse.csr_matrix:

@@ -1,19 +1,13 @@
-"""Vectors of genes and phenotypes, attention, networks and associations, each against an oracle of its own."""
+"""Networks of genes, attention and associations, each against an oracle of its own."""
 
 from __future__ import annotations
-
-import copy
-import json
 
 import anndata as ad
 import numpy as np
 import pytest
 import torch
 from scipy import stats
-from scipy.sparse import csr_matrix
-from scipy.spatial.distance import cdist
 from scipy.special import softmax
-from sklearn.covariance import ledoit_wolf
 from sklearn.metrics.pairwise import cosine_similarity
 
 import scbin
@@ -25,138 +19,14 @@ from scbin.tl._labels import MaskedPhenotypes
 QUIET = {"device": "cpu", "progress": False}
 
 
-@pytest.fixture(scope="module")
-def bert(quick):
-    """Toy cells, one without a group and one empty, and a BERT of two steps."""
-    adata = toy_cells()
-    adata.X.data[adata.X.indptr[7] : adata.X.indptr[8]] = 0
-    with pytest.warns(scbin.ScbinInputWarning, match="I19"):
-        scbin.pp.tokenize(adata, phenotypes=["cell_type", "sex"])
-    adata.obs["part"] = np.where(np.arange(60) % 2, "a/b", "c")
-    adata.obs.loc["cell3", "part"] = None
-    return adata, scbin.tl.pretrain(adata, **quick, backbone="bert")
-
-
-def toy_cells():
-    rng, kind = np.random.default_rng(0), np.arange(60) % 3
-    rate = np.full((60, 40), 0.6)
-    for k in range(3):
-        rate[kind == k, 10 * k : 10 * k + 10] = 6.0
-    adata = ad.AnnData(rng.poisson(rate).astype(np.float32))
-    adata.X = csr_matrix(adata.X)
-    adata.var_names = [f"GENE{i}" for i in range(40)]
-    adata.obs_names = [f"cell{i}" for i in range(60)]
-    adata.obs["cell_type"] = np.array(["T cell", "B cell", "monocyte"])[kind]
-    adata.obs["sex"] = np.array(["male", "female"])[np.arange(60) % 2]
-    adata.obs["donor"] = np.arange(60) % 5
-    return adata
-
-
-@pytest.fixture(scope="module")
-def counts():
-    """Toy cells and a default model, trained a little."""
-    adata = toy_cells()
-    scbin.pp.tokenize(adata, phenotypes=["cell_type"])
-    return adata, scbin.tl.pretrain(adata, preset="tiny", max_steps=30, **QUIET)
-
-
-def states(adata, model):
-    """Ids, positions, hidden states of all layers and attention of each cell, by plain transformers."""
-    plain = copy.deepcopy(model.network.backbone.bert)
-    plain.set_attn_implementation("eager")
-    tokens = adata.obsm["X_tokens"].tocsr().copy()
-    tokens.data[np.isin(tokens.indices, [p.position for p in model.vocabulary.phenotypes])] = model.vocabulary.mask_id
-    for row in tokens:
-        if not row.nnz:
-            yield None
-            continue
-        ids, positions = torch.tensor(row.data.astype(int))[None], torch.tensor(row.indices.astype(int))[None]
-        with torch.inference_mode():
-            out = plain.bert(ids, position_ids=positions, output_attentions=True, output_hidden_states=True)
-        genes = np.array(
-            [model.vocabulary.first_gene_position <= p < model.vocabulary.first_gene_position + 40 for p in row.indices]
-        )
-        yield row.indices[genes] - model.vocabulary.first_gene_position, genes, out
-
-
-# ---- vectors ---------------------------------------------------------------------------------------------------------
-
-
-def test_vectors_of_genes_are_means_of_plain_transformers_states(bert):
-    adata, model = bert
-    made = scbin.tl.embed_genes(adata[:, ::-1].copy(), model, groupby="part", copy=True, **QUIET)
-    found = {}
-    for cell, of in enumerate(states(adata, model)):
-        for gene, vector in zip(of[0], of[2].last_hidden_state[0].numpy()[of[1]], strict=True) if of else ():
-            for group in ("all", adata.obs["part"].iloc[cell]):
-                found.setdefault((model.vocabulary.genes[gene], group), []).append(vector)
-    groups = json.loads(made.uns["scbin"]["scbin_genes"])["groups"]
-    assert groups == ["a/b", "c"] and made.varm["scbin_genes_groups"].shape == (40, 2, 32)
-    for k, gene in enumerate(made.var_names):
-        assert made.var["scbin_n_cells"].iloc[k] == len(found.get((gene, "all"), []))
-        for group, vector in (
-            ("all", made.varm["scbin_genes"][k]),
-            *zip(groups, made.varm["scbin_genes_groups"][k], strict=True),
-        ):
-            mean = np.mean(found[gene, group], axis=0) if (gene, group) in found else np.full(32, np.nan)
-            np.testing.assert_allclose(vector, mean, atol=1e-5)
-
-
-def test_static_vectors_and_loadings(counts):
-    adata, model = counts
-    head, order = model.network.counts, [model.vocabulary.genes.index(gene) for gene in adata.var_names]
-    made = scbin.tl.embed_genes(adata, model, vectors="loadings", copy=True)
-    expected = (head.loadings * head.scale).detach().numpy()[order]
-    np.testing.assert_allclose(made.varm["scbin_genes"], expected)
-    places = model.network.backbone.tables()[1].detach().numpy()
-    made = scbin.tl.embed_genes(adata, model, vectors="static", copy=True)
-    np.testing.assert_array_equal(
-        made.varm["scbin_genes"], places[model.vocabulary.first_gene_position + np.array(order)]
-    )
-    with pytest.raises(ScbinInputError, match="A03"):
-        scbin.tl.embed_genes(adata, model, vectors="loadings", groupby="sex")
-
-
-def test_vectors_of_phenotypes_are_rows_of_the_token_table(bert):
-    table = scbin.tl.embed_phenotypes(bert[1])
-    assert table.loc["sex"].index.tolist() == ["female", "male"] and table.shape == (5, 32)
-    slot = bert[1].vocabulary.phenotype("sex")
-    words = bert[1].network.backbone.tables()[0].detach().numpy()
-    np.testing.assert_array_equal(table.loc[("sex", "male")], words[slot.first_id + slot.values.index("male")])
-
-
-def test_distances_are_those_of_scipy_with_a_shrunk_covariance(bert):
-    table = scbin.tl.embed_phenotypes(bert[1])
-    adata = scbin.tl.embed_genes(bert[0], bert[1], copy=True, **QUIET)
-    adata.varm["scbin_genes"][3] = np.nan
-    genes = adata.varm["scbin_genes"][np.arange(40) != 3].astype(float)
-    for vectors, given in ((table.to_numpy(dtype=float), table), (genes, adata)):
-        far = scbin.tl.vector_distances(given)
-        inverse = np.linalg.inv(ledoit_wolf(vectors)[0])
-        np.testing.assert_allclose(far, cdist(vectors, vectors, "mahalanobis", VI=inverse), atol=1e-6)
-        cosine = scbin.tl.vector_distances(given, metric="cosine")
-        np.testing.assert_allclose(1 - cosine, cosine_similarity(vectors), atol=1e-9)
-        variance = scbin.tl.vector_distances(given, metric="variance")["variance"]
-        np.testing.assert_allclose(variance, vectors.var(axis=1))
-        assert far.index.equals(far.columns) and far.index.equals(variance.index)
-    with pytest.raises(ScbinInputError, match="A06"):
-        scbin.tl.vector_distances(adata, key="X")
-    with pytest.raises(ScbinInputError, match="A02"):
-        scbin.tl.vector_distances(table[:1])
-
-
-# ---- attention and networks ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("head", [None, 1])
-def test_attention_is_that_of_plain_transformers(bert, head):
+def test_attention_is_that_of_plain_transformers(bert, eager, head):
     adata, model = bert
     found = scbin.tl.attention(adata, model, cells=["cell9", 7, 0], head=head, device="cpu")
     assert found[1].nnz == 0
-    every = list(states(adata, model))
     columns = adata.var_names.get_indexer(model.vocabulary.genes)
     for cell, matrix in ((9, found[0]), (0, found[2])):
-        genes, is_gene, out = every[cell]
+        genes, is_gene, out = eager[cell]
         weights = out.attentions[-1][0].numpy()
         weights = (weights.mean(axis=0) if head is None else weights[head])[np.ix_(is_gene, is_gene)]
         np.testing.assert_allclose(matrix.toarray()[np.ix_(columns[genes], columns[genes])], weights, atol=1e-5)
@@ -189,7 +59,7 @@ def test_the_network_by_attention_is_a_mean_by_group(bert):
 @pytest.mark.parametrize("groupby", [None, "sex"])
 def test_covariance_is_that_of_expected_expression(counts, groupby):
     adata, model = counts
-    made = scbin.tl.gene_network(adata, model, groupby=groupby, n_edges=None, copy=True, **QUIET)
+    made = scbin.tl.gene_network(adata, model, method="covariance", groupby=groupby, n_edges=None, copy=True, **QUIET)
     kept = np.ones(60, bool) if groupby is None else (adata.obs["sex"] == "male").to_numpy()
     covariance = np.cov(np.log1p(1e4 * expected(adata, model)[kept]).T)
     np.fill_diagonal(covariance, 0)
@@ -210,26 +80,26 @@ def test_effects_are_close_to_those_of_deleted_genes(counts):
 
 
 def test_effects_are_slopes_of_gates(counts):
-    """A little less of one gene, by finite differences."""
+    """A little more and less of one gene, by central differences."""
     adata, model = counts
     made = scbin.tl.gene_network(adata, model, method="effect", n_edges=None, copy=True, **QUIET)
     tokens = MaskedPhenotypes(read_tokens(adata)).take(np.arange(60))
     pack, network, gene = pack_rows(tokens, np.arange(60)), model.network, 15
     gates, steps = (pack.position_ids == model.vocabulary.first_gene_position + gene).float(), []
-    for step in (0.0, -0.01):
+    for step in (0.001, -0.001):  # relu has kinks
         with torch.inference_mode():
             hidden = network.backbone.encode(pack, network.vector.layer, gates=step * gates)
             steps.append(network.vector(hidden, pack, gates=step * gates).double().numpy())
     has = np.unique(pack.rows[gates > 0].numpy())
     columns = adata.var_names.get_indexer(model.vocabulary.genes)
     share = 1e4 * expected(adata, model)[:, columns]
-    change = (steps[0] - steps[1])[has].mean(axis=0) / 0.01
+    change = (steps[0] - steps[1])[has].mean(axis=0) / 0.002
     effect = (
         (network.counts.loadings * network.counts.scale).detach().numpy() @ change * (share / (1 + share)).mean(axis=0)
     )
     effect[gene] = 0
     row = made.varp["scbin_network"].toarray()[columns[gene]][columns]
-    np.testing.assert_allclose(row, effect, rtol=0.05, atol=0.02 * np.abs(effect).max())
+    np.testing.assert_allclose(row, effect, rtol=5e-3, atol=2e-3 * np.abs(effect).max())
 
 
 def expected(adata, model):
@@ -244,7 +114,7 @@ def expected(adata, model):
 def test_networks_survive_files_and_keep_the_strongest(counts, tmp_path):
     adata, model = counts
     adata = adata.copy()
-    scbin.tl.gene_network(adata, model, method="similarity", n_edges=4, **QUIET)
+    scbin.tl.gene_network(adata, model, n_edges=4, **QUIET)
     scbin.tl.embed_genes(adata, model, groupby="sex", **QUIET)
     unit = adata.copy()
     scbin.tl.embed_genes(unit, model, vectors="loadings")
@@ -280,7 +150,8 @@ def test_nothing_is_written_where_a_method_is_not_possible(counts, quick):
     scbin.pp.tokenize(ranked, encoding="rank")
     of_ranks = scbin.tl.pretrain(ranked, **quick)
     with pytest.raises(ScbinInputError, match="M06"):
-        scbin.tl.gene_network(ranked, of_ranks, **QUIET)
+        scbin.tl.gene_network(ranked, of_ranks, method="covariance", **QUIET)
+    scbin.tl.gene_network(ranked, of_ranks, **QUIET)  # the default asks nothing of a model
 
 
 # ---- associations ----------------------------------------------------------------------------------------------------
