@@ -1,4 +1,4 @@
-"""Token models of single cells, BERT among them, inside AnnData."""
+"""Token models for single-cell data, BERT included, inside AnnData."""
 
 from __future__ import annotations
 
