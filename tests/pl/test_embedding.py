@@ -43,7 +43,7 @@ def test_every_cell_is_a_dot_and_colours_are_kept_as_scanpy_does(embedded, calls
     assert len(ax.collections[0].get_offsets()) == 60
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["B cell", "T cell", "monocyte"]
     assert len(embedded.uns["cell_type_colors"]) == 3
-    assert (ax.get_xlabel(), ax.get_title()) == ("scbin UMAP 1", "cell_type")
+    assert (ax.get_xlabel(), ax.get_title()) == ("scbin UMAP1", "cell_type")
 
 
 def test_arguments_and_colours_of_scanpy_are_used(embedded, calls):
@@ -91,7 +91,7 @@ def test_basis_with_two_columns_is_drawn_as_it_is(embedded, calls):
     embedded.obsm["X_mine"] = np.arange(120.0).reshape(60, 2)
     ax = scbin.pl.embedding(embedded, basis="X_mine", ax=plt.subplots()[1])
     np.testing.assert_array_equal(ax.collections[0].get_offsets(), embedded.obsm["X_mine"])
-    assert not calls and set(embedded.obsm) == {"X_scbin", "X_mine"} and ax.get_xlabel() == "mine 1"
+    assert not calls and set(embedded.obsm) == {"X_scbin", "X_mine"} and ax.get_xlabel() == "mine1"
 
 
 @pytest.mark.parametrize(

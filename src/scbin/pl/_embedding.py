@@ -16,6 +16,7 @@ from scbin import _docs, _keys
 from scbin._adata import check_adata, make_real, read_obs, read_uns, write, write_uns
 from scbin._errors import ScbinInputError
 from scbin.pl import _style
+from scbin.train.history import stage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,13 +84,13 @@ def embedding(
     make_real(adata)
     matrix = read_embedding(adata, basis)
     slot = map_slot(adata, basis, matrix)
+    short, name = (key.removeprefix("X_") for key in (slot, basis))  # scanpy writes UMAP1 for "umap"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PendingDeprecationWarning)  # between scanpy and matplotlib
-        drawn = sc.pl.embedding(adata, slot, color=color, ax=ax, show=False, **kwargs)
+        drawn = sc.pl.embedding(adata, slot if short in adata.obsm else short, color=color, ax=ax, show=False, **kwargs)
     axes = drawn if isinstance(drawn, list) else [drawn]
-    name = basis.removeprefix("X_").replace("_", " ") + (" UMAP" if slot != basis else "")
-    for panel in axes:
-        panel.set(xlabel=f"{name} 1", ylabel=f"{name} 2")
+    for panel in axes if slot != basis else ():
+        panel.set(xlabel=f"{name} UMAP1", ylabel=f"{name} UMAP2")
     return axes[0] if color is None or isinstance(color, str) else axes
 
 
@@ -250,7 +251,8 @@ def map_slot(adata: AnnData, basis: str, matrix: np.ndarray) -> str:
     if slot in adata.obsm and slot in record:
         if np.isin(_fingerprints(adata.obsm[slot], matrix), record[slot]).all():
             return slot
-    coordinates = compute_umap(matrix)
+    with stage("computing the UMAP", shown=sys.stderr.isatty()):
+        coordinates = compute_umap(matrix)
     write(adata, "obsm", slot, coordinates)
     write_uns(adata, _keys.UMAP_RECORD, {**record, slot: _fingerprints(coordinates, matrix)})
     return slot

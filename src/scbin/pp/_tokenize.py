@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from anndata import AnnData
 from scipy import sparse
+from tqdm.auto import tqdm
 
 from scbin import _docs, _keys
 from scbin._adata import check_adata, check_writable, copied, write_tokens, write_uns
@@ -139,7 +140,8 @@ def tokenize(
         return tokenize_files(adata, out, key, asked, workers, client)
     plan = prepare(adata, asked)
     none = sparse.csr_matrix((0, plan.vocabulary.n_positions), dtype=plan.vocabulary.dtype)
-    tokens = sparse.vstack([none, *plan.encode()], format="csr")
+    blocks = tqdm(plan.encode(), desc="tokenizing", unit="block", disable=None)  # a bar in terminals
+    tokens = sparse.vstack([none, *blocks], format="csr")
     status, record = plan.finish()
     warn_without_tokens(status)
     target = copied(adata) if copy else adata
