@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from scbin._errors import ScbinModelError
+from scbin.io.commit import standing
 from scbin.io.files import MANIFEST, verify_directory, write_directory
 
 TENSORS = {
@@ -82,14 +83,14 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch):
 
 def test_at_every_instant_a_whole_directory_is_there(tmp_path, monkeypatch):
     """Under its name, or for the instant between two renames beside it."""
-    target, old, found = tmp_path / "d[1]", tmp_path / ".tmp-old-d[1]", []
+    target, found = tmp_path / "d[1]", []
     write_directory(target, {"s.json": b"old"})
 
     def watched(call):
         def wrapper(*args, **kwargs):
-            found.append(verify_directory(target if target.exists() else old))
+            found.append(verify_directory(standing(target)))
             result = call(*args, **kwargs)
-            found.append(verify_directory(target if target.exists() else old))
+            found.append(verify_directory(standing(target)))
             return result
 
         return wrapper

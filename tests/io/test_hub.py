@@ -40,6 +40,8 @@ def test_it_is_asked_only_for_an_id_with_a_revision(asked, tmp_path):
     assert len(asked) == 1
     (tmp_path / "owner" / "name").mkdir(parents=True)
     assert str(local_directory("owner/name")) == "owner/name"  # a path on this machine goes first
+    (tmp_path / "owner" / "name").rename(tmp_path / "owner" / ".tmp-old-name")  # killed while it was replaced
+    assert str(local_directory("owner/name")) == "owner/.tmp-old-name"
     wrong = ("owner/name", "a/b/c", "../name", tmp_path / "x" / "y")
     for path in wrong:
         with pytest.raises(ScbinInputError, match="A03"):

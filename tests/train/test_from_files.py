@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -85,9 +86,10 @@ def test_killed_at_random_and_resumed_gives_the_same_bits(tmp_path, n_kills):
     assert result["kills"] >= n_kills and result["same_bits"] == result["runs"] > 0, result
 
 
-def launch(files, out, n_processes, *options, wait=True):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
-    command = [sys.executable, *(torchrun if n_processes > 1 else []), "-m", "scbin", "pretrain", files, "--out", out]
+def launch(files, out, *options, node=None, wait=True):
+    """Start the command `scbin pretrain`: alone, or as one node of two under an agent of torchrun that has a port for the others."""
+    agent = "-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --local-addr 127.0.0.1 --rdzv-endpoint".split()
+    command = [sys.executable, *([*agent, node] if node else []), "-m", "scbin", "pretrain", files, "--out", out]
     small = "--preset tiny --device cpu --progress false --training.patience null --training.cells_per_step 8".split()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -99,9 +101,16 @@ def launch(files, out, n_processes, *options, wait=True):
     return process
 
 
-def test_two_processes_learn_what_one_learns(files, tmp_path):
-    for n in (1, 2):
-        launch(files, tmp_path / f"model{n}", n, "--training.epochs", "3")
+def test_two_nodes_learn_what_one_process_learns(files, tmp_path):
+    """Two agents of torchrun, as on two machines, meet on an address of this one; each has one process."""
+    options = ("--training.epochs", "3")
+    launch(files, tmp_path / "model1", *options)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{probe.getsockname()[1]}"
+    nodes = [launch(files, tmp_path / "model2", *options, node=place, wait=False) for _ in range(2)]
+    errors = [process.communicate(timeout=300)[1] for process in nodes]
+    assert [process.returncode for process in nodes] == [0, 0], errors
     one, two = (scbin.Model.load(tmp_path / f"model{n}") for n in (1, 2))
     for name, array in weights(one).items():
         if "density" not in name:
@@ -112,14 +121,14 @@ def test_two_processes_learn_what_one_learns(files, tmp_path):
 @pytest.mark.slow
 def test_a_signal_saves_and_the_same_command_goes_on(files, tmp_path):
     options = ("--training.epochs", "40", "--training.checkpoint_every", "5", "--save_dir", str(tmp_path / "run"))
-    process = launch(files, tmp_path / "model", 1, *options, wait=False)
+    process = launch(files, tmp_path / "model", *options, wait=False)
     while not list((tmp_path / "run").glob("step-*")):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     assert process.returncode == EXIT_RESUMABLE and not (tmp_path / "model").exists()
-    launch(files, tmp_path / "model", 1, *options)
-    launch(files, tmp_path / "whole", 1, *options[:2])
+    launch(files, tmp_path / "model", *options)
+    launch(files, tmp_path / "whole", *options[:2])
     one, two = (weights(scbin.Model.load(tmp_path / name)) for name in ("model", "whole"))
     for name, array in one.items():
         np.testing.assert_array_equal(two[name], array, err_msg=name)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def committed(target: Path, kind: type[ScbinError] = ScbinInputError, code: str = "F02") -> Iterator[Path]:
     """Give a name to write a file or a folder to. It becomes `target` when all went well; else nothing is left of it.
 
-    A folder that is there already waits beside it between two renames, as `.tmp-old-*`.
+    A folder that is there already waits beside it between two renames, where `standing` finds it if the process was killed.
     """
     temporary, old = (target.with_name(f".tmp-{part}{target.name}") for part in ("", "old-"))
     try:
@@ -40,6 +40,12 @@ def committed(target: Path, kind: type[ScbinError] = ScbinInputError, code: str 
             remove(old)
         elif old.exists():
             os.rename(old, target)
+
+
+def standing(target: Path) -> Path:
+    """Return where a folder is: beside the target, if the process that replaced it was killed between the two renames."""
+    old = target.parent / f".tmp-old-{target.name}"
+    return old if old.exists() and not target.exists() else target
 
 
 def sync(path: Path) -> None:

@@ -24,7 +24,7 @@ from scipy import sparse
 
 from scbin import _keys
 from scbin._errors import ScbinError, ScbinInputError
-from scbin.io.commit import committed
+from scbin.io.commit import committed, standing
 from scbin.tokens.tokens import philox
 from scbin.tokens.vocabulary import Vocabulary
 
@@ -363,7 +363,8 @@ def write_beside(path: Path, found: AnnData | pd.DataFrame) -> Path:
     target = path.parent / RESULTS / path.name
     with reading(path) as group:
         obs, var = read_elem(group["obs"]), read_elem(group["var"])
-    adata = read_cells(target) if target.exists() else AnnData(obs=obs, var=var)
+    before = standing(target)
+    adata = read_cells(before) if before.exists() else AnnData(obs=obs, var=var)
     if not adata.obs_names.equals(obs.index):
         raise ScbinInputError("A04", f"{target} has other cells than {path}. Move it away.")
     table = found.obs if isinstance(found, AnnData) else found

@@ -27,6 +27,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
 from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinModelError
+from scbin.io.commit import standing
 from scbin.io.files import MANIFEST, check_directory, make_config, read_json, read_tensors, write_directory
 from scbin.nn.backbone import BACKBONES, layer_number
 from scbin.nn.batches import BatchCorrection
@@ -272,13 +273,14 @@ def local_directory(path: str | os.PathLike[str], revision: str | None = None) -
 
     Without a revision only the cache is looked at, so that a misspelt path never becomes a request to a server.
     """
-    is_id = isinstance(path, str) and re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", path) and not os.path.lexists(path)
+    place = standing(Path(path))
+    is_id = isinstance(path, str) and re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", path) and not os.path.lexists(place)
     if revision is not None and not is_id:
         raise ScbinInputError(
             "A03", f"revision= was given, but {str(path)[:200]!r} is a path, not an 'owner/name' of the hub."
         )
     if not is_id:
-        return Path(path)
+        return place
     options: dict[str, Any] = {"allow_patterns": sorted(ALLOWED), "local_files_only": revision is None}
     try:
         return Path(snapshot_download(str(path), revision=revision, **options))
