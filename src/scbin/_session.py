@@ -12,12 +12,12 @@ PACKAGES = ("scbin", "torch", "transformers", "anndata", "scanpy", "numpy")
 
 
 def session_info(**kwargs: Any) -> None:
-    """Print the versions of scbin, of what it builds on, and of all you imported: for a notebook's last cell or a bug report.
+    """Print the versions of scbin, its main dependencies and your imports, for the last cell of a notebook or a bug report.
 
     Parameters
     ----------
     **kwargs
-        For `session_info.show`: `os=False` leaves the operating system out, `dependencies=True` lists every module.
+        For `session_info.show`: `os=False` omits the operating system, `dependencies=True` lists every module.
 
     Examples
     --------

@@ -194,11 +194,13 @@ def pair(embedded):
 def test_generated_cells_are_ringed_and_nothing_is_stored(pair, calls):
     real, made = pair
     made.obsm["X_scbin"][:5] = np.nan
+    real.uns["cell_type_colors"] = ["#ff0000", "#00ff00", "#0000ff"]
     before, own = (set(real.obsm), set(made.obsm), set(real.uns)), plt.subplots()[1]
     ax = scbin.pl.generated(real, made, color="cell_type", ax=own)
     dots, rings = ax.collections[0], ax.collections[-1]
     assert ax is own and len(dots.get_offsets()) == 60 and np.isfinite(rings.get_offsets()).all(axis=1).sum() == 15
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["B cell", "T cell", "monocyte"]
+    assert {to_hex(colour) for colour in dots.get_facecolors()} == {"#ff0000", "#00ff00", "#0000ff"}
     assert before == (set(real.obsm), set(made.obsm), set(real.uns))
     with pytest.raises(ScbinInputError, match="celltype"):
         scbin.pl.generated(real, made, color="celltype")

@@ -1,4 +1,4 @@
-"""Cells for trying things out, without a download: real ones and a simulated screen."""
+"""Example data without a download: real cells and a simulated screen."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["pbmc68k_reduced", "perturbseq"]
 
 
 def pbmc68k_reduced() -> AnnData:
-    """Return 700 human blood cells, 765 genes, 10 cell types: small enough to try everything in minutes.
+    """Return 700 human blood cells with 765 genes and 10 cell types.
 
-    They come with scanpy (:cite:t:`zheng2017`, reduced), so no network is needed.
+    They come with scanpy (:cite:t:`zheng2017`, reduced), so nothing is downloaded.
 
     Returns
     -------

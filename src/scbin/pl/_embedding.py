@@ -37,9 +37,8 @@ def embedding(
 ) -> Axes | list[Axes]:
     """Draw the cells of an embedding as a UMAP.
 
-    It is :func:`scanpy.pl.embedding` that draws, so colours, legends and all its arguments are as you know them. The UMAP is
-    computed once (its own neighbour graph, the same for the same embedding) and kept; it is computed again only when the
-    embedding has changed. Neighbours and UMAP that scanpy left in `adata` stay as they are.
+    This calls :func:`scanpy.pl.embedding`, with all its arguments. The UMAP is computed once, from a neighbour graph of its own, and
+    kept until the embedding changes. Neighbours and UMAP that scanpy left in `adata` do not change.
 
     Parameters
     ----------
@@ -48,7 +47,7 @@ def embedding(
     color
         A column of `obs` or a gene; a list of them gives one panel each.
     basis
-        The embedding in `obsm`. One with two columns is drawn as it is, a wider one through a UMAP.
+        The embedding in `obsm`. If it has two columns it is drawn as it is, else as a UMAP.
     {ax}
     **kwargs
         For :func:`scanpy.pl.embedding`: `layer`, `palette`, `legend_loc`, `groups`, `vmin`, `vmax`, `cmap`, `size`, `title`,
@@ -61,9 +60,9 @@ def embedding(
     `adata.obsm["X_umap_scbin"]`
         Coordinates (`X_umap_scbin_<name>` for another `basis`), NaN for cells without an embedding.
     `adata.uns["scbin"]["umap"]`
-        Fingerprints that tell whether the coordinates still belong to the embedding.
+        Fingerprints that tell whether the embedding has changed.
     `adata.uns["<color>_colors"]`
-        Colours of the categories, as scanpy keeps them.
+        Colours of the categories, as in scanpy.
 
     Examples
     --------
@@ -103,7 +102,7 @@ def compare(
     interactive: bool | None = None,
     **kwargs: Any,
 ) -> list[Axes] | Any:
-    """Draw the same cells by several embeddings side by side, in the same colours.
+    """Draw several embeddings of the same cells side by side, in the same colours.
 
     Parameters
     ----------
@@ -113,7 +112,7 @@ def compare(
         The embeddings, each drawn as by :func:`scbin.pl.embedding`.
     {color}
     interactive
-        Link the maps with jupyter-scatter: cells selected in one are selected in all. Default: in a notebook where it is installed.
+        Link the maps with jupyter-scatter: cells selected in one are selected in all. Default: in notebooks, if it is installed.
     **kwargs
         For :func:`scanpy.pl.embedding`, or for `jscatter.Scatter`.
 
@@ -156,9 +155,7 @@ def _linked(adata: AnnData, matrices: dict[str, np.ndarray], color: str | None, 
     if color is not None:
         options = {"color_by": color, "legend": True} | options
         if hasattr(table[color], "cat"):
-            names = table[color].cat.categories
-            colours = adata.uns.get(f"{color}_colors", _style.palette(len(names)))
-            options = {"color_map": dict(zip(names, colours, strict=False))} | options
+            options = {"color_map": _style.colours(adata, color, table[color].cat.categories)} | options
     table[[f"{axis}{i}" for i in range(len(slots)) for axis in "xy"]] = xy
     table = table[np.isfinite(xy).all(axis=1)].reset_index(drop=True)
     maps = [(jscatter.Scatter(f"x{i}", f"y{i}", data=table, **options), basis) for i, basis in enumerate(matrices)]
@@ -175,10 +172,10 @@ def generated(
     ax: Axes | None = None,
     **kwargs: Any,
 ) -> Axes:
-    """Draw real and generated cells on one map, the generated ones ringed, to see whether they lie where they should.
+    """Draw real and generated cells on one UMAP, the generated ones with rings.
 
-    Generated cells that cover the cluster of their type, and not only its centre, vary as real ones do. The map is a UMAP of
-    both together, computed for the plot and stored nowhere.
+    Generated cells should cover the whole cluster of their type, not only its centre. The UMAP is computed for the plot and not
+    stored.
 
     Parameters
     ----------
@@ -187,9 +184,9 @@ def generated(
     made
         Cells from :func:`scbin.tl.generate`, with the embedding of the same model.
     color
-        Column of both `obs`, such as the phenotype that was asked for.
+        A column of both `obs`, such as the requested phenotype.
     basis
-        The embedding, in `obsm` of both.
+        The embedding, in both `obsm`.
     {ax}
     **kwargs
         For :func:`scanpy.pl.embedding`: `palette`, `size`, `title` and more.
@@ -212,10 +209,11 @@ def generated(
     matrix = np.concatenate(parts)
     cells = AnnData(np.zeros((len(matrix), 1), dtype=np.float32))
     cells.obsm["X_umap"] = matrix if matrix.shape[1] == 2 else compute_umap(matrix)
+    style = {"title": f"{'' if color is None else f'{color}: '}ringed cells are generated"} | kwargs
     if color is not None:
         labels = pd.concat([read_obs(part, color).astype(object) for part in (adata, made)])
-        cells.obs[color] = pd.Categorical(labels.map(str, na_action="ignore"))
-    style = {"title": f"{'' if color is None else f'{color}: '}ringed cells are generated"} | kwargs
+        cells.obs[color] = labels.map(str, na_action="ignore").to_numpy()
+        style = {"palette": _style.colours(adata, color, labels.dropna().map(str).unique())} | style
     drawn: Any = embedding(cells, color=color, basis="X_umap", ax=ax or _style.new_axes(6.0, 4.2), **style)
     rings = {"facecolors": "none", "edgecolors": _style.MAIN if color is None else "#333333", "linewidths": 0.7}
     drawn.scatter(*cells.obsm["X_umap"][adata.n_obs :].T, s=0.4 * drawn.collections[0].get_sizes()[0], **rings)

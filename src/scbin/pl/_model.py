@@ -24,16 +24,16 @@ VALIDATION, PER_ROW = "validation_", 6
 
 @_docs.shared
 def training(source: AnnData | pd.DataFrame | Any, *, ax: Axes | None = None) -> Axes:
-    """Draw the losses of a training run, in training and on the held-out cells.
+    """Plot the losses of a training run, in training and on held-out cells.
 
-    A loss that rises on the held-out cells while it falls in training is overfitting: train for fewer epochs, or take a
-    smaller model. The dotted line is the loss of the held-out cells before the first step: a curve that does not get below
-    it says that training added nothing to the start.
+    If the loss rises on held-out cells while it falls in training, the model overfits: train for fewer epochs, or choose a
+    smaller model. The dotted line is the loss on held-out cells before the first step. If the curve does not fall below it, training
+    did not help.
 
     Parameters
     ----------
     source
-        The `Model` that was trained, or the `AnnData` that it was trained on.
+        The trained `Model`, or the `AnnData` on which it was trained.
     {axes}
 
     Examples
@@ -77,13 +77,13 @@ def tokens(
     ax: Axes | None = None,
     **kwargs: Any,
 ) -> Axes:
-    """Draw what the model reads of one cell: its control tokens in words, then its strongest genes.
+    """Draw the tokens of one cell: the control tokens in words, then the strongest genes.
 
     Parameters
     ----------
     {tokenized}
     cell
-        The cell, by number or by name.
+        Number or name of the cell.
     n_genes
         How many genes to show: the first ones by rank, or those with the highest values.
     {tokens_key}

@@ -39,16 +39,16 @@ def perturbation(
     genes: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw all perturbed genes in order of their shift, over the band in which genes of the same expression lie.
+    """Plot all perturbed genes, ranked by their shift, with the range of genes of similar expression as a band.
 
-    A dot is a gene; open ones were screened and not computed exactly. Named genes carry a confidence interval over donors, or
-    over cells.
+    Each dot is a gene; open dots were screened and not computed exactly. Named genes have a confidence interval over donors or
+    cells.
 
     Parameters
     ----------
     {perturbed}
     value
-        `"alignment"`, after a perturbation towards a goal, draws how straight each gene moves cells there, however far.
+        `"alignment"`, after a perturbation towards a goal, plots how directly each gene moves cells there, however far.
     {genes_named}
     {ax}
 
@@ -92,7 +92,7 @@ def perturbation_volcano(
     genes: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw the effect of each perturbed gene, in standard deviations of matched genes, against its p value.
+    """Plot the effect of each perturbed gene, in standard deviations of matched genes, against its p value.
 
     Parameters
     ----------
@@ -135,7 +135,7 @@ def perturbation_volcano(
 @_docs.shared
 @checked
 def perturbation_matrix(adata: AnnData, *, key: str | None = None, ax: Axes | None = None, **kwargs: Any) -> Axes:
-    """Draw how much more pairs of genes do together than the sum of either alone, sorted by the mean; a ring marks an FDR below .05.
+    """Plot the effect of pairs of genes beyond the sum of both genes alone, sorted by the mean; rings mark an FDR below .05.
 
     Parameters
     ----------
@@ -184,7 +184,7 @@ def perturbation_matrix(adata: AnnData, *, key: str | None = None, ax: Axes | No
     at = (columns.get_indexer(rings["partner"]) + 0.5, rows.get_indexer(rings["anchor"]) + 0.5)
     ax.scatter(*at, s=22, facecolors="none", edgecolors="black", linewidths=0.9)
     ax.set(xlabel=f"ring: FDR < {SIGNIFICANT:g}" if len(rings) else "", ylabel="")
-    text = f"{_done(params).replace('Genes', 'Pairs')}\nboth together, beyond the sum of either"
+    text = f"{_done(params).replace('Genes', 'Pairs')}\neffect beyond the sum of both genes"
     ax.set_title(text, fontsize=10, loc="left", parse_math=False)
     return ax
 
@@ -201,8 +201,8 @@ def perturbation_map(
 ) -> Axes:
     """Draw on the UMAP where a perturbation moves the cells.
 
-    The neighbours of a cell in the embedding before and after the perturbation give two places on the map; arrows are the way
-    from one to the other of up to 400 cells. They are drawn so that the longest span a tenth of the map.
+    The neighbours of a cell in the embedding, before and after the perturbation, give two places on the map. Arrows connect them, for
+    up to 400 cells, scaled so that the longest ones span a tenth of the map.
 
     Parameters
     ----------
@@ -210,7 +210,7 @@ def perturbation_map(
         Cells after `scbin.tl.perturb` of a set of genes together.
     {color}
     key
-        Entry of `uns` with the perturbation, whose vectors are drawn. Default: `"scbin_perturb"`.
+        Entry of `uns` with the perturbation. Default: `"scbin_perturb"`.
     {basis}
     {ax}
 

@@ -25,10 +25,10 @@ NO_CLASS, N_BINS = "no prediction", 10
 def confusion(
     adata: AnnData, target: str, *, truth_key: str | None = None, cells: Cells = "auto", ax: Axes | None = None
 ) -> Axes:
-    """Plot the confusion matrix: which fraction of the cells of each class was classified as what.
+    """Plot the confusion matrix, with the fraction of each true class that was given each label.
 
-    Each row is a true class, with its number of cells. A rare class that is never predicted has a light diagonal square, which the
-    accuracy over all cells would not show. Drawn by :class:`sklearn.metrics.ConfusionMatrixDisplay`.
+    Each row is a true class, with its number of cells. A rare class that is never predicted has a light square on the diagonal, which
+    the overall accuracy does not show. Drawn by :class:`sklearn.metrics.ConfusionMatrixDisplay`.
 
     Parameters
     ----------
@@ -64,8 +64,8 @@ def roc(
 ) -> Axes:
     """Plot the ROC curve of each class against all others, with the area under it in the legend.
 
-    An area of 1 means that every cell of the class was given a higher probability of it than any other cell; .5 is what a random
-    guess reaches. Drawn by :class:`sklearn.metrics.RocCurveDisplay`.
+    An area of 1 means that every cell of the class has a higher probability of it than every other cell; random guesses reach .5.
+    Drawn by :class:`sklearn.metrics.RocCurveDisplay`.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def roc(
     >>> adata = anndata.AnnData(numpy.ones((4, 2)), obs=obs.set_axis(list("wxyz")))
     >>> adata.obsm["scbin_cell_type_probability"] = numpy.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
     >>> scbin.pl.roc(adata, "cell_type").get_title()
-    'cell_type: macro-average AUC 1.000'
+    'cell_type: macro-average AUC 1.000, 4 cells'
     """
     from sklearn.metrics import RocCurveDisplay
 
@@ -89,15 +89,16 @@ def roc(
         raise ScbinInputError("L01", f"a ROC curve is of one class against others; all cells are of one {target!r}.")
     ax = _style.new_axes(7.2, 4.2) if ax is None else ax
     areas, labels = [], []
-    for k, n, colour in zip(classes, counts, _style.palette(len(classes)), strict=True):
-        style, values = {"color": colour}, found.probability[:, k]
+    colours = _style.colours(adata, truth_key or target, found.classes)
+    for k, n in zip(classes, counts, strict=True):
+        style, values = {"color": colours[found.classes[k]]}, found.probability[:, k]
         display = RocCurveDisplay.from_predictions(found.truth == k, values, ax=ax, curve_kwargs=style)
         areas.append(float(display.roc_auc))
         labels.append(f"{areas[-1]:.3f} {_style.shorten(found.classes[k], 20)} (n={n:,})")
     _style.legend_beside(ax, ax.lines, labels)
     ax.plot([0, 1], [0, 1], color=_style.QUIET, linewidth=0.8, linestyle="--")
     ax.set(xlabel="False positive rate", ylabel="True positive rate", box_aspect=1)
-    ax.set(title=f"{target}: macro-average AUC {np.mean(areas):.3f}")
+    ax.set(title=f"{target}: macro-average AUC {np.mean(areas):.3f}, {len(found.truth):,} cells")
     return ax
 
 
@@ -105,10 +106,10 @@ def roc(
 def calibration(
     adata: AnnData, target: str, *, truth_key: str | None = None, cells: Cells = "auto", ax: Axes | None = None
 ) -> Axes:
-    """Plot the calibration curve: how often predictions were right against how probable the model called them.
+    """Plot the calibration curve, the fraction of correct predictions against their probability.
 
-    Cells are binned by the probability of the class they were given. On the diagonal probabilities are right; below it the model
-    is overconfident, above it underconfident. The bars say how many cells a dot stands for. Drawn by
+    Cells are binned by the probability of their predicted class. On the diagonal the model is calibrated, below it overconfident, and
+    above it underconfident. The bars show the number of cells in each bin. Drawn by
     :class:`sklearn.calibration.CalibrationDisplay`.
 
     Parameters
@@ -136,7 +137,7 @@ def calibration(
     ax.legend().remove()
     gaps = np.histogram(confidence, edges, weights=right - confidence)[0]
     ax.set(xlabel="Mean predicted probability", ylabel="Fraction of correct predictions", xlim=(0, 1), ylim=(0, 1.02))
-    ax.set(title=f"{target}: calibration error {np.abs(gaps).sum() / len(right):.3f}")
+    ax.set(title=f"{target}: calibration error {np.abs(gaps).sum() / len(right):.3f}, {len(right):,} cells")
     return ax
 
 
@@ -146,8 +147,8 @@ def prediction(
 ) -> Axes:
     """Plot the probability of every class for every cell.
 
-    One band per true class, with a line for each of its cells, right ones first: dark squares on the diagonal are right, stripes
-    beside them are confusions. Where there is no truth, bands are predicted classes.
+    One band per true class, with a line per cell, correct ones first: dark squares on the diagonal are correct, stripes elsewhere are
+    confusions. If there are no true labels, the bands are predicted classes.
 
     Parameters
     ----------
@@ -179,7 +180,8 @@ def prediction(
         ax.axhline(i + 0.5, color=_style.QUIET, linewidth=0.6)
     _name_classes(ax, found.classes, columns, rows, counts)
     ax.figure.colorbar(image, ax=ax, label="Probability", shrink=0.6)
-    ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel="Class", ylabel=f"Cells by {key}", title=target)
+    ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel="Class", ylabel=f"Cells by {key}")
+    ax.set(title=f"{target}, {len(truth):,} cells")
     return ax
 
 

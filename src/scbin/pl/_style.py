@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pandas import CategoricalDtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from anndata import AnnData
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.legend import Legend
@@ -29,6 +31,17 @@ def palette(n: int) -> list[str]:
 
     chosen = palettes.default_20 if n <= 20 else palettes.default_28 if n <= 28 else palettes.default_102
     return [chosen[i % len(chosen)] for i in range(n)]
+
+
+def colours(adata: AnnData, key: str, names: Sequence[str]) -> dict[str, str]:
+    """Return a colour for each class: that in `adata.uns["<key>_colors"]`, where scanpy keeps it, or one of its palette."""
+    column, kept = adata.obs.get(key), adata.uns.get(f"{key}_colors", ())
+    known = (
+        dict(zip(column.cat.categories, kept, strict=False))
+        if isinstance(getattr(column, "dtype", None), CategoricalDtype)
+        else {}
+    )
+    return {name: str(known.get(name, colour)) for name, colour in zip(names, palette(len(names)), strict=True)}
 
 
 def shorten(text: object, longest: int = 34) -> str:
