@@ -39,6 +39,7 @@ def test_gaps_are_residuals_of_donor_means(aged):
     assert (
         abs(np.corrcoef(table["truth"], table["corrected_gap"])[0, 1]) < 1e-9 < abs(table["gap"].corr(table["truth"]))
     )
+    assert [tick.get_text() for tick in scbin.pl.age_gap(aged).get_xticklabels()] == ["m", "f"]
     by = table.groupby("compare")["corrected_gap"].mean()
     assert 2 < by["f"] - by["m"] < 4
 
@@ -55,7 +56,9 @@ def test_the_line_goes_through_the_reference_in_each_group(aged, tmp_path):
         )
         np.testing.assert_allclose(rows["expected"], line.predict(means[["age"]]))
     assert scbin.pl.clock(aged).get_xlabel() == "true age of the donor"
-    assert [tick.get_text() for tick in scbin.pl.age_gap(aged).get_xticklabels()] == ["m", "f"]
+    ax = scbin.pl.age_gap(aged)
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["B", "T/NK"]
+    assert [text.get_text() for text in ax.get_legend().texts] == ["m", "f"]
     aged.write_h5ad(tmp_path / "a.h5ad")
     pd.testing.assert_frame_equal(
         ad.read_h5ad(tmp_path / "a.h5ad").uns["scbin"]["age_gap"].reset_index(drop=True), table, check_dtype=False

@@ -6,6 +6,7 @@ import anndata as ad
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import LineCollection
 from scipy import stats
 from scipy.special import softmax
 from sklearn.metrics.pairwise import cosine_similarity
@@ -128,7 +129,10 @@ def test_networks_survive_files_and_keep_the_strongest(counts, tmp_path):
     assert (back.varp["scbin_network"] != adata.varp["scbin_network"]).nnz == 0
     np.testing.assert_array_equal(back.varm["scbin_genes_groups"], adata.varm["scbin_genes_groups"])
     assert set(scbin.get.network_df(back, "GENE3")["source"]) == {"GENE3"}
-    assert len(scbin.pl.gene_network(back, n_edges=9).texts) > 3
+    ax = scbin.pl.gene_network(back, "GENE3", n_edges=3)
+    assert {text.get_text() for text in ax.texts if text.get_fontweight() == "bold"} == {"GENE3"} and len(ax.texts) == 4
+    lines = [each for each in scbin.pl.gene_network(back, n_edges=9).collections if isinstance(each, LineCollection)]
+    assert len(lines[0].get_paths()) == 9  # none twice, there and back
 
 
 def test_similarity_by_group_is_the_cosine_of_mean_states(counts):

@@ -155,7 +155,7 @@ def network_df(
     adata
         Cells with a network (:func:`scbin.tl.gene_network`).
     genes
-        Edges from these genes, such as transcription factors. Default: all edges.
+        Edges from these genes, such as transcription factors; none from genes that the model does not read. Default: all edges.
     group
         The network of this group of cells. Default: that of all cells.
     key

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
+APART = 4.0  # edges that genes are apart where no edges connect them
+
 
 @_docs.shared
 def gene_network(
@@ -31,7 +33,7 @@ def gene_network(
     ax: Axes | None = None,
     **kwargs: Any,
 ) -> Axes:
-    """Plot the strongest edges of a network of genes, laid out by networkx: negative weights are orange, sources bold.
+    """Plot the strongest edges of a network of genes, laid out by networkx: negative weights are orange, genes asked for bold.
 
     Parameters
     ----------
@@ -40,7 +42,7 @@ def gene_network(
     genes
         Edges from these genes. Default: the strongest of all.
     n_edges
-        How many edges.
+        How many edges; a pair of genes with one in either direction is one.
     group
         The network of this group of cells.
     key
@@ -64,18 +66,22 @@ def gene_network(
     """
     import networkx as nx
 
-    edges = network_df(adata, genes, group=group, key=key)[:n_edges]
+    edges = network_df(adata, genes, group=group, key=key)
+    edges = edges[~edges[["source", "target"]].apply(frozenset, axis=1).duplicated()][:n_edges]
     if edges.empty:
-        raise ScbinInputError("A06", "this network has no such edges. Raise n_edges= in scbin.tl.gene_network.")
-    graph = nx.from_pandas_edgelist(edges.assign(strength=edges["weight"].abs()), edge_attr=["weight", "strength"])
-    weights = np.array([weight for _, _, weight in graph.edges.data("weight")])
+        fix = "Raise n_edges= in scbin.tl.gene_network; genes that the model does not read (pp.tokenize(n_genes=)) have none"
+        raise ScbinInputError("A06", f"this network has no such edges. {fix}.")
+    graph = nx.from_pandas_edgelist(edges, edge_attr="weight")
+    weights = np.array([weight for *_, weight in graph.edges.data("weight")])
     style: dict[str, Any] = {"edge_color": np.where(weights < 0, _style.SECOND, _style.MAIN).tolist(), "node_size": 0}
     style |= {"width": (0.5 + 2.5 * np.abs(weights) / np.abs(weights).max()).tolist(), "font_size": 8}
-    style["pos"] = nx.spring_layout(graph, seed=0, weight="strength", k=2.5 / np.sqrt(len(graph)))
+    steps = dict(nx.all_pairs_shortest_path_length(graph))
+    style["pos"] = nx.kamada_kawai_layout(graph, {gene: dict.fromkeys(graph, APART) | steps[gene] for gene in graph})
     ax = _style.new_axes(6.4, 5.6) if ax is None else ax
     nx.draw_networkx(graph, ax=ax, bbox={"fc": "white", "ec": "none", "pad": 1}, **style | kwargs)
+    bold = [genes] if isinstance(genes, str) else genes or ()
     for text in ax.texts:
-        text.set_fontweight("bold" if text.get_text() in set(edges["source"]) else "normal")
+        text.set_fontweight("bold" if text.get_text() in bold else "normal")
     ax.set_axis_off()
     return ax
 
@@ -109,8 +115,9 @@ def gene_roc(adata: AnnData, methods: Sequence[str] | None = None, *, ax: Axes |
     for method, color in zip(methods, _style.palette(len(methods)), strict=True):
         curve = table[table["method"] == method]
         ax.plot(curve["fpr"], curve["tpr"], color=color, linewidth=1.4)
-        low, high = ((curve["tpr"] + sign * curve["sd"]).clip(0, 1) for sign in (-1, 1))
-        ax.fill_between(curve["fpr"], low, high, color=color, alpha=0.2 if len(methods) == 1 else 0, linewidth=0)
+        if len(methods) == 1:
+            low, high = ((curve["tpr"] + sign * curve["sd"]).clip(0, 1) for sign in (-1, 1))
+            ax.fill_between(curve["fpr"], low, high, color=color, alpha=0.2, linewidth=0)
     _style.legend_beside(ax, ax.lines, methods)
     ax.plot([0, 1], [0, 1], color=_style.QUIET, linestyle=":", linewidth=1)
     ax.set(xlabel="False positive rate", ylabel="True positive rate")
@@ -119,7 +126,7 @@ def gene_roc(adata: AnnData, methods: Sequence[str] | None = None, *, ax: Axes |
 
 @_docs.shared
 def clock(adata: AnnData, *, ax: Axes | None = None) -> Axes:
-    """Plot the predicted age of every donor against the true one, with the line that gaps are corrected by.
+    """Plot the predicted age of every donor against the true one, with the line that gaps are corrected by; dotted: no error.
 
     Parameters
     ----------
@@ -153,7 +160,7 @@ def clock(adata: AnnData, *, ax: Axes | None = None) -> Axes:
 
 @_docs.shared
 def age_gap(adata: AnnData, *, ax: Axes | None = None) -> Axes:
-    """Plot the corrected age gaps of donors as violins: by what `compare` tells apart, else by group of cells. Every dot is a donor.
+    """Plot the corrected age gaps of donors as violins by group of cells, and by what was compared. Every dot is a donor.
 
     Parameters
     ----------
@@ -174,11 +181,17 @@ def age_gap(adata: AnnData, *, ax: Axes | None = None) -> Axes:
     import seaborn as sns
 
     table = _table(adata, _keys.AGE_GAP, "scbin.tl.age_gap(adata, donor_key=...)")
-    by = next((name for name in ("compare", "group") if name in table), None)
-    table = table.assign(x="donors" if by is None else table[by].astype(str))
-    ax = _style.new_axes(1.6 + 0.9 * table["x"].nunique(), 3.6) if ax is None else ax
-    sns.violinplot(table, x="x", y="corrected_gap", ax=ax, color=_style.MISSING, inner=None, linewidth=0.8, cut=0)
-    sns.stripplot(table, x="x", y="corrected_gap", ax=ax, color=_style.MAIN, size=4)
+    by = [name for name in ("group", "compare") if name in table]
+    table = table.assign(donors="donors", **{name: table[name].astype(str) for name in by})
+    x, hue = (by or ["donors"])[0], by[1] if len(by) == 2 else None
+    n = table[[x, hue or x]].drop_duplicates().shape[0]
+    ax = _style.new_axes(1.6 + 0.9 * n, 3.6) if ax is None else ax
+    how: dict[str, Any] = {"data": table, "x": x, "y": "corrected_gap", "hue": hue, "ax": ax, "legend": False}
+    colors = {"palette": _style.palette(table[hue].nunique())} if hue else {"color": _style.MISSING}
+    sns.violinplot(**how | {"legend": hue is not None}, **colors, inner=None, linewidth=0.8, cut=0)
+    sns.stripplot(**how, dodge=hue is not None, palette="dark:black" if hue else None, size=3)
+    if hue is not None:
+        sns.move_legend(ax, "center left", bbox_to_anchor=(1.01, 0.5), frameon=False, title=None)
     ax.axhline(0, color=_style.QUIET, linestyle=":", linewidth=1)
     ax.set(xlabel="", ylabel="age gap, corrected")
     return ax

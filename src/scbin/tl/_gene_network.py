@@ -274,9 +274,8 @@ def gene_association(
     codes, names = groups_of(adata, groupby)
     asked = names if groups is None else [groups] if isinstance(groups, str) else list(groups)
     if unknown := sorted({*asked, reference} - {*names, "rest"}):
-        raise ScbinInputError(
-            "A06", f"{unknown[0]!r} is not a group of obs[{groupby!r}]. Available: {', '.join(names)}."
-        )
+        found = f"{unknown[0]!r} is not a group of obs[{groupby!r}]"
+        raise ScbinInputError("A06", f"{found}. Available: {', '.join(names)}.")
     donors = np.arange(adata.n_obs) if donor_key is None else pd.factorize(read_obs(adata, donor_key))[0]
     usable = (tokens.lengths > 0) & (codes >= 0) & (donors >= 0)
     how: dict[str, Any] = {"device": device, "precision": "float32", "token_budget": token_budget, "progress": progress}
@@ -300,7 +299,7 @@ def gene_association(
         columns |= {"log_fold_change": logs[0].mean(axis=0) - logs[1].mean(axis=0)}
         columns |= dict(zip(("lower", "upper"), test.confidence_interval(), strict=True))
         columns |= {"p_value": test.pvalue, "fdr": false_discovery_rates(test.pvalue)}
-        columns |= {"plain_log_fold_change": np.asarray(plain[0] - plain[1]).ravel()}
+        columns |= {"plain_log_fold_change": np.ravel(plain[0] - plain[1])}
         unit = "cell" if donor_key is None else "paired donor" if paired else "donor"
         table = pd.DataFrame({**columns, "n": len(units[0]), "n_reference": len(units[1]), "unit": unit})
         tables.append(table.sort_values("log_fold_change", ascending=False, kind="stable"))
