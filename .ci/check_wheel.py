@@ -1,4 +1,4 @@
-"""Fail if a wheel holds anything but the package: python .ci/check_wheel.py scbin-*.whl."""
+"""Fail if a wheel contains anything but the package: python .ci/check_wheel.py scbin-*.whl."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ alien = [
 ]
 alien += [str(file) for file in files if "tests" in file.parts or file.name.startswith("test_")]
 if alien:
-    sys.exit(f"the wheel holds what is no part of the package: {alien}")
-print(f"{len(files)} files, {size:,} bytes, nothing but the package")
+    sys.exit(f"the wheel contains files that are not part of the package: {alien}")
+print(f"{len(files)} files, {size:,} bytes, all of them part of the package")
