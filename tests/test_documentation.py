@@ -42,6 +42,7 @@ def few_cells():
     number = np.arange(adata.n_obs)
     columns = {"cell_type": label, "sex": np.where(number % 2, "female", "male"), "donor_id": number % 10}
     columns |= {"batch": number % 2, "donor": number % 10, "condition": np.where(number % 3, "control", "stimulated")}
+    columns["age"] = 20 + number % 10
     adata.obs = adata.obs.assign(**{name: [str(value) for value in values] for name, values in columns.items()})
     return adata
 
@@ -74,11 +75,25 @@ def test_marked_blocks_run(page, namespace):
     plt.close("all")
 
 
+def receptors(names):
+    """Cells with the two chains of a T cell receptor, of three clonotypes."""
+    import scirpy as ir
+
+    cells = [ir.io.AirrCell(name) for name in names]
+    for cell, end in zip(cells, "ACG" * len(cells), strict=False):
+        for locus in ("TRA", "TRB"):
+            chain = {"locus": locus, "junction": "TGTGCTTCTTC" + end, "junction_aa": "CASS", "productive": True}
+            cell.add_chain(ir.io.AirrCell.empty_chain_dict() | chain)
+    return ir.io.from_airr_cells(cells)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("package", dict(WITH))
 def test_blocks_with_another_package_run_where_it_is_installed(package, namespace):
     pytest.importorskip(package, reason=f"{package} is not installed")
     exec("import anndata as ad, numpy as np, pandas as pd, scanpy as sc", namespace)
+    if package == "scirpy":
+        namespace["airr"] = receptors(namespace["adata"].obs_names)
     exec(compile(dict(WITH)[package], package, "exec"), namespace)
     plt.close("all")
 
