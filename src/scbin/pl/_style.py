@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pandas import CategoricalDtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,13 +34,10 @@ def palette(n: int) -> list[str]:
 
 def colours(adata: AnnData, key: str, names: Sequence[str]) -> dict[str, str]:
     """Return a colour for each class: that in `adata.uns["<key>_colors"]`, where scanpy keeps it, or one of its palette."""
-    column, kept = adata.obs.get(key), adata.uns.get(f"{key}_colors", ())
-    known = (
-        dict(zip(column.cat.categories, kept, strict=False))
-        if isinstance(getattr(column, "dtype", None), CategoricalDtype)
-        else {}
-    )
-    return {name: str(known.get(name, colour)) for name, colour in zip(names, palette(len(names)), strict=True)}
+    known, kept = dict(zip(names, palette(len(names)), strict=True)), adata.uns.get(f"{key}_colors", ())
+    if hasattr(adata.obs.get(key), "cat"):
+        known |= dict(zip(adata.obs[key].cat.categories, map(str, kept), strict=False))
+    return {name: known[name] for name in names}
 
 
 def shorten(text: object, longest: int = 34) -> str:
