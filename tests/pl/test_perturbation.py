@@ -137,6 +137,13 @@ def test_volcano_shows_effect_p_value_and_line():
     named = set(words(ax)) - {"FDR 0.05"}
     assert named <= set(table["gene"][table["fdr"] < 0.05])
 
+    params = json.dumps({"mode": "delete", "level": "expression"})
+    affected = table.rename(columns={"gene": "affected"}).assign(perturbed="TF")
+    adata.uns["scbin_perturb_of"] = {"table": affected, "params": params}
+    ax = scbin.pl.perturbation_volcano(adata, key="scbin_perturb_of")
+    assert "more: 5" in legend_of(ax) and "less: 3" in legend_of(ax)
+    assert "log counts" in scbin.pl.perturbation(adata, key="scbin_perturb_of").get_ylabel()
+
     adata.uns["scbin_perturb"]["table"].loc[0, "p_value"] = 0.0
     assert np.isfinite(scbin.pl.perturbation_volcano(adata).get_ylim()).all()
 

@@ -55,6 +55,9 @@ def test_the_line_goes_through_the_reference_in_each_group(aged, tmp_path):
             means.loc[means["sex"] == "m", ["age"]], means.loc[means["sex"] == "m", "predicted"]
         )
         np.testing.assert_allclose(rows["expected"], line.predict(means[["age"]]))
+    few = aged[(aged.obs["kind"] == "B") | (aged.obs["age"] < 30)].copy()
+    lines = scbin.tl.age_gap(few, donor_key="donor", groupby="kind").groupby("group")["corrected_gap"].count()
+    assert lines.to_dict() == {"B": 12, "T/NK": 0} and len(scbin.pl.age_gap(few).get_xticklabels()) == 1
     assert scbin.pl.clock(aged).get_xlabel() == "true age of the donor"
     ax = scbin.pl.age_gap(aged)
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["B", "T/NK"]

@@ -181,7 +181,7 @@ def age_gap(adata: AnnData, *, ax: Axes | None = None) -> Axes:
     import seaborn as sns
 
     table = _table(adata, _keys.AGE_GAP, "scbin.tl.age_gap(adata, donor_key=...)")
-    by = [name for name in ("group", "compare") if name in table]
+    table, by = table.dropna(subset="corrected_gap"), [name for name in ("group", "compare") if name in table]
     table = table.assign(donors="donors", **{name: table[name].astype(str) for name in by})
     x, hue = (by or ["donors"])[0], by[1] if len(by) == 2 else None
     n = table[[x, hue or x]].drop_duplicates().shape[0]

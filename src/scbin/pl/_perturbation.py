@@ -92,7 +92,7 @@ def perturbation_volcano(
     genes: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Plot the effect of each perturbed gene, in standard deviations of matched genes, against its p value.
+    """Plot the effect of (or, by `level`, on) each gene, in standard deviations of matched genes, against its p value.
 
     Parameters
     ----------
@@ -273,7 +273,7 @@ def displacements(before: np.ndarray, after: np.ndarray, coordinates: np.ndarray
 
 def _read(adata: AnnData, key: str | None, *needed: str) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return the rows that have numbers in the columns needed, the largest of the first one first, and params."""
-    table = perturb_df(adata, key=key)
+    table = perturb_df(adata, key=key).rename(columns={"affected": "gene"})
     shown = table.dropna(subset=list(needed)) if set(needed) <= set(table.columns) else table[:0]
     if shown.empty:
         raise ScbinInputError("A06", f"none of the {len(table)} rows of the table has a number in all of {needed}.")
@@ -300,8 +300,9 @@ def _draw_genes(
     found = (table.get("fdr", pd.Series(np.nan, index=table.index)) < SIGNIFICANT).to_numpy()
     rises = (table.get("effect_size", table["shift"]) > 0).to_numpy()
     exact = table.get("exact", table["gene"].notna()).to_numpy(dtype=bool)
-    kinds = {"towards the goal" if signed else "further than matched genes": (found & rises, _style.MAIN)}
-    kinds["away from the goal" if signed else "less far"] = (found & ~rises, _style.SECOND)
+    words = ("towards the goal", "away from the goal") if signed else ("further than matched genes", "less far")
+    words = ("more", "less") if params.get("level") == "expression" else words
+    kinds = {words[0]: (found & rises, _style.MAIN), words[1]: (found & ~rises, _style.SECOND)}
     kinds["not significant"] = (~found, OTHER)
     handles: dict[str, Any] = {}
     for word, (some, colour) in kinds.items():
@@ -327,6 +328,8 @@ def _shift_label(params: Mapping[str, Any]) -> str:
     goal, start, key = (params.get(name) for name in ("goal", "start", "state_key"))
     if params.get("level") == "phenotype":
         return f"change of predicted {key}" if goal is None else f"change of P({key} = {goal})"
+    if params.get("level") == "expression":
+        return "change of the expected log counts"
     if goal is None:
         return "shift of the cell (1 - cosine)"
     return f"{'' if start is None else f'{start} cells moved '}towards {goal} (change of cosine)"

@@ -41,7 +41,7 @@ def age_gap(
     donor_key
         Column of `obs` with donors. One sampled at several ages counts as several.
     groupby
-        Column of `obs`, such as the cell type: a gap of each donor in each group, and a line for each.
+        Column of `obs`, such as the cell type: a gap of each donor in each group, and a line for each, where there are donors enough.
     compare
         Column of `obs` by which donors are compared, such as a disease; it becomes a column of the table.
     reference
@@ -50,7 +50,8 @@ def age_gap(
     Returns
     -------
     A table with a row for each donor (and group): `n_cells`, `truth`, `predicted` (the mean over the cells), `gap` (predicted - true),
-    `expected` (the line at the true age) and `corrected_gap` (predicted - expected). Test on its rows, not on cells. Sets the field:
+    `expected` (the line at the true age; NaN in groups of fewer than four donors of different ages) and `corrected_gap` (predicted -
+    expected). Test on its rows, not on cells. Sets the field:
 
     `adata.uns["scbin"]["age_gap"]`
         The same table; :func:`scbin.pl.age_gap` and :func:`scbin.pl.clock` draw it.
@@ -58,7 +59,7 @@ def age_gap(
     Raises
     ------
     ScbinInputError
-        If classes were predicted, or fewer than four donors have different ages.
+        If classes were predicted, or no group has four donors of different ages.
 
     Examples
     --------
@@ -75,9 +76,8 @@ def age_gap(
     keys = {"donor": donor_key, "group": groupby, "compare": compare}
     obs = pd.DataFrame({name: read_obs(adata, key).astype(object) for name, key in keys.items() if key is not None})
     if reference is not None and reference not in set(obs.get("compare", ())):
-        raise ScbinInputError(
-            "A06", f"reference={reference!r} is not a value of obs[{compare!r}]; name it in compare=."
-        )
+        found = f"reference={reference!r} is not a value of obs[{compare!r}]"
+        raise ScbinInputError("A06", f"{found}; name its column in compare=.")
     obs = obs.iloc[found.cells].assign(truth=found.truth, predicted=found.predicted).dropna(subset="predicted")
     by = [name for name in ("donor", "group", "truth", "compare") if name in obs]
     table = obs.groupby(by)["predicted"].agg(n_cells="size", predicted="mean").reset_index()
@@ -85,10 +85,12 @@ def age_gap(
     table["expected"] = np.nan
     for _, rows in table.groupby("group" if groupby else np.zeros(len(table))):
         fitted = rows if reference is None else rows[rows["compare"] == reference]
-        if (n_ages := fitted["truth"].nunique()) < FEWEST:
-            raise ScbinInputError("P02", f"a line needs {FEWEST} donors of different ages; there are {n_ages}.")
-        slope, level = np.polyfit(fitted["truth"], fitted["predicted"], 1)
-        table.loc[rows.index, "expected"] = level + slope * rows["truth"]
+        if fitted["truth"].nunique() >= FEWEST:
+            slope, level = np.polyfit(fitted["truth"], fitted["predicted"], 1)
+            table.loc[rows.index, "expected"] = level + slope * rows["truth"]
+    if table["expected"].isna().all():
+        found = f"there are {table['truth'].nunique()} in all"
+        raise ScbinInputError("P02", f"a line needs {FEWEST} donors of different ages in a group; {found}.")
     table["corrected_gap"] = table["predicted"] - table["expected"]
     write_uns(adata, _keys.AGE_GAP, table)
     return table.copy()
