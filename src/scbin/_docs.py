@@ -19,11 +19,11 @@ PARAMETERS = {
     # ---- model and training
     "model": "A :class:`scbin.Model`, the path of its directory, or the id of a published one. Default: the model that was trained "
     "on these cells.",
-    "training": "Batches, learning rate and schedule, see :class:`scbin.Training`. Default: those of the model's preset.",
-    "save_dir": "Directory for checkpoints. A run that was stopped is continued from there, to the same weights.",
+    "training": "Batches, learning rate and schedule, see :class:`scbin.Training`. Default: those of the preset.",
+    "save_dir": "Directory for checkpoints, from which an interrupted run continues to the same weights.",
     # ---- computing
     "device": '`"auto"` takes cuda, then mps, then cpu, and logs its choice.',
-    "precision": 'Type of the matrix products: `"float32"`, `"bfloat16"`, or `"auto"`: bfloat16 on GPUs that have it, else float32.',
+    "precision": 'Type of matrix products: `"float32"`, `"bfloat16"`, or `"auto"`: bfloat16 on GPUs that have it, else float32.',
     "token_budget": "Most tokens that go through the network at once. Lower it if memory is short.",
     "progress": "Show a progress bar.",
     "seed": "The same seed gives the same result.",
@@ -37,20 +37,18 @@ PARAMETERS = {
     "returns_copy": "\nReturns `None` if `copy=False`, else returns an `AnnData` object. Sets the following fields:",
     # ---- predictions
     "predictions": "adata\n    Cells with predictions (:func:`scbin.tl.predict`).\ntarget\n    What was predicted.\n"
-    "truth_key\n    Column of `obs` with the truth. Default: the one that is called as the target.\n"
-    'cells\n    `"auto"`: the cells that `obs["scbin_split"]` calls test, where there are any; `"all"`.',
+    "truth_key\n    Column of `obs` with the true values. Default: the one with the name of the target.\n"
+    'cells\n    `"auto"`: the test cells of `obs["scbin_split"]`, if there are any; `"all"`: all cells.',
     # ---- plots
     "color": "A column of `obs` or a gene.",
     "basis": "The embedding in `obsm`.",
     "perturbed": "adata\n    Cells after `scbin.tl.perturb`.\n"
     'key\n    Entry of `uns` with the perturbation. Default: `"scbin_perturb"`.',
     "genes_named": "n_genes\n    How many genes to name at either end.\ngenes\n    Genes to name instead.",
-    "cmap": "Colour map of matplotlib.",
-    "title": "Text above the axes.",
     "ax": "The axes to draw in. Default: those of a new figure.",
     "axes": "ax\n    The axes to draw in. Default: those of a new figure.\n\nReturns\n-------\nThe axes.",
 }
-"""What a line `{name}` of a docstring becomes: an entry of that name with this text, or, where it has several lines, the text."""
+"""The text for a line `{name}` of a docstring: an entry of that name, or, if it has several lines, these lines."""
 
 _PLACEHOLDER = re.compile(r"^([ \t]*)\{([a-z_]+)\}[ \t]*$", re.MULTILINE)
 

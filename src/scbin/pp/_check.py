@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @checked
 def check(adata: AnnData, *, quiet: bool = False, **arguments: Any) -> pd.DataFrame:
-    """Print what was found in an AnnData and what :func:`scbin.pp.tokenize` would make of it.
+    """Check an AnnData, and print what :func:`scbin.pp.tokenize` would do with it.
 
-    Call it first on data you do not know. Nothing is changed; what would be an error is a row of the table.
+    Call it first on new data. Nothing is changed, and errors are rows of the table.
 
     Parameters
     ----------

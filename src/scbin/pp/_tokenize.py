@@ -53,22 +53,22 @@ def tokenize(
 ) -> AnnData | list[Path] | None:
     """Turn each cell into a row of tokens, ready for a model.
 
-    Call it on raw counts or on log1p values; which of the two the matrix holds is found out from its values and said in one
-    line. Log1p values from which the counts can be had back exactly are read as counts. The matrix itself is only read, by
-    blocks of rows, so backed and dask data stream.
+    The matrix may hold raw counts or log1p values; which of the two is inferred from the values. Log1p values that can be turned
+    back into counts exactly are read as counts. The matrix is read in blocks of rows, which may be backed or dask arrays, and
+    does not change.
 
     Parameters
     ----------
     adata
-        Cells by genes; or files of them, see :func:`scbin.open_tokens` for how they can be named. Files are read by blocks, so they need
-        not fit into memory. Their genes are united by name; a vocabulary is made from all cells.
+        Cells by genes; or files, see :func:`scbin.open_tokens` for how to name them. Files are read in blocks, so they need not
+        fit into memory. Their genes are joined by name, and one vocabulary is made from all cells.
     out
-        For files: the folder to write files with tokens to, under the same names, or a name with `{}` in it for that of each file,
-        `"corpus/{}.zarr"`. They have obs, var and tokens, not the matrix. A file that is there is not made again, so a call that was
-        interrupted is repeated to continue.
+        For files: the folder for the files with tokens, which keep their names, or a pattern with `{}` for the name, such as
+        `"corpus/{}.zarr"`. They have obs, var and tokens, but not the matrix. Existing files are not made again, so repeat an
+        interrupted call to continue it.
     encoding
-        What a token says: `"bins"` how much of a gene, `"binary"` whether a gene is expressed, `"rank"` which gene comes
-        at this rank of the cell, `"gene_bins"` gene and amount jointly.
+        What a token means: the amount of a gene (`"bins"`), whether a gene is expressed (`"binary"`), the gene at a rank
+        (`"rank"`), or gene and amount (`"gene_bins"`).
     rule
         How values become bins. `"counts"`, the default for `"bins"` where counts are known: one molecule is bin 1, two are bin
         2, exact to 16, then in steps of 15 %. `"linear"`, the default else: bins of log1p values. `"log2"`, the default for
@@ -77,8 +77,8 @@ def tokenize(
     phenotypes
         Columns of `obs` that become control tokens: a list, or `{category: column}`.
     like
-        A model, a vocabulary or a model directory: use its vocabulary, matching genes by name. The arguments that would shape a
-        new vocabulary are ignored then.
+        A model, a vocabulary or a model directory, whose vocabulary is used. Genes are matched by name, and arguments for a new
+        vocabulary are ignored.
     {layer}
     values
         What the matrix holds: `"counts"` or `"log1p"`; `"auto"` decides from the values.
@@ -88,35 +88,35 @@ def tokenize(
         Number of highly variable genes to use; not for `"rank"`. They are chosen by Pearson residuals, as
         :func:`scanpy.experimental.pp.highly_variable_genes` does, where counts are known, else by dispersion.
     mask_var
-        Boolean column of `var` that marks the genes to use instead of the most variable ones, such as `"highly_variable"`, which
-        all of scanpy's rules write.
+        Boolean column of `var` with the genes to use instead of the most variable ones, such as scanpy's `"highly_variable"`.
     tokenization
-        Finer choices, see :class:`scbin.Tokenization`.
+        Further options, see :class:`scbin.Tokenization`.
     key_added
-        Name in `obsm` instead of `"X_tokens"`; the entries of `obs` and `uns` then have `_` and this name behind theirs. Pass it
-        on as `tokens_key=`.
+        Name in `obsm` instead of `"X_tokens"`, which is also appended to the names in `obs` and `uns`. Pass it to other functions
+        as `tokens_key=`.
     workers
-        Processes that tokenize files side by side.
+        Number of processes that tokenize files in parallel.
     client
-        A `dask.distributed.Client`, whose workers then do it; they have to see the files under the same paths. Needs `scbin[dask]`.
+        A `dask.distributed.Client` whose workers tokenize the files; they need the files under the same paths. Needs
+        `scbin[dask]`.
     {copy}
 
     Returns
     -------
-    For files the paths of those written, each an AnnData with the fields below. Else:
+    For files, the paths of the files written, each an AnnData with the fields below. Otherwise:
 
     {returns_copy}
 
     `adata.obsm["X_tokens"]`
         Token ids, CSR (cells, positions).
     `adata.obs["scbin_status"]`
-        "ok", or why a cell has no tokens: "empty" or "no_vocab_gene".
+        "ok", or why the cell has no tokens: "empty" or "no_vocab_gene".
     `adata.obs["scbin_vocabulary"]`
-        Fingerprint of the vocabulary, which stays with each cell when tables are joined or cut.
+        Fingerprint of the vocabulary, which stays with each cell through `anndata.concat` and subsetting.
     `adata.uns["scbin"]["vocabulary"]`
-        What the ids and positions mean, as JSON.
+        The vocabulary, as JSON.
     `adata.uns["scbin"]["tokenize"]`
-        What the matrix was taken for, and how the genes matched, as JSON.
+        The unit of the matrix and how the genes matched, as JSON.
 
     Raises
     ------

@@ -30,22 +30,22 @@ def age_gap(
     compare: str | None = None,
     reference: str | None = None,
 ) -> pd.DataFrame:
-    """Average a predicted number by donor, and compare it with the true one: the age gap, with donors as replicates.
+    """Compute the age gap: the mean prediction for each donor, compared with the true value.
 
-    Predictions lean towards the mean, so that the young look too old and the old too young. The corrected gap is what is left beside a
-    line through the donors, of the predicted number on the true one.
+    Predictions are biased towards the mean, so the young look too old and the old too young. The corrected gap is the residual of
+    a regression over the donors, of predicted on true values.
 
     Parameters
     ----------
     {predictions}
     donor_key
-        Column of `obs` with donors. One sampled at several ages counts as several.
+        Column of `obs` with donors. A donor sampled at several ages counts as several.
     groupby
-        Column of `obs`, such as the cell type: a gap of each donor in each group, and a line for each, where there are donors enough.
+        Column of `obs`, such as the cell type, for a gap of each donor in each group.
     compare
         Column of `obs` by which donors are compared, such as a disease; it becomes a column of the table.
     reference
-        The line goes through the donors of this value of `compare`, such as the healthy ones. Default: all donors.
+        The regression is fitted on donors with this value of `compare`, such as the healthy ones. Default: all donors.
 
     Returns
     -------

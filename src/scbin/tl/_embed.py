@@ -51,11 +51,11 @@ def embed(
     key_added: str | None = None,
     copy: bool = False,
 ) -> ad.AnnData | list[Path] | None:
-    """Give every cell its vector, for neighbours, UMAP, clustering or a classifier.
+    """Compute the vector of every cell, for neighbours, UMAP, clustering or classification.
 
-    The vector of a cell depends on its tokens and the model alone: not on the other cells, their order, the token budget or,
-    to 1e-5 with `precision="float32"`, the device. Where the model was trained with a `batch_key`, it depends on the cell's batch too, if `obs` has
-    that column.
+    The vector of a cell depends only on its tokens and the model: not on other cells, their order, the token budget or, to 1e-5
+    with `precision="float32"`, the device. If the model was trained with a `batch_key`, and `obs` has that column, it also
+    depends on the batch.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ def embed(
         (:class:`scbin.tokens.tokens.Tokens`) give a new one.
     {model}
     layer
-        Instead of the model's own vector, pooled hidden states of a layer: -1 the last one, -2 the one before, 0 the embeddings.
+        Use the pooled hidden states of a layer instead of the cell vector: -1 the last one, -2 the one before, 0 the embeddings.
     pooling
         How they are pooled: `"weighted"` by expression (default), `"mean"` over the genes, or `"cls"`.
     {phenotypes_shown}
@@ -84,7 +84,7 @@ def embed(
     {returns_copy}
 
     `adata.obsm["X_scbin"]`
-        One float32 vector per cell; NaN for cells without tokens (see `obs["scbin_status"]`).
+        One float32 vector per cell; NaN for cells without tokens, see `obs["scbin_status"]`.
     `adata.uns["scbin"]["embed"]`
         How it was made, as JSON.
 

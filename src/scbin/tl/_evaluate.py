@@ -59,34 +59,34 @@ def evaluate(
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Score a model's predictions, with simple methods beside it on the same cells.
+    """Score the predictions of a model, and those of simple methods on the same cells.
 
-    A score by itself says little: logistic regression alone recognises the type of nine blood cells in ten. So each table has
-    the rows to beat. For classes: the majority class, and balanced logistic regression on log expression. For numbers: the mean,
-    and ridge regression. Both have their penalty by cross-validation. For masked genes: the most frequent bin of the gene, and
-    negative binomials of gene x depth and of gene x depth x PCA scores. They read the same tokens as the model.
+    A score alone says little: logistic regression finds the type of nine in ten blood cells. So the table has baselines. For
+    classes: the majority class, and balanced logistic regression on log expression. For numbers: the mean, and ridge regression.
+    The penalties are chosen by cross-validation. For masked genes: the most frequent bin of the gene, and negative binomials of
+    gene x depth and of gene x depth x PCA scores. They read the same tokens as the model.
 
     Parameters
     ----------
     adata
-        Tokenized cells with the truth in `obs`. Files of them (see :func:`scbin.open_tokens`) are read into memory; nothing is
-        written then.
+        Tokenized cells with the true values in `obs`. Files (see :func:`scbin.open_tokens`) are read into memory, and nothing is
+        written.
     model
         A :class:`scbin.Model`, or the path of one. Default: the model trained on these cells.
     target
-        What is predicted; `"genes"` for prediction of genes of which 15 % are masked. Default: the model's only target. With
-        `level="gene"` `{class: genes}`, or a column of `var`.
+        What is predicted; `"genes"` for the prediction of masked genes (15 %). Default: the only target of the model. With
+        `level="gene"`: `{class: genes}`, or a column of `var`.
     level
-        `"gene"`: how well classes of genes can be told by what the model knows of genes (its hidden states, its count head), beside
-        simple features of their expression. Logistic regressions, cross-validated over genes four times, with the spread over folds.
+        `"gene"`: how well classes of genes are predicted from hidden states and count loadings, compared with simple features of
+        their expression, by logistic regression, cross-validated over genes four times, with the spread over folds.
     truth_key
         Column of `obs` with the truth. Default: `target`.
     split_key
-        Column of `obs` that says which cells are `"train"`, `"validation"` and `"test"`; only the last are scored, the simple
-        methods learn from the others. Default: `"scbin_split"`. A column of donors or batches cross-validates the simple methods
-        by them; with no split at all, they are cross-validated over cells.
+        Column of `obs` with `"train"`, `"validation"` and `"test"`. Test cells are scored, and baselines are fitted on the
+        others. Default: `"scbin_split"`. With a column of donors or batches, baselines are cross-validated by donor; without any
+        split, over cells.
     baselines
-        Whether to run the simple methods.
+        Whether to run the baselines.
     {tokens_key}
     {device}
     {token_budget}
@@ -101,13 +101,13 @@ def evaluate(
     `adata.uns["scbin"]["evaluate"]`
         The scores of this and earlier targets, as a `DataFrame`.
 
-    For classes, means are over the classes that scored cells have: macro recall is then the balanced accuracy. A cell without a
-    prediction counts as wrong; of numbers such cells are left out.
+    Means are over the classes of the scored cells, so macro recall is the balanced accuracy. A cell without a predicted class
+    counts as wrong; cells without a predicted number are left out.
 
     Raises
     ------
     ScbinInputError
-        If there is no truth, nothing to compare, or several targets and none is named.
+        If there are no true values, nothing to compare, or several targets of which none is named.
 
     Examples
     --------

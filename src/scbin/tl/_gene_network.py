@@ -158,29 +158,29 @@ def attention(
     device: str = "auto",
     token_budget: int = 32_768,
 ) -> list[sparse.csr_matrix]:
-    """Return the attention among the genes of some cells, of a model with a BERT.
+    """Return the attention between the genes of some cells, for a model with a BERT.
 
-    It is what the network reads, not how genes regulate each other: see what networks by attention are worth before you interpret it.
+    Attention is not regulation: see :doc:`/knowledge` for how networks made from it compare with known targets.
 
     Parameters
     ----------
     {tokenized}
     {model}
     cells
-        Which cells, by number or name.
+        Numbers or names of cells.
     layer
-        Of which layer, from 1; -1 is the last.
+        The layer, from 1; -1 is the last.
     head
-        Of which head, from 0. Default: the mean over all heads.
+        The head, from 0. Default: the mean over all heads.
     {tokens_key}
     {device}
     {token_budget}
 
     Returns
     -------
-    For each cell a CSR matrix (genes, genes) by the columns of `adata`: in row i, how the token of gene i shares its attention out among
-    the genes of the cell. What goes to `[CLS]` and other control tokens is left out, so that rows sum to less than 1. For means over groups
-    of cells see :func:`scbin.tl.gene_network`.
+    For each cell a CSR matrix (genes, genes) in the order of `adata.var_names`; row i has the attention of gene i to each gene of
+    the cell. Attention to control tokens is left out, so rows sum to less than 1. For means over groups of cells see
+    :func:`scbin.tl.gene_network`.
 
     Raises
     ------

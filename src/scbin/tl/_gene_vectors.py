@@ -46,10 +46,10 @@ def embed_genes(
     key_added: str | None = None,
     copy: bool = False,
 ) -> AnnData | None:
-    """Give every gene its vector, for classes of genes or a map of them. Its neighbours: :func:`scbin.tl.gene_network`.
+    """Compute a vector for every gene, for classes or a map of genes. For neighbours of genes see :func:`scbin.tl.gene_network`.
 
-    A default model (`backbone="mlp"`) has trained its count head, not the hidden states of its tokens: take `"loadings"` there. Hidden
-    states mean something where genes were masked in pretraining (`masking=scbin.Masking()`), or in a published model.
+    A default model (`backbone="mlp"`) trains its count head, but not the hidden states of tokens: use `"loadings"`. Hidden states
+    are meaningful if genes were masked in pretraining (`masking=scbin.Masking()`), and in published models.
 
     Parameters
     ----------
@@ -58,9 +58,9 @@ def embed_genes(
     vectors
         `"context"`: the mean hidden state of the gene's token over the cells that express it, behind the layer that the cell vector
         reads, or the last one where it reads none. `"static"`: the gene's row in the input table, the same in every cell.
-        `"loadings"`: how the expected counts of the gene follow the cell vector.
+        `"loadings"`: the gene's loadings in the count head.
     groupby
-        Column of `obs`: the means in each group of cells, too. For `"context"`.
+        Column of `obs`, for means in each group of cells, too. For `"context"`.
     {reading}
     {key_added}
     {copy}
@@ -74,7 +74,7 @@ def embed_genes(
     `adata.varm["scbin_genes_groups"]`
         With `groupby`: the same by group (genes, groups, size).
     `adata.var["scbin_n_cells"]`
-        How many cells a mean is over; for `"context"`.
+        Number of cells in each mean; for `"context"`.
     `adata.uns["scbin"]["scbin_genes"]`
         How they were made, and the names of the groups in order, as JSON.
 
@@ -126,9 +126,9 @@ def embed_genes(
 
 
 def embed_phenotypes(model: Model | str | os.PathLike[str]) -> pd.DataFrame:
-    """Return the vectors of all values of all phenotypes, as the model has learned them as tokens.
+    """Return the vectors of all values of all phenotypes, from their tokens.
 
-    Neighbours among them say which tissues, diseases or ages the model takes for alike, where it was pretrained with them.
+    Their neighbours show which tissues, diseases or ages are similar to a model that was pretrained with them.
 
     Parameters
     ----------
