@@ -40,13 +40,13 @@ class Model:
     Parameters
     ----------
     network
-        All that was learned: backbone, cell vector and heads, on the CPU.
+        All learned parts: backbone, cell vector and heads, on the CPU.
     vocabulary
         What it reads: genes, phenotypes and their tokens.
     training
-        How it was trained: plain values by name. Numbers of numpy, arrays and paths are made plain, NaN becomes None.
+        A record of its training, as plain values by name.
     history
-        What was measured during training, one row per step.
+        The losses during training, one row per step.
 
     Examples
     --------

@@ -29,30 +29,30 @@ def perturbseq(
 ) -> AnnData:
     """Simulate a CRISPRi screen in which the effect of every perturbation is known.
 
-    Genes belong to modules that vary together in unperturbed cells. Knocking down a gene lowers its own module, moves others through a
-    wiring of modules, touches a few genes directly, and causes a response that all perturbations share. A pair adds up its two
-    genes, plus a synergy that depends on the two modules. A fifth of the targets do nothing else. Cells have about 1,000 counts and
-    come from two batches and four donors, which differ in every gene.
+    Genes belong to modules that vary together in unperturbed cells. Knocking down a gene lowers its own module, affects other
+    modules and a few genes directly, and causes a response that all perturbations share. The effect of a pair is the sum of its
+    genes plus a synergy that depends on both modules. A fifth of the targets affect no other gene. Cells have about 1,000 counts
+    and come from two batches and four donors, which differ in every gene.
 
     Parameters
     ----------
     n_perturbations
-        Targets, the first genes of the table.
+        Number of targets, the first genes of the table.
     n_cells
-        Cells in all; a tenth of them, at least 100, are controls.
+        Number of cells; a tenth of them, at least 100, are controls.
     n_genes
         Genes.
     n_modules
-        Modules of genes. A tenth of the genes belong to none, but no target.
+        Number of modules. A tenth of the genes, none of them a target, belong to no module.
     n_pairs
-        Pairs of targets that are perturbed together.
+        Number of pairs of targets.
     effect
-        Size of all effects but that on the target itself; 0 is a screen of pure noise.
+        Size of all effects other than that on the target itself; with 0 there is only noise.
     known_modules
-        Whether a target acts through the module that it varies with. If not, through one drawn at random: effects are real, and
-        no feature of the target foretells them.
+        Whether a target acts through its own module. If not, it acts through a random one, and no feature of the target predicts
+        its effects.
     synergy
-        Size of what a pair does beyond the sum, relative to the effect of a module.
+        Size of the synergy of pairs, relative to the effect of a module.
     efficiency
         Mean fraction of cells in which a guide works. There are three guides for each gene.
     seed

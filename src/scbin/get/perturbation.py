@@ -41,10 +41,10 @@ def perturb_df(
     min_cells: int = 5,
     style: Literal["scbin", "geneformer"] = "scbin",
 ) -> pd.DataFrame:
-    """Return the table of an in silico perturbation, sorted by what was asked.
+    """Return the table of an in silico perturbation.
 
-    First are the genes that move cells straightest to the goal (`alignment`) where there is a goal, else those of the largest
-    `effect_size`, else `shift`. Affected genes stay in their order.
+    If there is a goal, genes are sorted by how directly they move cells there (`alignment`), else by `effect_size` or `shift`.
+    Affected genes are not sorted.
 
     Parameters
     ----------
@@ -53,10 +53,10 @@ def perturb_df(
     key
         Entry of `uns`. Default: `"scbin_perturb"`.
     min_cells
-        Leave out rows that rest on fewer cells: a gene seen in one or two is often the most extreme by chance.
+        Leave out rows with fewer cells, which are often extreme by chance.
     style
-        `"geneformer"` gives the columns of Geneformer's statistics that the table has, under its names: shifts to a goal as they
-        are, else cosines (1 is no effect). Ensembl ids come from `adata.var["ensembl_id"]`, where that is there.
+        `"geneformer"` uses the column names of Geneformer's statistics: shifts to a goal as they are, else cosines (1 is no
+        effect). Ensembl ids come from `adata.var["ensembl_id"]`, if there are any.
 
     Returns
     -------

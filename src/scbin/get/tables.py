@@ -26,11 +26,11 @@ def history_df(source: AnnData | pd.DataFrame | Any) -> pd.DataFrame:
     Parameters
     ----------
     source
-        The `Model` that was trained, or the `AnnData` that it was trained on.
+        The trained `Model`, or the `AnnData` on which it was trained.
 
     Returns
     -------
-    A copy of the history. Row 0 is the network at its start, then there is a row per step: `step`, `epoch`, `loss`, each loss
+    A copy of the history. Row 0 is the network at the start, followed by a row per step: `step`, `epoch`, `loss`, each loss
     by name (`loss_genes` ...) and on the held-out cells (`validation_genes` ..., NaN where it was not measured),
     `learning_rate`, `tokens_per_second` and more.
 
@@ -52,13 +52,13 @@ def history_df(source: AnnData | pd.DataFrame | Any) -> pd.DataFrame:
 
 @_docs.shared
 def tokens_df(adata: AnnData | Tokens, cell: int | str = 0, *, tokens_key: str | None = None) -> pd.DataFrame:
-    """Return what the model reads of one cell: one row per token, in the order of the positions.
+    """Return the tokens of one cell, in the order of their positions.
 
     Parameters
     ----------
     {tokenized}
     cell
-        The cell, by number or by name.
+        Number or name of the cell.
     {tokens_key}
 
     Returns
@@ -66,15 +66,15 @@ def tokens_df(adata: AnnData | Tokens, cell: int | str = 0, *, tokens_key: str |
     A table with the columns
 
     `position`, `token_id`, `text`
-        What the model gets, and the same in words.
+        The token, as numbers and in words.
     `kind`, `name`
-        `"special"`, `"phenotype"` or `"gene"`, and which phenotype or gene.
+        `"special"`, `"phenotype"` or `"gene"`, and the name of the phenotype or gene.
     `bin`
         Number of the bin or count token of the gene, 0 for the lowest; NaN for `"rank"`.
     `value`
         The expression that the token stands for.
     `rank`
-        1 for the gene that comes first in the cell; only for `"rank"`, else NaN.
+        Rank of the gene in the cell, from 1; only for `"rank"`, else NaN.
 
     Examples
     --------
@@ -114,14 +114,14 @@ def cell_number(cell: int | str, tokens: Tokens) -> int:
 
 
 def evaluate_df(adata: AnnData, target: str | None = None) -> pd.DataFrame:
-    """Return what :func:`scbin.tl.evaluate` found: one row per method, one column per score.
+    """Return the scores of :func:`scbin.tl.evaluate`: one row per method, one column per score.
 
     Parameters
     ----------
     adata
-        Cells that were evaluated on.
+        Cells that were scored.
     target
-        Which evaluation, where there were several. Default: all of them, with `target` as first column.
+        The target, if there are several. Default: all of them, with `target` as first column.
 
     Returns
     -------
@@ -155,7 +155,7 @@ def network_df(
     adata
         Cells with a network (:func:`scbin.tl.gene_network`).
     genes
-        Edges from these genes, such as transcription factors; none from genes that the model does not read. Default: all edges.
+        Edges from these genes, such as transcription factors. Default: all edges.
     group
         The network of this group of cells. Default: that of all cells.
     key

@@ -72,9 +72,9 @@ def check_limits(values: Mapping[str, Any], limits: Mapping[str, tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Network:
-    """Shape of a network. How it is trained is a :class:`scbin.Training`.
+    """Shape of a network. For its training see :class:`scbin.Training`.
 
-    The names are those of `transformers.BertConfig`; what one backbone has no use for, it leaves alone.
+    The names are those of `transformers.BertConfig`. A backbone ignores settings that it does not need.
 
     Parameters
     ----------

@@ -87,17 +87,17 @@ def finetune(
     """Train a model on the labels of cells (their type, the age of a donor) or of genes.
 
     The head starts from a linear probe: the mean of scikit-learn's logistic (or ridge) regressions on the log expression of each
-    gene, on the cell's vector, and on both, or the first alone where that is better by cross-validation (by donor where donors are
-    kept apart). Then network and head are trained together, with some genes of every cell left out at random. That is kept only
-    where the loss of held-out cells is better by more than two standard errors. One line says what came out, beside the same probe
-    without the network. Phenotype tokens are masked, so that no label leaks through its own token.
+    gene, on the cell vector, and on both, or the first alone if that is better in cross-validation (by donor if the split is by
+    donor). Network and head are then trained together, with some genes of every cell left out at random. The result is kept only
+    if the loss on held-out cells is better by more than two standard errors. The same probe without the network is printed for
+    comparison. Phenotype tokens are masked, so that no label leaks through its own token.
 
     Parameters
     ----------
     {tokenized}
     model
-        A :class:`scbin.Model`, or the path of one; it stays as it is. `"new"` takes an untrained network that starts from the data.
-        Default: the model trained on these cells, or else a new one.
+        A :class:`scbin.Model`, or the path of one; it does not change. `"new"` is an untrained network that starts from the data.
+        Default: the model trained on these cells, if there is one, else a new one.
     target
         Column of `obs`, a matrix in `obsm` (each column is a number to learn, such as a protein), or several of them. Cells without
         a label are left out: NaN, and `""`, `"unknown"`, `"nan"`, `"na"`, `"n/a"` and `"<NA>"` in any case. With `level="gene"`
@@ -105,22 +105,22 @@ def finetune(
     kind
         `"class"` or `"number"`, such as an age; also by column.
     level
-        `"cell"`, or `"gene"`: labels are those of genes. The head starts from simple features of their expression, which were
-        measured to be better than hidden states.
+        `"cell"`, or `"gene"` for labels of genes. Their head starts from simple features of expression, which were better than
+        hidden states.
     split_key
-        Column of `obs` with donors or batches, none of which is then both in training and validation; or with `"train"`,
-        `"validation"` and `"test"`. Default: `"scbin_split"`, where :func:`scbin.tl.split` named test cells, which are never looked at.
+        Column of `obs` with donors or batches, each of which is then in training or in validation; or with `"train"`,
+        `"validation"` and `"test"`. Default: `"scbin_split"`, from :func:`scbin.tl.split`, whose test cells are not used.
     class_weights
-        `"balanced"`: every class counts alike in the loss.
+        `"balanced"`: every class has the same weight in the loss.
     freeze
-        Number of layers of the backbone that stay as they are, from the first.
+        Number of layers of the backbone, from the first, that do not change.
     lora
-        Train low-rank adapters in place of the backbone's weights, and merge them in the end. Needs `scbin[lora]`.
+        Train low-rank adapters instead of the weights of the backbone, and merge them at the end. Needs `scbin[lora]`.
     finetuning
         How labels are held out and learned (:class:`scbin.Finetuning`).
     {training}
     max_steps
-        Stop after so many steps; 0 keeps to the linear probe, and the network as it is.
+        Maximum number of steps; 0 keeps the linear probe and does not change the network.
     {tokens_key}
     {save_dir}
     {device}
@@ -136,12 +136,12 @@ def finetune(
     `adata.uns["scbin"]["finetune"]`
         How the model was made and its held-out losses, as JSON.
     `adata.uns["scbin"]["finetune_history"]`
-        Losses of every step, as a `DataFrame`; none where nothing was trained.
+        Losses of every step, as a `DataFrame`, if there was training.
 
     Raises
     ------
     ScbinInputError
-        If a column is missing, looks continuous where classes are meant, or has one class only.
+        If a column is missing, looks continuous although classes are expected, or has only one class.
 
     Notes
     -----

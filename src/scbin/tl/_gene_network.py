@@ -60,7 +60,7 @@ def gene_network(
     key_added: str | None = None,
     copy: bool = False,
 ) -> AnnData | None:
-    """Find the neighbours of genes in a model: genes that look alike to it, that it expects together, or that act on each other in it.
+    """Compute a network of genes that have similar vectors, vary together, or affect each other in the model.
 
     None of them is regulation. Against known targets of transcription factors all are close to plain co-expression, the default the
     furthest above it on average; the page on knowledge has the numbers.
@@ -79,7 +79,7 @@ def gene_network(
     groupby
         Column of `obs`: a network for each group of cells. `"covariance"` tells groups apart best.
     n_edges
-        Keep so many edges from each gene, the strongest; 0 or `None` keeps all.
+        Number of edges to keep from each gene, the strongest; 0 or `None` keeps all.
     {reading}
     {key_added}
     {copy}
@@ -225,10 +225,10 @@ def gene_association(
     token_budget: int = 32_768,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Ask the model which genes go with a phenotype: log fold changes of the counts it expects of groups of cells.
+    """Find genes associated with a phenotype: log fold changes of expected counts between groups of cells.
 
-    The model places every cell by all its genes, and its count head says how much of each gene such a cell expresses. That is smoother
-    than the counts: worth a look for groups of few cells and for genes of few counts. The plain fold change stands beside it.
+    Expected counts come from the count head, given the cell vector. They are smoother than counts, which helps with small groups
+    and rarely detected genes. The table also has the fold change of the counts.
 
     Parameters
     ----------
@@ -237,20 +237,20 @@ def gene_association(
     groupby
         Column of `obs`: cell types, a disease, a treatment.
     groups
-        Which of its groups. Default: all.
+        The groups to compare. Default: all.
     reference
-        What they are compared with: `"rest"`, all other cells, or one group.
+        What they are compared with: all other cells (`"rest"`), or one group.
     donor_key
-        Column of `obs` with donors: these are then what is counted, not cells. Where three donors or more have cells on both sides, each is
-        compared with itself. Without it cells are taken for independent, and intervals are too narrow for any claim about people.
+        Column of `obs` with donors, who are then the replicates. If three or more donors have cells in both groups, the test is
+        paired. Without donors, cells are treated as independent, and intervals are too narrow for statements about people.
     {reading}
 
     Returns
     -------
-    A table with a row per group and gene, the largest change first: `log_fold_change` (to base 2), its 95 % interval `lower` and `upper`,
-    `p_value` (Welch's t test, or the paired one) and `fdr` (Benjamini-Hochberg in each group), `plain_log_fold_change` of the mean
-    counts per 10,000, and `n`, `n_reference` and `unit`, what was counted: donors, or cells, of which 5,000 on a side are enough. Nothing
-    is written.
+    A table with a row per group and gene, the largest change first: `log_fold_change` (to base 2), its 95 % interval `lower` and
+    `upper`, `p_value` (Welch's t test, or the paired one) and `fdr` (Benjamini-Hochberg in each group), `plain_log_fold_change`
+    of the mean counts per 10,000, and `n`, `n_reference` and `unit`: the numbers of donors, or of cells, of which at most 5,000
+    per group are used. Nothing is written.
 
     Raises
     ------

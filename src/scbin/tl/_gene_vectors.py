@@ -169,10 +169,9 @@ def vector_distances(
     metric: Literal["mahalanobis", "cosine", "variance"] = "mahalanobis",
     key: str | None = None,
 ) -> pd.DataFrame:
-    """Return the distances between the vectors of genes, or of the values of phenotypes, or the variance of each vector.
+    """Return the distances between vectors of genes or of phenotypes, or the variance of each vector.
 
-    For a map or a clustering of genes, and to see which genes lie apart from all others. Neighbours of a gene, strongest first:
-    :func:`scbin.tl.gene_network`.
+    Use them for a map or a clustering of genes. For the neighbours of a gene see :func:`scbin.tl.gene_network`.
 
     Parameters
     ----------
@@ -180,9 +179,9 @@ def vector_distances(
         Cells after :func:`scbin.tl.embed_genes`, or a table with a row for each vector, such as that of
         :func:`scbin.tl.embed_phenotypes`.
     metric
-        `"mahalanobis"`: the length of the difference in units of how all vectors scatter, so that no direction counts for its size alone.
-        The covariance is shrunk as Ledoit and Wolf do, for it has no inverse where vectors are longer than they are many. `"cosine"`: 1 -
-        cosine. `"variance"`: how widely the numbers of each vector scatter around their mean; small where a model knows little of a gene.
+        `"mahalanobis"`: with the covariance of all vectors, shrunk as by Ledoit and Wolf, since it may have no inverse.
+        `"cosine"`: 1 - cosine. `"variance"`: the variance of the numbers of each vector; small if a model knows little about a
+        gene.
     key
         Of `varm`. Default: `"scbin_genes"`.
 
@@ -197,7 +196,7 @@ def vector_distances(
 
     Notes
     -----
-    Polygene's tables of genes. Its inverse covariance is not shrunk.
+    As in Polygene, where the covariance is not shrunk.
 
     Examples
     --------

@@ -50,25 +50,24 @@ def generate(
     token_budget: int = 32_768,
     progress: bool = True,
 ) -> AnnData:
-    """Generate cells of a kind, such as `{"cell_type": "B cell", "sex": "female"}`.
+    """Generate cells with given phenotypes, such as `{"cell_type": "B cell", "sex": "female"}`.
 
-    For tests of methods, teaching, and to balance rare types in the training of a classifier. Generated cells show what the
-    model learned from its data; they are not evidence about biology. Every cell is marked as generated, in `obs`, in its name
-    and in `uns`.
+    Use them to test methods, to teach, or to balance rare types when training a classifier. Generated cells show what the model
+    learned and are not evidence about biology. They are marked as generated in `obs`, in their names and in `uns`.
 
-    For each cell a vector is drawn from where the training cells of this kind lie, and then the counts of all genes from the
-    count head, given the vector and a depth. So genes vary together within a type as they do in real cells.
+    For each cell, a vector is drawn from the density of training cells with these phenotypes, and then the counts of all genes
+    from the count head, given the vector and a depth. So genes vary together within a type.
 
     Parameters
     ----------
     model
         A :class:`scbin.Model`, or the path of its directory, pretrained on cells that were tokenized with `phenotypes=`.
     phenotypes
-        What the cells are to be: a value by phenotype. What is left out is drawn as it occurred in the training cells.
+        The value of each phenotype. Those left out are drawn as they occurred in the training cells.
     n_cells
         How many.
     depth
-        Counts per cell over the genes of the model. Default: drawn with the vector, as the training cells had them.
+        Counts per cell over the genes of the model. Default: those of the training cells.
     seed
         The same seed gives the same cells. A cell depends on the seed and its number, not on how many are generated.
     {device}
@@ -80,14 +79,14 @@ def generate(
     A new `AnnData` (cells, genes of the model) with the following fields:
 
     `X`
-        Counts, CSR float32. Where the model reads log1p values, such values; for `"binary"` 1 for expressed genes.
+        Counts, CSR float32; log1p values if the model reads these, and 1 for expressed genes with `"binary"`.
     `obs[<phenotype>]`
         Each phenotype of the model, categorical.
     `obs["scbin_generated"]`
-        True. Where generated cells are joined with real ones, give those the column too: `anndata.concat` keeps common
-        columns only.
+        True. Before you join real and generated cells, give the real ones this column, too: `anndata.concat` keeps only common
+        columns.
     `obsm["X_tokens"]`, `uns["scbin"]`
-        The tokens and their vocabulary, so that other verbs read the cells as any others.
+        The tokens and their vocabulary, for other functions.
     `obsm["X_scbin"]`
         The embedding of the generated cells, for :func:`scbin.pl.generated`.
     `uns["scbin_generated"]`

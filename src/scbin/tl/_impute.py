@@ -44,18 +44,18 @@ def impute(
     key_added: str | None = None,
     copy: bool = False,
 ) -> AnnData | None:
-    """Add a layer with the expression that the model expects of each cell.
+    """Add a layer with the expression that the model expects in each cell.
 
-    For looking at a gene that was counted too rarely. The model places the cell by all its genes, and the count head says how much
-    of each gene a cell of this place and depth expresses. Genes that the cell does express keep their value. It is an expectation,
-    smoother than data: do not test for differences on it. Phenotype tokens are hidden.
+    Use it to plot genes that were rarely detected. The count head predicts each gene from the cell vector and the depth. Detected
+    genes keep their values. Expected values are smoother than data, so do not use them in statistical tests. Phenotype tokens are
+    hidden.
 
     Parameters
     ----------
     {tokenized}
     {model}
     genes
-        Names of genes, as in `var_names`. Default: all that the model knows.
+        Names of genes, as in `var_names`. Default: all genes of the model.
     {tokens_key}
     {device}
     {token_budget}
@@ -69,7 +69,7 @@ def impute(
 
     `adata.layers["scbin_imputed"]`
         CSR float32 (cells, genes) in the unit of the tokens: counts at the depth of the cell, or log1p values. Genes that the
-        model does not know, or that `genes` leaves out, have no value; cells without tokens have NaN.
+        model does not know, or that are not in `genes`, have no value; cells without tokens have NaN.
     `adata.uns["scbin"]["impute"]`
         How it was imputed, as JSON.
 

@@ -64,9 +64,9 @@ def perturb(
 ) -> AnnData | None:
     """Edit genes in cells and measure how far each cell moves, or how much closer it comes to a goal.
 
-    By default every expressed gene is deleted in turn in every cell. An edit is a change of the cell's tokens, and the model reads
-    the cell again: the effect is how its vector moves. With states, say diseased and healthy, the effect is how much closer
-    the vector comes to the mean of the goal's cells. This is the association shift of a network that has seen no perturbation;
+    By default every expressed gene is deleted in turn in every cell. An edit changes the tokens of the cell, the model reads the
+    cell again, and the effect is how far its vector moves. With states, such as diseased and healthy, the effect is how much
+    closer the vector comes to the mean of the goal's cells. The network has seen no perturbations, so effects are associations;
     :func:`scbin.tl.fit_perturbations` learns from measured ones.
 
     Parameters
@@ -76,30 +76,30 @@ def perturb(
         AnnData, which is then returned.
     {model}
     genes
-        A gene, or a list of genes, each in turn; a list of tuples edits the genes of a tuple together. Default: every
-        expressed gene of every cell in turn.
+        A gene, a list of genes, edited in turn, or a list of tuples of genes, edited together. Default: every expressed gene in
+        turn.
     mode
         `"delete"`; `"overexpress"` (the top bin, the cell's highest count, or the first rank); `"inhibit"` and `"activate"` by
-        `k` bins, or quartiles of the ranks: `{"mode": "inhibit", "k": 2}`; `"knock_down"` by a `fraction` of the expression. What
-        turns a gene up is also done in cells that lack it, if you name the gene.
+        `k` bins, or quartiles of the ranks: `{"mode": "inhibit", "k": 2}`; `"knock_down"` by a `fraction` of the expression.
+        Genes that you name are turned up also in cells that do not express them.
     each
         `False` edits the whole list at once, in the cells that express all of it (in all cells where genes are turned up).
     combine
-        2 edits all pairs of `genes`, 3 all triples. The table of pairs says what each does beyond the sum of both genes alone.
+        2 edits all pairs of `genes`, 3 all triples. The table of pairs has their effect beyond the sum of both genes.
     level
         What is measured: the vector of the `"cell"`; of the other genes of the cell, which an edit affects, their vectors (`"gene"`) or
         the `"expression"` that the model expects; or the probabilities that it gives to the values of a `"phenotype"`
         (`states={"key": "cell_type"}`), or just to its value `goal`.
     states
-        From which cells to which others, a mapping such as `{"key": "disease", "start": "ill", "goal": "healthy"}`: the column of
-        `obs`, the state whose cells are perturbed (default: all cells in none of the others), the one they shall come to,
-        and `alternatives` to compare with. The origin of the cosines is the mean of the cells of all states.
+        A mapping such as `{"key": "disease", "start": "ill", "goal": "healthy"}`: the column of `obs`, the state whose cells are
+        perturbed (default: all cells in no other state), the goal, and `alternatives` to compare with. The mean of the cells of
+        all states is subtracted before cosines are computed.
     method
-        `"exact"`: every edit is a forward of the network. `"screen"`: the effects of all genes of a cell from one forward and a
-        few gradients, a hundred times faster; the genes with the largest effects are then computed exactly, and the table says
-        which. `"auto"`: exact up to 20,000 edits.
+        `"exact"`: the network runs on every edited cell. `"screen"`: the effects of all genes of a cell are estimated from one
+        pass and a few gradients, a hundred times faster; the genes with the largest effects are then computed exactly, as the
+        table says. `"auto"`: exact up to 20,000 edits.
     verify
-        Which share of the genes a screen computes exactly.
+        Fraction of the genes that a screen computes exactly.
     statistics
         Fields of :class:`scbin.Statistics`, such as `{"donor_key": "donor"}`: donors as replicates, what genes are compared with,
         permutations of the states, confidence, seed.
@@ -115,10 +115,11 @@ def perturb(
     {returns_copy}
 
     `adata.layers['scbin_shift']`
-        CSR (cells, genes): effect of each gene on each cell, 1 - cosine, or the change of the cosine to the goal. What is stored
-        was edited; the rest was not. For single genes, and for effects on the cell or its phenotype.
+        CSR (cells, genes): effect of each gene on each cell, 1 - cosine, or the change of the cosine to the goal, stored for all
+        edits. For single genes, and for effects on the cell or its phenotype.
     `adata.obsm['X_scbin_perturbed']`
-        For a list at once: where the cells lie afterwards (cells, size), beside `X_scbin`; NaN for cells that were not edited.
+        For genes edited together: the vectors afterwards (cells, size), to compare with `X_scbin`; NaN for cells that were not
+        edited.
     `adata.uns['scbin_perturb']`
         `table`, one row per gene or set of genes (see :func:`scbin.get.perturb_df`), and `params`, how it was made, as JSON.
         With `level="gene"` or `"expression"` the table has a row per perturbed and affected gene: how far its vector moves, or by how

@@ -40,16 +40,16 @@ class Statistics:
     Parameters
     ----------
     donor_key
-        Column of `obs` with the donors, who are then the replicates. Default: cells are, which overstates how sure one can be.
+        Column of `obs` with the donors, who are then the replicates. Default: cells, which overstates the certainty.
     null
         What a gene is compared with: `"matched"`, genes of the same expression and detection, or names of tested genes.
     n_permutations
-        Towards a goal, how often the states of the cells are permuted, by donor where there are donors: the p value says how
-        often a gene moves cells as far towards the goal of a random labelling. 0: it is compared with other genes instead.
+        With a goal, the number of permutations of the states of cells (or donors): the p value says how often a gene moves cells
+        as far towards the goal of a random labelling. With 0, it is compared with other genes instead.
     confidence
         Of the intervals.
     seed
-        Of permutations, of genes drawn at random and of ties.
+        Seed of permutations, random genes and ties.
     """
 
     donor_key: str | None = None
@@ -419,7 +419,7 @@ def perturb_statistics(
     key_added: str | None = None,
     copy: bool = False,
 ) -> AnnData | None:
-    """Make statistics again from the shifts of a perturbation, without the model: other donors, null genes or cells, or a mixture.
+    """Compute statistics from the shifts of a perturbation again, without the model: other donors, null genes, a mixture.
 
     For some of the cells, call it on `adata[some].copy()`.
 

@@ -54,11 +54,10 @@ def predict(
     key_added: str | None = None,
     copy: bool = False,
 ) -> AnnData | list[Path] | None:
-    """Predict labels: what a model was fine-tuned for, or any phenotype among its tokens.
+    """Predict the labels for which a model was fine-tuned, or any phenotype among its tokens.
 
-    A fine-tuned model answers by its head. Otherwise the phenotype's token is masked and the model fills it in, as in its
-    training. New data with other genes are matched by name first, which makes label transfer two lines:
-    `scbin.pp.tokenize(new, like=model)`, `scbin.tl.predict(new, model)`.
+    A fine-tuned model uses its head. Otherwise the token of the phenotype is masked and predicted, as in training. Label transfer
+    to new data with other genes takes two lines: `scbin.pp.tokenize(new, like=model)`, `scbin.tl.predict(new, model)`.
 
     Parameters
     ----------
@@ -67,17 +66,17 @@ def predict(
     target
         What to predict, one name or several. Default: all targets of the head or, without a head, all phenotypes.
     phenotypes
-        `"hide"` tells the model nothing about the cells but their genes. `"show"` shows it the phenotypes that are not asked
-        for: the cell type given the tissue. Heads are always told nothing.
+        `"hide"`: the model sees only genes. `"show"`: it also sees the phenotypes that are not predicted, such as the tissue for
+        the cell type. Heads never see phenotypes.
     threshold
-        Abstain where the largest probability is less: the class is NaN then, the probabilities stay.
+        Set the class to NaN if the largest probability is lower. The probabilities are kept.
     {tokens_key}
     {device}
     {precision}
     {token_budget}
     {progress}
     key_added
-        Name in place of `"scbin_<target>"`, where one target is predicted.
+        Name instead of `"scbin_<target>"`, for a single target.
     {copy}
 
     Returns
@@ -90,7 +89,7 @@ def predict(
     For targets of genes the fields are in `var` and `varm`. Tokens that are not in an AnnData give a new one.
 
     `adata.obs["scbin_<target>"]`
-        The most probable class (categorical), or the number; NaN for cells without tokens, and where the model abstained.
+        The most probable class (categorical), or the number; NaN for cells without tokens or below `threshold`.
     `adata.obs["scbin_<target>_probability"]`
         Probability of that class.
     `adata.obsm["scbin_<target>_probability"]`
@@ -101,7 +100,7 @@ def predict(
     Raises
     ------
     ScbinInputError
-        If the model knows no such target, or the cells are tokenized with another vocabulary.
+        If the model does not know the target, or the cells are tokenized with another vocabulary.
 
     Examples
     --------

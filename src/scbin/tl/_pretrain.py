@@ -68,12 +68,12 @@ def pretrain(
     seed: int = 0,
     progress: bool = True,
 ) -> Model:
-    """Train a network on the cells and give each cell its vector.
+    """Train a network on the cells and compute the vector of each cell.
 
-    From a part of a cell's molecules the network makes the cell's vector, which has to predict the rest of them. Hidden phenotypes
-    are predicted too, where the tokens have some, and hidden genes, where `masking` or `loss` is given or the data are not counts.
-    Gene table and loadings start at the principal components of the data, and training stops where it no longer gets better on held-out
-    cells; one line says how good it was at the start and in the end. Labels are used only if you tokenized them.
+    The network computes the cell vector from a part of the cell's molecules, and has to predict the rest from it. It also
+    predicts masked phenotypes, if the tokens have any, and masked genes, if `masking` or `loss` is given or the data are not
+    counts. Training starts at the principal components of the data and stops when the loss on held-out cells no longer falls; the
+    likelihood at the start and at the end is printed. Labels are used only if you tokenized them.
 
     Parameters
     ----------
@@ -84,17 +84,18 @@ def pretrain(
         Size and optimiser settings by name: `"tiny"` (a minute or two on a laptop), `"small"`, `"base"` (for a GPU), or those of
         published systems such as `"geneformer-v1-6l"`; or a :class:`scbin.Network`. `"auto"` chooses by the number of cells.
     backbone
-        What reads the tokens: `"mlp"`, a network on the expression of all genes together, or `"bert"`, stock BERT. Their vectors were
-        measured to be equally good, at 25 times the cost of the first. A kind of your own: `scbin.nn.backbone.BACKBONES`.
+        The network that reads the tokens: `"mlp"`, which reads the expression of all genes together, or `"bert"`, stock BERT.
+        It takes 25 times as long, and attention was not better in benchmarks. Add your own to
+        `scbin.nn.backbone.BACKBONES`.
     batch_key
-        Column of `obs` that says which batch a cell is from (a study, a chemistry, a donor). What differs between batches is then
-        kept out of the cell's vector.
+        Column of `obs` with the batch of each cell (a study, a chemistry, a donor). Differences between batches are then removed
+        from the cell vector.
     masking
         Which tokens are hidden, see :class:`scbin.Masking`.
     loss
-        What is learned, and with which weights, see :class:`scbin.Loss`.
+        What is learned, and the weights of the losses, see :class:`scbin.Loss`.
     task
-        What to learn, if it is a :class:`scbin.train.task.Task` of your own; `masking` and `loss` are then yours too.
+        A :class:`scbin.train.task.Task` of your own, which then replaces `masking` and `loss`.
     {training}
     max_steps
         Stop after so many steps.
@@ -110,8 +111,8 @@ def pretrain(
     The trained :class:`scbin.Model`, with its `history`. Sets the following fields:
 
     `adata.obsm["X_scbin"]`
-        One float32 vector per cell, NaN for cells without tokens. Phenotype tokens are hidden for it, so that labels cannot leak
-        into it.
+        One float32 vector per cell, NaN for cells without tokens. Phenotype tokens are hidden, so that labels cannot leak into
+        it.
     `adata.uns["scbin"]["pretrain"]`
         How the model was trained, as JSON.
     `adata.uns["scbin"]["pretrain_history"]`
@@ -122,11 +123,11 @@ def pretrain(
     ScbinInputError
         If the cells are not tokenized, fewer than two have tokens, or an argument is out of range. Nothing is written then.
     ScbinTrainingError
-        If loss or gradient were not finite three times in a row, or memory is too short for one cell.
+        If the loss or the gradient is not finite three times in a row, or there is not enough memory for one cell.
 
     Notes
     -----
-    Masked modelling follows BERT and Geneformer :cite:p:`theodoris2023`. Batches are brought together by mutual nearest neighbours
+    Masked modelling follows BERT and Geneformer :cite:p:`theodoris2023`. Batches are aligned by mutual nearest neighbours
     :cite:p:`haghverdi2018`. Under `torchrun` all processes train together.
 
     Examples

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 def roll_up(
     adata: AnnData, target: str, parents: Mapping[str, str], *, threshold: float = 0.5, copy: bool = False
 ) -> AnnData | None:
-    """Abstain to the parent: give every cell the most specific term of an ontology that is probable enough.
+    """Give every cell the most specific term of an ontology that is probable enough.
 
-    The probability of a term is the sum over the predicted classes below it: a cell that may be a CD4 or a CD8 T cell is surely a T cell.
+    The probability of a term is the sum over the predicted classes below it: a cell that is a CD4 or a CD8 T cell is a T cell.
 
     Parameters
     ----------
@@ -35,9 +35,9 @@ def roll_up(
         What was predicted.
     parents
         The parent of each term, `{"CD4 T cell": "T cell", "T cell": "lymphocyte"}`; of a table, `dict(table[["term", "parent"]].values)`.
-        What has none is a root.
+        A term without a parent is a root.
     threshold
-        Least probability of a term.
+        Minimum probability of a term.
     {copy}
 
     Returns
@@ -45,7 +45,7 @@ def roll_up(
     {returns_copy}
 
     `adata.obs["scbin_<target>_rolled"]`
-        The term with the fewest classes below it among those that reach the threshold; NaN where none does.
+        The term with the fewest classes below it among those that reach the threshold; NaN if none does.
     `adata.obs["scbin_<target>_rolled_probability"]`
         Its probability.
 

@@ -44,10 +44,10 @@ def search(
     progress: bool = True,
     **fixed: Any,
 ) -> Search:
-    """Try settings of :func:`scbin.tl.finetune` by Optuna and return those with the least loss of held-out cells.
+    """Try settings of :func:`scbin.tl.finetune` with Optuna and return those with the lowest loss on held-out cells.
 
-    All trials have the same validation cells. Test cells play no part: score the model that the best settings give on them, with
-    :func:`scbin.tl.evaluate`, because the best of many scores is too good to be true.
+    All trials use the same validation cells. The best of many scores is optimistic, so train a model with the best settings and
+    score it on the test cells, which the search does not use, with :func:`scbin.tl.evaluate`.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ def search(
         A function that takes an `optuna.Trial` and returns settings by name: arguments of :func:`scbin.tl.finetune`, or fields of
         :class:`scbin.Training` and :class:`scbin.Finetuning`. Default: rate, schedule, warmup, weight decay and dropout of genes.
     storage
-        Where Optuna keeps the trials, such as `"sqlite:///search.db"`: a further call adds to them.
+        Where Optuna keeps the trials, such as `"sqlite:///search.db"`; another call adds to them.
     {seed}
     {progress}
     **fixed

@@ -38,11 +38,11 @@ def split(
     seed: int = 0,
     copy: bool = False,
 ) -> AnnData | None:
-    """Divide the cells into those to train on, to validate on and to test on.
+    """Split the cells into training, validation and test cells.
 
-    Cells of one donor are more similar than cells of two, so a model that is tested on donors it has seen looks better than it
-    is: pass `split_key` with the column that names the donors (or batches), and each is in one part alone.
-    :func:`scbin.tl.finetune` learns from the training cells, and :func:`scbin.tl.evaluate` scores the test cells.
+    Cells of one donor resemble each other, so a model that is tested on donors from training looks better than it is. Pass the
+    column of donors (or batches) as `split_key`, and each donor is in one part only. :func:`scbin.tl.finetune` uses the training
+    cells, and :func:`scbin.tl.evaluate` scores the test cells.
 
     Parameters
     ----------
@@ -50,12 +50,11 @@ def split(
     target
         Column of `obs` whose classes should occur in all parts in similar fractions.
     split_key
-        Column of `obs` with donors or batches. It is remembered: :func:`scbin.tl.finetune` then keeps them apart in all that it
-        divides further.
+        Column of `obs` with donors or batches. :func:`scbin.tl.finetune` then splits further by this column, too.
     test
-        Fraction of the cells to test on. Whole donors make a half, a third, a quarter ... of them.
+        Fraction of test cells; with donors the nearest of a half, a third, a quarter ... of them.
     validation
-        Fraction to validate on.
+        Fraction of validation cells.
     {seed}
     {copy}
 

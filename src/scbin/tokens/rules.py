@@ -26,26 +26,25 @@ MOST_BINS = 65_000
 
 @dataclass(frozen=True)
 class Tokenization:
-    """The finer choices of :func:`scbin.pp.tokenize`; the defaults suit most data.
+    """Further options of :func:`scbin.pp.tokenize`; the defaults suit most data.
 
     Parameters
     ----------
     n_bins
-        Number of bins above zero, for the rules that leave it open (`"linear"`, `"quantile"` ...).
+        Number of bins above zero, for rules without a fixed number (`"linear"`, `"quantile"` ...).
     zeros
         `"drop"`: a gene that is not expressed has no token. `"keep"`: it has the token of bin 0.
     layout
         Special tokens of `encoding="rank"`: scbin's, or those of Geneformer V1, V2 or BioNeMo.
     max_length
-        Longest row in tokens; the genes with the largest values are kept.
+        Maximum number of tokens per row; the genes with the largest values are kept.
     depth
         Whether each cell gets a `[DEPTH]` token, a level of its total counts. By default wherever counts are known and the
         layout is scbin's.
     age_groups
-        Cut ages (`age` or `development_stage`) into classes of so many years; by default their text is the label. The
-        vocabulary remembers it for new data.
+        Bin ages (`age` or `development_stage`) into classes of so many years; by default their text is the label.
     force
-        Go on where less than 20 % of the counts are in the vocabulary of `like`.
+        Continue if less than 20 % of the counts are in the vocabulary of `like`.
 
     Examples
     --------

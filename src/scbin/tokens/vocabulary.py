@@ -174,11 +174,10 @@ KINDS: dict[str, Any] = {"bins": Bins, "depth": Depth}  # fields that are object
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What every token id and every position of an encoding means.
+    """The meaning of every token id and every position of an encoding.
 
-    Gene names, phenotype values, bin edges and gene medians live here, and nothing else does: a token matrix and its
-    vocabulary are all that a model needs. Vocabularies are immutable, equal when their content is equal, and go to JSON and
-    back without loss.
+    It holds gene names, phenotype values, bin edges and gene medians. A token matrix and its vocabulary are all that a model
+    needs. Vocabularies are immutable, equal if their content is equal, and can be written to JSON and read without loss.
     """
 
     encoding: str  # a name in `ENCODINGS`

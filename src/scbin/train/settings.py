@@ -33,41 +33,41 @@ _INCIDENTAL = ("token_budget", "checkpoint_every", "timeout", "callbacks")
 class Training:
     """How a network is trained.
 
-    The defaults of the first eight parameters are those of the preset, which a parameter of yours overrides.
+    The defaults of the first eight parameters are those of the preset.
 
     Parameters
     ----------
     epochs
-        Times every cell is seen.
+        Number of passes over the cells.
     cells_per_step
         Cells whose gradients make one step of the optimiser, over all processes.
     learning_rate
-        Its peak. The count head learns at five times this rate.
+        Peak of the learning rate. That of the count head is five times as high.
     schedule
-        How the learning rate falls behind its peak.
+        How the learning rate falls after its peak.
     warmup
-        Steps until the learning rate is at its peak; below 1, the fraction of all steps.
+        Steps until the peak of the learning rate; below 1, a fraction of all steps.
     weight_decay
         Weight decay of AdamW. Biases and norms do not decay.
     clip
-        Largest norm of the gradient; `float("inf")` leaves it as it is.
+        Maximum norm of the gradient; `float("inf")` does not clip.
     precision
         Type of the matrix products: `"float32"`, `"bfloat16"`, or `"auto"` for what is fastest. Weights and optimiser are float32.
     max_steps
-        Stop after so many steps even if epochs are left.
+        Maximum number of steps.
     token_budget
         Most tokens that go through the network at once. Memory follows it; what is learned does not.
     held_out
-        Fraction of the cells that are held out for validation, about 2,000 at most.
+        Fraction of the cells that are held out for validation, at most about 2,000 cells.
     validate_every
         Steps between validations. Default: a twelfth of the run, and at least 25.
     patience
-        Validations in a row without a better loss after which training stops. The best weights are kept, those at the start
-        included. `None` trains to the end and keeps the last weights.
+        Number of validations without a better loss after which training stops. The best weights are kept, possibly those at the
+        start. `None` trains to the end and keeps the last weights.
     checkpoint_every
         Steps between checkpoints, of which the newest two stay. Default: once per epoch.
     timeout
-        Minutes that a process waits for the others before it gives up: longer than the slowest step, epoch end or save.
+        Minutes that a process waits for the others before it gives up; more than the slowest step, end of an epoch or save takes.
     callbacks
         Functions called with the record of every step and of every validation, a dict with at least `step`: `(wandb.log,)`
         sends them to Weights & Biases. One that raises ends the run.
@@ -135,27 +135,27 @@ class Training:
 
 @dataclass(frozen=True)
 class Masking:
-    """What is masked in training, how often, and what stands there instead.
+    """Which tokens are masked in training, how often, and by what they are replaced.
 
-    The defaults hide 15 % of the genes and half of the phenotypes. Where rows have no zeros, unexpressed genes are asked for too,
-    as `[MASK]` like the others, so many that bin 0 is as frequent among the labels as the other bins are on average. Randomness
-    is a function of (seed, epoch, cell): neither batches nor processes change which tokens are hidden.
+    The defaults hide 15 % of the genes and half of the phenotypes. If rows have no zeros, some unexpressed genes are masked, too,
+    so that bin 0 is as frequent among the labels as the other bins on average. Randomness is a function of (seed, epoch, cell):
+    neither batches nor processes change which tokens are hidden.
 
     Parameters
     ----------
     gene_mask_prob
-        Probability that a gene is to be predicted.
+        Probability that a gene is masked and predicted.
     phenotype_mask_prob
-        Probability that a phenotype is to be predicted; `[NO_X]` never is.
+        Probability that a phenotype is masked and predicted; `[NO_X]` never is.
     replacement
         Fractions of hidden genes that become `[MASK]`, become a random token, stay as they are. They sum to 1. `None` is (0.8,
         0.1, 0.1), and (1, 0, 0) where tokens hold counts, whose sum a random one would change.
     random_from
         Where random tokens come from: the position's `"group"`, or the whole `"vocabulary"`.
     mask_specials
-        Hide and predict `[CLS]`, `[START]` and `[END]` too, as Geneformer does.
+        Mask and predict `[CLS]`, `[START]` and `[END]`, too, as in Geneformer.
     phenotype_drop
-        Fraction of the hidden phenotypes that leave the row without being predicted.
+        Fraction of the masked phenotypes that are removed without being predicted.
     zero_swap
         For rows without zeros: probability per cell that hidden genes give their place to unexpressed ones, so that 1 / bins of
         all labels are bin 0 (PerturbGene: 0.9). Then no others are asked for.
@@ -208,7 +208,7 @@ class Loss:
         Probabilities sum to one over the `"group"` of the position (the levels of a gene, the values of a phenotype), or over
         the whole `"vocabulary"`, as in Geneformer, Polygene and PerturbGene.
     positions
-        Score the `"masked"` positions, or `"all"` of them, copied tokens too, as Bioformers does.
+        Score the `"masked"` positions, or `"all"` positions, as in Bioformers.
     weights
         Weight of each loss, which is a mean, in the sum: `{"genes": 1.0, "cell_vector": 0.5}`. Default 1.
 
@@ -244,11 +244,11 @@ class Finetuning:
     Parameters
     ----------
     validation
-        Fraction of the labelled cells (or genes) that are held out, to stop early, to choose and to calibrate.
+        Fraction of the labelled cells (or genes) that are held out for early stopping, model selection and calibration.
     gene_dropout
-        Fraction of the genes of a cell that are left out at random, others in every epoch.
+        Fraction of the genes of a cell that are left out at random in each epoch.
     label_smoothing
-        Fraction of each label that is spread evenly over all classes.
+        Fraction of each label that is distributed evenly over all classes.
 
     Examples
     --------
