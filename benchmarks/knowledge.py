@@ -92,8 +92,8 @@ def networks(adata: ad.AnnData, args: argparse.Namespace, seed: int) -> pd.DataF
     adata.obs["all"] = "all"  # by groups, similarity is that of hidden states
     model = scbin.tl.pretrain(adata, max_steps=args.max_steps, seed=seed, **QUIET)
     states = {"method": "similarity", "groupby": "all"}
-    asked = [("covariance", model, {}), ("effect", model, {"method": "effect"})]
-    asked += [("similarity, loadings", model, {"method": "similarity"}), ("similarity, hidden states", model, states)]
+    asked = [("similarity, loadings", model, {}), ("similarity, hidden states", model, states)]
+    asked += [(method, model, {"method": method}) for method in ("covariance", "effect")]
     if args.bert:
         small = {"backbone": "bert", "preset": "tiny", "masking": scbin.Masking(), "max_steps": BERT_STEPS}
         bert = scbin.tl.pretrain(adata, **small, seed=seed, **QUIET)
@@ -145,11 +145,8 @@ def changes(adata: ad.AnnData, args: argparse.Namespace, seed: int) -> pd.DataFr
             here, there = np.flatnonzero(kind[first] == name), np.flatnonzero(kind[first] != name)
             few = part[np.concatenate([rng.permutation(here)[:n], rng.permutation(there)[: 3 * n]])].copy()
             few.obs["kind"] = np.where(few.obs[args.label].astype(str) == name, "this", "others")
-            table = (
-                scbin.tl.gene_association(few, model, groupby="kind", groups="this", **QUIET)
-                .set_index("gene")
-                .loc[names]
-            )
+            table = scbin.tl.gene_association(few, model, groupby="kind", groups="this", **QUIET)
+            table = table.set_index("gene").loc[names]
             own = kind[~first] == name
             truth = np.log2(x[own].mean(axis=0) + PSEUDOCOUNT) - np.log2(x[~own].mean(axis=0) + PSEUDOCOUNT)
             row = {"cells": n, "scbin": np.corrcoef(truth, table["log_fold_change"])[0, 1]}
