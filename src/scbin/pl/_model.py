@@ -111,7 +111,7 @@ def tokens(
     genes = table[table["kind"] == "gene"]
     top = genes.sort_values("value", ascending=False, kind="stable").head(n_genes)
     if top.empty:
-        raise ScbinInputError("I19", f"cell {name!r} has no gene to draw: obs['scbin_status'] or n_genes says why.")
+        raise ScbinInputError("I19", f"cell {name!r} has no gene to draw; see obs['scbin_status'] and n_genes=.")
     missing, shade = -len(top) % PER_ROW, top["value"] / max(top["value"].max(), 1e-12)
     values = np.pad(shade.to_numpy(), (0, missing), constant_values=np.nan).reshape(-1, PER_ROW)
     notes = [f"{row.value:.3g}" if np.isnan(row.rank) else f"rank {row.rank:.0f}" for row in top.itertuples()]

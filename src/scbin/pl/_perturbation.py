@@ -234,7 +234,7 @@ def perturbation_map(
     slot = _keys.of_perturbation(_keys.PERTURB if key is None else key)[1]
     after = np.asarray(adata.obsm[slot], dtype=np.float32) if slot in adata.obsm else np.empty(0)
     if after.shape != before.shape:
-        found = f"obsm[{slot!r}] is not there, or not of this embedding: {after.shape} beside {before.shape}"
+        found = f"obsm[{slot!r}] is missing, or does not fit this embedding: {after.shape} and {before.shape}"
         raise ScbinInputError("A06", f"{found}. Perturb a list of genes together, with each=False.")
     drawing: Any = embedding(adata, color=color, basis=basis, ax=ax or _style.new_axes(5.6, 4.6))
     drawn = map_slot(adata, basis, before)

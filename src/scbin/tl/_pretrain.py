@@ -164,14 +164,14 @@ def pretrain(
     own = Pretraining(tokens.vocabulary, masking, loss, batches=codes, layer=network.vector_layer)
     with joined_world(training.timeout) as world:  # computed once; the trainer gives the weights to all processes
         if world.is_first:
-            with stage("principal components of the cells", shown=progress):
+            with stage("computing principal components", shown=progress):
                 start(network, own, tokens, cells, codes, seed=seed)
         own.zero_positions = world.gather(own.zero_positions)[0]
     learned: Any = own if task is None else task
     where: dict[str, Any] = {"save_dir": save_dir, "device": device, "seed": seed, "progress": progress}
     history = train(network, learned, tokens, training, cells=cells, held_out=held_out, **where)
     if network.counts is not None and tokens.vocabulary.unit == "counts":
-        with stage("how far counts spread", shown=progress):
+        with stage("estimating dispersions", shown=progress):
             fit_dispersion(network, tokens, cells, codes, seed=seed, device=device)
     about = {"preset": name, "backbone": backbone, "network": asdict(shape), "seed": seed, "batch_key": batch_key}
     about |= {"masking": asdict(own.masking), "loss": asdict(own.score), "training": training.learned()}

@@ -241,7 +241,7 @@ class Trainer:
             told = f"one cell of {longest:,} tokens does not fit into the memory of {self.device}."
             raise ScbinTrainingError("T02", f"{told} Take a smaller network, or fewer genes.") from error
         self.budget = max(min(self.budget, largest // 2), longest)
-        told = f"out of memory: continuing with at most {self.budget:,} tokens at once. But for dropout, this changes nothing."
+        told = f"out of memory: continuing with at most {self.budget:,} tokens at once. Apart from dropout, results do not change."
         warnings.warn(ScbinTrainingWarning("T02", told), stacklevel=2)
 
     def losses_of(self, packed: tuple[Pack, Any]) -> Tensor:
