@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -98,19 +99,8 @@ def test_files_from_a_shell(shell, tmp_path):
     assert "read as counts" in shell("check", "shard_0.h5ad", "--n_genes", 20)
     told = shell("tokenize", "shard_{0..2}.h5ad", "--out", "corpus", "--phenotypes", "[cell_type, sex]")
     assert told.split() == [f"corpus/shard_{k}.h5ad" for k in range(3)]
-    shell(
-        "pretrain",
-        "corpus",
-        "--preset",
-        "tiny",
-        "--max_steps",
-        2,
-        "--training.cells_per_step",
-        16,
-        "--out",
-        "model",
-        *QUIET,
-    )
+    small = ("--preset", "tiny", "--max_steps", 2, "--training.cells_per_step", 16)
+    shell("pretrain", "corpus", *small, "--out", "model", *QUIET)
     shell("embed", "corpus", "--model", "model", *QUIET)
     shell("predict", "corpus", "--model", "model", *QUIET)
     found = ad.read_h5ad("corpus/scbin/shard_1.h5ad")
@@ -136,19 +126,7 @@ def test_files_from_a_shell(shell, tmp_path):
 
 def test_a_config_is_printed_and_read(shell, capsys):
     with pytest.raises(SystemExit):
-        main(
-            [
-                "tokenize",
-                "shard_0.h5ad",
-                "--out",
-                "c",
-                "--n_genes",
-                "9",
-                "--tokenization.zeros",
-                "keep",
-                "--print_config",
-            ]
-        )
+        main("tokenize shard_0.h5ad --out c --n_genes 9 --tokenization.zeros keep --print_config".split())
     with open("run.yaml", "w") as file:
         file.write(capsys.readouterr().out)
     shell("tokenize", "--config", "run.yaml")
@@ -159,9 +137,13 @@ def test_a_config_is_printed_and_read(shell, capsys):
     assert stop.value.code == 2
 
 
-def test_faults_of_files_are_one_line(shell):
+def test_faults_of_files_are_one_line(shell, monkeypatch):
     assert shell("embed", "nothing.h5ad", "--model", "x", status=2).startswith("scbin: [F01] nothing.h5ad is not there")
+    assert "[F01] no_0.h5ad is not there" in shell("tokenize", "no_{0..2}.h5ad", "--out", "corpus", status=2)
     assert "V01" in shell("pretrain", "shard_0.h5ad", "--out", "model", status=2)
+    assert "A04" in shell("pretrain", "nothing.h5ad", "--out", ".", status=2)  # before anything is read
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "M05" in shell("pretrain", "nothing.h5ad", "--out", "model", status=2)
     assert "--out is missing" in shell("pretrain", "shard_0.h5ad", status=2)
     assert "takes one file; here are 3" in shell("check", "shard_{0..2}.h5ad", status=2)
     assert "V01" in shell("perturb", "shard_{0..2}.h5ad", "--model", "m", "--out", "p.h5ad", status=2)

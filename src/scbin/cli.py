@@ -6,16 +6,14 @@ import importlib
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from scbin import __version__
 from scbin._errors import ScbinError, ScbinInputError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 class Verb(NamedTuple):
@@ -51,9 +49,10 @@ class Parser(ArgumentParser):
         return re.sub(r":\w+:`~?([^`]+)`", r"\1", super().format_help(*args))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run `scbin` with the arguments of the command line; return the exit status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:  # from a shell, which does not ask where in the code a warning is from
+        argv, warnings.formatwarning = sys.argv[1:], lambda message, *_: f"scbin: {message}\n"
     set_parsing_settings(add_print_completion_argument=True)  # where shtab is installed
     parser = Parser(prog="scbin", description="Token models of single cells, for AnnData files.", version=__version__)
     parser.add_argument("--config", action="config", help="a YAML file with a section for each command")
@@ -106,13 +105,14 @@ def run(verb: Verb, given: dict[str, Any]) -> None:
     """Call the function of a command, and print or write what comes of it."""
     from scbin.io import corpus
 
-    data, address, out = (
-        given.pop("data", None),
-        given.pop("scheduler", None),
-        given.pop("out", None) if verb.out else None,
-    )
+    data, address = given.pop("data", None), given.pop("scheduler", None)
+    out: Any = given.pop("out", None) if verb.out else None
     if verb.out and verb.function != "tl.evaluate" and verb.reads != "cells" and out is None:
         raise ScbinInputError("A02", f"--out is missing: the {verb.out}.")
+    if verb.out == "folder for the model":  # raises now rather than after hours of training
+        from scbin.io.directory import check_replaceable
+
+        check_replaceable(Path(out), overwrite=True)
     if address is not None:
         from dask.distributed import Client
 

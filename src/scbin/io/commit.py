@@ -32,8 +32,9 @@ def committed(target: Path, kind: type[ScbinError] = ScbinInputError, code: str 
         os.replace(temporary, target)
         sync(target.parent)
     except (OSError, RuntimeError) as error:  # of a full disk, h5py raises either
-        what = f"{target} could not be written ({str(error)[:200]}). What was there is untouched."
-        raise kind(code, what) from error
+        number = getattr(error, "errno", None)
+        found = os.strerror(number) if number else str(error)[:200]
+        raise kind(code, f"{target} could not be written ({found}). What was there is untouched.") from error
     finally:  # also when someone pressed Ctrl-C
         remove(temporary)
         if target.exists():

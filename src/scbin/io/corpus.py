@@ -6,7 +6,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from glob import glob
 from itertools import chain, groupby
@@ -88,7 +88,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except ScbinInputError as error:
-        raise ScbinInputError(error.code, f"{path}: {error.message}") from error
+        told = error.message if str(path) in error.message else f"{path}: {error.message}"
+        raise ScbinInputError(error.code, told) from error
     except ScbinError:
         raise
     except FAULTS as error:
@@ -317,27 +318,28 @@ def opened(data: Any, tokens_key: str | None = None) -> Any:
 
 def write_shard(path: Path, key: str, rows: Iterator[sparse.csr_matrix], rest: Any) -> None:
     """Write token rows into a new AnnData file as they come; `rest()` then gives obs, var and uns."""
-    group: Any = zarr.open_group(path, mode="w", zarr_format=2) if path.suffix == ".zarr" else h5py.File(path, "w")
-    how: dict[str, Any] = {"chunks": (131_072,)}
-    if path.suffix != ".zarr":
-        how = {"chunks": (32_768,), "compression": "gzip", "compression_opts": 1}
-    write_elem(group, "obsm", {})
-    waiting: list[sparse.csr_matrix] = []
-    for part in chain(rows, [None]):  # None: that was all
-        waiting += [] if part is None else [part]
-        if waiting and (part is None or sum(each.nnz for each in waiting) > VALUES):
-            joined = sparse.vstack(waiting, format="csr")
-            joined.indptr = joined.indptr.astype(np.int64)
-            if key in group["obsm"]:
-                sparse_dataset(group["obsm"][key]).append(joined)
-            else:
-                write_elem(group["obsm"], key, joined, dataset_kwargs=how)
-            waiting = []
-    for name, value in ({"layers": {}, "obsp": {}, "varm": {}, "varp": {}} | rest()).items():
-        write_elem(group, name, value)
-    group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-    if isinstance(group, h5py.File):
-        group.close()
+    file: Any
+    how: dict[str, Any]
+    if path.suffix == ".zarr":
+        file, how = nullcontext(zarr.open_group(path, mode="w", zarr_format=2)), {"chunks": (131_072,)}
+    else:
+        file, how = h5py.File(path, "w"), {"chunks": (32_768,), "compression": "gzip", "compression_opts": 1}
+    with file as group:
+        write_elem(group, "obsm", {})
+        waiting: list[sparse.csr_matrix] = []
+        for part in chain(rows, [None]):  # None: that was all
+            waiting += [] if part is None else [part]
+            if waiting and (part is None or sum(each.nnz for each in waiting) > VALUES):
+                joined = sparse.vstack(waiting, format="csr")
+                joined.indptr = joined.indptr.astype(np.int64)
+                if key in group["obsm"]:
+                    sparse_dataset(group["obsm"][key]).append(joined)
+                else:
+                    write_elem(group["obsm"], key, joined, dataset_kwargs=how)
+                waiting = []
+        for name, value in ({"layers": {}, "obsp": {}, "varm": {}, "varp": {}} | rest()).items():
+            write_elem(group, name, value)
+        group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
 
 
 def read_cells(path: Path) -> AnnData:

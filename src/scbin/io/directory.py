@@ -176,7 +176,10 @@ def write_model(path: Path, content: Content, facts: Mapping[str, str], *, overw
 
 
 def check_replaceable(path: Path, overwrite: bool) -> None:
-    """Refuse to put a model in the place of another that was not given up, or of anything else."""
+    """Refuse to put a model in the place of another that was not given up, or of anything else, or where nothing can be written."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not os.access(folder, os.W_OK):
+        raise ScbinModelError("M05", f"{path} cannot be written: {folder} is read-only, or belongs to someone else.")
     if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
@@ -274,7 +277,9 @@ def local_directory(path: str | os.PathLike[str], revision: str | None = None) -
     Without a revision only the cache is looked at, so that a misspelt path never becomes a request to a server.
     """
     place = standing(Path(path))
-    is_id = isinstance(path, str) and re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", path) and not os.path.lexists(place)
+    is_id = (
+        isinstance(path, str) and re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", path) and not os.path.lexists(place)
+    )
     if revision is not None and not is_id:
         raise ScbinInputError(
             "A03", f"revision= was given, but {str(path)[:200]!r} is a path, not an 'owner/name' of the hub."

@@ -94,9 +94,10 @@ class Joined(Source):
     def __init__(self, paths: Sequence[Path], request: Request):
         self.paths, labels, genes, sizes = paths, [], [], []
         tables: dict[str, Any] = {"uns": {}, "layers": {}, "isbacked": True}
-        columns, self.stamps = list((request.columns or {}).values()), [stamp(path) for path in paths]
+        columns, self.stamps = list((request.columns or {}).values()), list[tuple[int, ...]]()
         for path in paths:
             with naming(path):
+                self.stamps.append(stamp(path))
                 adata = check_adata(open_cells(path, request.layer))
                 labels.append(pd.DataFrame({column: read_obs(adata, column).array for column in columns}))
             genes.append(adata.var)
