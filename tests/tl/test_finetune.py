@@ -61,6 +61,20 @@ def test_its_slots_are_written_and_the_model_stays_as_it_was(ready, trained, unt
     assert list(found["held_out_loss"]) == ["without network", "linear probe", "fine-tuned"]
 
 
+def test_a_class_that_one_donor_has_alone_is_learned(ready, trained):
+    kind = ready.obs["cell_type"].astype(str).to_numpy()
+    ready.obs["study"] = np.where(kind == "B cell", "a", np.where(np.arange(60) % 2, "b", "c"))
+    model = scbin.tl.finetune(ready, trained[1], target="cell_type", split_key="study", **PROBE)
+    held_out = ready.obs["study"][ready.obs["scbin_split"] == "validation"]
+    assert len(held_out) and "a" not in set(held_out)
+    ready.obs["study"] = np.where(kind == "B cell", "a", "b")  # none can be held out
+    with pytest.warns(ScbinInputWarning, match="L03.*one donor or batch only"):
+        model = scbin.tl.finetune(ready, trained[1], target="cell_type", split_key="study", **PROBE)
+    assert {*kind[(ready.obs["scbin_split"] == "train").to_numpy()]} == {*kind}
+    scbin.tl.predict(ready, model, progress=False)
+    assert (ready.obs["scbin_cell_type"].astype(str) == kind).mean() > 0.5
+
+
 def test_one_line_says_what_came_out(ready, trained, capsys):
     scbin.tl.finetune(ready, trained[1], target="cell_type", split_key="donor_id", device="cpu", max_steps=0)
     out = capsys.readouterr().out.splitlines()

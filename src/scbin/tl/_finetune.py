@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from scbin import _docs, _keys
-from scbin._adata import read_tokens, write, write_uns
+from scbin._adata import read_tokens, warn, write, write_uns
 from scbin._arguments import checked, instances
 from scbin._errors import ScbinInputError
 from scbin.io.corpus import opened
@@ -163,19 +163,20 @@ def finetune(
     adata = opened(adata, tokens_key)
     old = start_model(model, adata)
     tokens = read_tokens(adata, None if old is None else old.vocabulary, tokens_key)
-    split, usable, weights = read_split(adata, split_key), tokens.lengths > 0, [1.0]
+    given, usable, weights = read_split(adata, split_key), tokens.lengths > 0, [1.0]
     if level == "gene":
         columns = [gene_labels(adata, target, tokens.vocabulary)]
     else:
-        columns, weights = cell_columns(adata, target, kind, usable, split.open)
+        columns, weights = cell_columns(adata, target, kind, usable, given.open)
         usable = np.any([column.known for column in columns], axis=0)
     by_class = level == "cell" and columns[0].kind == "class"
-    split = _divided(split, usable, columns[0].values if by_class else np.zeros(len(usable)), settings.validation, seed)
+    strata = columns[0].values if by_class else np.zeros(len(usable))
+    split = _divided(given, usable, strata, settings.validation, seed)
     used = replace(split, train=split.train & usable, validation=split.validation & usable)
     if (n := int(used.train.sum())) < 2:
         need = "they need tokens, a label, and to be in the training part"
         raise ScbinInputError("L03", f"{n} cells to train on: {need}.")
-    if level == "cell":
+    if level == "cell" and (given.donors is None or split.donors is not None):  # else they were warned of
         warn_of_donors(adata, used, split_key)
     masked = MaskedPhenotypes(tokens)
     network: Any = _new_network(masked, used, seed) if old is None else copy.deepcopy(old.network)
@@ -242,14 +243,23 @@ def start_model(model: Model | str | os.PathLike[str] | None, data: AnnData | To
 
 
 def _divided(split: Split, usable: np.ndarray, strata: np.ndarray, fraction: float, seed: int) -> Split:
-    """Return a split with validation cells drawn from the usable ones, strata alike, where it has none."""
+    """Return a split with validation cells drawn from the usable ones, strata alike, where it has none.
+
+    By donor where donors are kept apart, unless a class would be left out of training.
+    """
+    if not fraction or (split.validation & usable).any():
+        return replace(split, train=split.open & ~split.validation)
     rows, held_out, donors = np.flatnonzero(split.open & usable), split.validation.copy(), split.donors
-    if fraction and not (held_out & usable).any():
-        own, classes = None if donors is None else donors[rows], np.nan_to_num(strata[rows], nan=-1)
-        held_out[rows[hold_out(classes, fraction, donors=own, most=_MOST_HELD_OUT, seed=seed)]] = True
-        if donors is not None:  # unlabelled cells of held-out donors go with them
-            held_out |= split.open & np.isin(donors, donors[held_out])
-    return replace(split, train=split.open & ~held_out, validation=held_out)
+    classes, how = np.nan_to_num(strata[rows], nan=-1), {"most": _MOST_HELD_OUT, "seed": seed}
+    drawn = hold_out(classes, fraction, donors=None if donors is None else donors[rows], **how)
+    if donors is not None and set(classes[drawn]) - set(classes[~drawn]):
+        found = "some labels occur in one donor or batch only, so that none can be held out"
+        warn("L03", f"{found}: cells of all of them are held out, and scores are too good for new ones.")
+        donors, drawn = None, hold_out(classes, fraction, **how)
+    held_out[rows[drawn]] = True
+    if donors is not None:  # unlabelled cells of held-out donors go with them
+        held_out |= split.open & np.isin(donors, donors[held_out])
+    return replace(split, train=split.open & ~held_out, validation=held_out, donors=donors)
 
 
 def _complete(training: Training, max_steps: int | None, n_cells: int) -> Training:

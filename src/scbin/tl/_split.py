@@ -185,7 +185,7 @@ def hold_out(
 ) -> np.ndarray:
     """Return which cells are held out (cells,): about a fraction of them, of each class alike; with donors, whole donors.
 
-    A class of a single cell is never held out.
+    A class of a single cell is never held out; donors are, if there are such, of whose classes others have some, too.
     """
     held_out = np.zeros(len(classes), dtype=bool)
     fraction = fraction if most is None else min(fraction, most / max(len(classes), 1))
@@ -194,8 +194,9 @@ def hold_out(
     codes = np.unique(classes, return_inverse=True)[1]
     if donors is not None:
         folds = folds_of(codes, max(round(1 / fraction), 2), donors=donors, seed=seed)
-        n_folds = folds.max() + 1
-        return (folds == np.random.default_rng(seed).permutation(n_folds)[0]) & (n_folds > 1)
+        order = np.random.default_rng(seed).permutation(folds.max() + 1)
+        complete = [fold for fold in order if len(np.unique(codes[folds != fold])) == codes.max() + 1]
+        return (folds == [*complete, *order][0]) & (len(order) > 1)
     rows = np.flatnonzero(np.bincount(codes)[codes] > 1)
     n_held = min(max(round(fraction * len(classes)), 1), len(rows) - 1)
     if n_held > 0:
