@@ -35,6 +35,11 @@ def test_adapters_are_merged_and_gone(small):
         assert torch.allclose(network.backbone.encode(pack), expected, atol=1e-5)
 
 
+def test_adapters_need_a_bert(small):
+    with pytest.raises(ScbinInputError, match="M04.*bert"), adapted(small.network().backbone, {}):
+        pass
+
+
 def test_a_package_that_is_missing_is_named(small):
     if importlib.util.find_spec("peft"):
         pytest.skip("peft is installed")

@@ -115,7 +115,7 @@ def finetune(
     freeze
         Number of layers of the backbone, from the first, that do not change.
     lora
-        Train low-rank adapters instead of the weights of the backbone, and merge them at the end. Needs `scbin[lora]`.
+        Train low-rank adapters of a BERT instead of its weights, and merge them at the end. Needs `scbin[lora]`.
     finetuning
         How labels are held out and learned (:class:`scbin.Finetuning`).
     {training}

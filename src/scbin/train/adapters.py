@@ -27,6 +27,8 @@ def adapted(backbone: nn.Module, settings: Mapping[str, Any] | None, *, seed: in
     if settings is None:
         yield
         return
+    if not any(name.endswith("query") for name, _ in backbone.named_modules()):
+        raise ScbinInputError("M04", "lora= needs a BERT. Pretrain with backbone='bert', or leave lora out.")
     try:
         peft = importlib.import_module("peft")
     except ImportError as error:
