@@ -117,6 +117,12 @@ def stamp(path: Path) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def check_unchanged(path: Path, before: Sequence[int]) -> None:
+    """Refuse a file that is not as it was."""
+    if stamp(path) != tuple(before):
+        raise ScbinInputError("F01", "the file was changed while it was read. Repeat the call.")
+
+
 def open_cells(path: Path, layer: str | None = None) -> AnnData:
     """Return the cells of a file, `X` or the layer left on disk and nothing else but obs and var read."""
     place = "X" if layer is None else f"layers/{layer}"
@@ -247,8 +253,7 @@ class FileTokens:
         lengths = self.lengths[self._starts[first] : min(self._starts[last] + ROWS, self.bounds[file + 1])]
         bounds = np.concatenate([[0], np.cumsum(lengths)])
         with naming(self.paths[file]):
-            if stamp(self.paths[file]) != self._stamps[file]:
-                raise ScbinInputError("F01", "the file has changed since it was opened.")
+            check_unchanged(self.paths[file], self._stamps[file])
             stored = self._arrays(self.paths[file], self.key)
             ids, positions = (part[begin : begin + int(bounds[-1])] for part in stored)
             sound = (

@@ -19,7 +19,7 @@ from scbin import _keys
 from scbin._adata import check_adata, iter_blocks, read_obs, warn
 from scbin._errors import ScbinInputError, ScbinInputWarning
 from scbin.io.commit import committed
-from scbin.io.corpus import expand, naming, open_cells, reading, stamp, write_shard
+from scbin.io.corpus import check_unchanged, expand, naming, open_cells, reading, stamp, write_shard
 from scbin.pp._plan import STATUS, Source, prepare, warn_without_tokens
 from scbin.tokens.genes import some
 
@@ -120,18 +120,12 @@ class Joined(Source):
         """Go through the rows as they are stored, their columns those of the union."""
         for path, first, before in zip(self.paths, self.bounds, self.stamps, strict=False):
             with naming(path):
-                _check_unchanged(path, before)
+                check_unchanged(path, before)
                 adata = open_cells(path, self.layer)
                 columns = self.adata.var_names.get_indexer(adata.var_names).astype(np.int32)
                 for block in iter_blocks(adata, self.layer):
                     here: Any = {"start": int(first) + block.start, "indices": columns[block.indices]}
                     yield replace(block, **here, n_vars=self.adata.n_vars)
-
-
-def _check_unchanged(path: Path, before: Sequence[int]) -> None:
-    """Refuse a file that is not as it was."""
-    if list(stamp(path)) != list(before):
-        raise ScbinInputError("F01", "the file was changed while it was read. Tokenize it again.")
 
 
 # ---- one file -------------------------------------------------------------------------------------------------------
@@ -163,7 +157,7 @@ def tokenize_file(source: Path, target: Path, *, key: str, request: Request) -> 
 
             with committed(target) as temporary:
                 write_shard(temporary, key, plan.encode(), rest)
-                _check_unchanged(source, about["stamp"])
+                check_unchanged(source, about["stamp"])
         found = [w.message for w in caught if isinstance(w.message, ScbinInputWarning)]
         result["warnings"] = [(w.code, w.message) for w in found]
     except ScbinInputError as error:
