@@ -136,11 +136,10 @@ def clock(adata: AnnData, *, ax: Axes | None = None) -> Axes:
 
     Examples
     --------
-    >>> import anndata, numpy, scbin
-    >>> adata = anndata.AnnData(numpy.ones((4, 2)))
-    >>> adata.obs["donor"] = list("abcd")
-    >>> adata.obs["age"], adata.obs["scbin_age"] = [20.0, 40.0, 60.0, 80.0], [40.0, 45.0, 55.0, 60.0]
-    >>> _ = scbin.tl.age_gap(adata, donor_key="donor")
+    >>> import anndata, numpy, pandas, scbin
+    >>> adata = anndata.AnnData(numpy.ones((2, 2)))
+    >>> table = {"truth": [20, 60], "predicted": [33, 51], "expected": [32, 52]}
+    >>> adata.uns["scbin"] = {"age_gap": pandas.DataFrame(table)}
     >>> scbin.pl.clock(adata).get_xlabel()
     'true age of the donor'
     """
@@ -170,27 +169,24 @@ def age_gap(adata: AnnData, *, ax: Axes | None = None) -> Axes:
 
     Examples
     --------
-    >>> import anndata, numpy, scbin
-    >>> adata = anndata.AnnData(numpy.ones((4, 2)))
-    >>> adata.obs["donor"] = list("abcd")
-    >>> adata.obs["age"], adata.obs["scbin_age"] = [20.0, 40.0, 60.0, 80.0], [40.0, 45.0, 55.0, 60.0]
-    >>> _ = scbin.tl.age_gap(adata, donor_key="donor")
+    >>> import anndata, numpy, pandas, scbin
+    >>> adata = anndata.AnnData(numpy.ones((2, 2)))
+    >>> adata.uns["scbin"] = {"age_gap": pandas.DataFrame({"corrected_gap": [1, -1]})}
     >>> scbin.pl.age_gap(adata).get_ylabel()
     'age gap, corrected'
     """
     import seaborn as sns
 
     table = _table(adata, _keys.AGE_GAP, "scbin.tl.age_gap(adata, donor_key=...)")
-    table, by = table.dropna(subset="corrected_gap"), [name for name in ("group", "compare") if name in table]
-    table = table.assign(donors="donors", **{name: table[name].astype(str) for name in by})
-    x, hue = (by or ["donors"])[0], by[1] if len(by) == 2 else None
-    n = table[[x, hue or x]].drop_duplicates().shape[0]
-    ax = _style.new_axes(1.6 + 0.9 * n, 3.6) if ax is None else ax
-    how: dict[str, Any] = {"data": table, "x": x, "y": "corrected_gap", "hue": hue, "ax": ax, "legend": False}
-    colors = {"palette": _style.palette(table[hue].nunique())} if hue else {"color": _style.MISSING}
-    sns.violinplot(**how | {"legend": hue is not None}, **colors, inner=None, linewidth=0.8, cut=0)
-    sns.stripplot(**how, dodge=hue is not None, palette="dark:black" if hue else None, size=3)
-    if hue is not None:
+    table = table.dropna(subset="corrected_gap").assign(donors="donors")
+    by = [name for name in ("group", "compare") if name in table] or ["donors"]
+    table[by] = table[by].astype(str)
+    ax = _style.new_axes(1.6 + 0.9 * len(table[by].drop_duplicates()), 3.6) if ax is None else ax
+    how: dict[str, Any] = {"data": table, "x": by[0], "y": "corrected_gap", "hue": by[-1], "ax": ax}
+    colors = _style.palette(table[by[-1]].nunique())
+    sns.violinplot(**how, palette=colors, legend=len(by) > 1, inner=None, linewidth=0.8, cut=0)
+    sns.stripplot(**how, palette="dark:black", legend=False, dodge=len(by) > 1, size=3)
+    if len(by) > 1:
         sns.move_legend(ax, "center left", bbox_to_anchor=(1.01, 0.5), frameon=False, title=None)
     ax.axhline(0, color=_style.QUIET, linestyle=":", linewidth=1)
     ax.set(xlabel="", ylabel="age gap, corrected")

@@ -76,8 +76,8 @@ def age_gap(
     keys = {"donor": donor_key, "group": groupby, "compare": compare}
     obs = pd.DataFrame({name: read_obs(adata, key).astype(object) for name, key in keys.items() if key is not None})
     if reference is not None and reference not in set(obs.get("compare", ())):
-        found = f"reference={reference!r} is not a value of obs[{compare!r}]"
-        raise ScbinInputError("A06", f"{found}; name its column in compare=.")
+        wrong = f"reference={reference!r} is not a value of obs[{compare!r}]"
+        raise ScbinInputError("A06", f"{wrong}; name its column in compare=.")
     obs = obs.iloc[found.cells].assign(truth=found.truth, predicted=found.predicted).dropna(subset="predicted")
     by = [name for name in ("donor", "group", "truth", "compare") if name in obs]
     table = obs.groupby(by)["predicted"].agg(n_cells="size", predicted="mean").reset_index()
@@ -89,8 +89,8 @@ def age_gap(
             slope, level = np.polyfit(fitted["truth"], fitted["predicted"], 1)
             table.loc[rows.index, "expected"] = level + slope * rows["truth"]
     if table["expected"].isna().all():
-        found = f"there are {table['truth'].nunique()} in all"
-        raise ScbinInputError("P02", f"a line needs {FEWEST} donors of different ages in a group; {found}.")
+        rule = f"a line needs {FEWEST} donors of different ages in a group"
+        raise ScbinInputError("P02", f"{rule}; there are {table['truth'].nunique()} in all.")
     table["corrected_gap"] = table["predicted"] - table["expected"]
     write_uns(adata, _keys.AGE_GAP, table)
     return table.copy()

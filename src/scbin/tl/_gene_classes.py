@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 N_FOLDS, N_REPEATS, MOST_CELLS = 5, 4, 2_000
 GRID = np.linspace(0, 1, 51)  # false positive rates
-COLUMNS = {"expression mean": slice(0, 1), "detection": slice(1, 2), "SVD loadings": slice(3, None)}
 
 
 def evaluate_gene_classes(
@@ -47,8 +46,8 @@ def evaluate_gene_classes(
     if np.bincount(codes, minlength=len(labels.classes)).min() < N_FOLDS:
         need = f"{N_FOLDS} genes of each class that the cells express are needed: {', '.join(labels.classes)}"
         raise ScbinInputError("L02", f"{need}. Tokenize more genes: n_genes=.")
-    reads = {"simple features": simple, **{name: simple[:, part] for name, part in COLUMNS.items()}}
-    reads |= {"hidden states": hidden}
+    reads = {"simple features": simple, "expression mean": simple[:, :1], "detection": simple[:, 1:2]}
+    reads |= {"SVD loadings": simple[:, 3:], "hidden states": hidden}
     if chosen.network.counts is not None:
         reads["count loadings"] = fixed_gene_vectors(chosen, "loadings")
     made = {name: cross_validated(features[rows], codes, seed) for name, features in reads.items()}

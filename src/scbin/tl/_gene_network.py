@@ -21,9 +21,8 @@ from scbin.model import count_head, resolve_model
 from scbin.nn.backbone import layer_number
 from scbin.nn.bert import BertBackbone
 from scbin.nn.density import expected_shares
-from scbin.nn.packs import pack_rows, plan_packs
-from scbin.nn.run import Runner, at_rest, gene_tokens, run
 from scbin.nn.run import embed as embed_tokens
+from scbin.nn.run import gene_tokens, run
 from scbin.tl._gene_vectors import fixed_gene_vectors, groups_of, hidden_states, means_by_gene
 from scbin.tl._labels import MaskedPhenotypes
 from scbin.tl._perturb_statistics import false_discovery_rates
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from scbin.model import Model
-    from scbin.nn.device import Precision
     from scbin.nn.network import CellNetwork
     from scbin.tokens.tokens import Tokens
 
@@ -62,8 +60,8 @@ def gene_network(
 ) -> AnnData | None:
     """Compute a network of genes that have similar vectors, vary together, or affect each other in the model.
 
-    None of them is regulation. Against known targets of transcription factors all are close to plain co-expression, the default the
-    furthest above it on average; the page on knowledge has the numbers.
+    None of them is regulation. Against known targets of transcription factors the default is the best of the four, and level
+    with plain correlation of counts: see :doc:`/knowledge` for the numbers.
 
     Parameters
     ----------
@@ -200,13 +198,11 @@ def attention(
     chosen = resolve_model(model, adata)
     tokens: Any = MaskedPhenotypes(read_tokens(adata, chosen.vocabulary, tokens_key))
     rows = [cell_number(cell, tokens) for cell in cells]
-    columns, shape = gene_names(adata, chosen.vocabulary).columns, (adata.n_vars, adata.n_vars)
-    found = dict.fromkeys(rows, sparse.csr_matrix(shape, dtype=np.float32))
+    columns, n = gene_names(adata, chosen.vocabulary).columns, adata.n_vars
+    found = dict.fromkeys(rows, sparse.csr_matrix((n, n), dtype=np.float32))
     how: dict[str, Any] = {"device": device, "precision": "float32", "token_budget": token_budget}
     for cell, genes, weights in attention_of(chosen.network, tokens, np.unique(rows), layer, head, **how):
-        here = columns[genes] >= 0
-        at = np.meshgrid(columns[genes][here], columns[genes][here], indexing="ij")
-        found[cell] = sparse.csr_matrix((weights[here][:, here].ravel(), (at[0].ravel(), at[1].ravel())), shape)
+        found[cell] = by_columns(weights, columns[genes], n)
     return [found[row] for row in rows]
 
 
@@ -279,12 +275,15 @@ def gene_association(
     donors = np.arange(adata.n_obs) if donor_key is None else pd.factorize(read_obs(adata, donor_key))[0]
     usable = (tokens.lengths > 0) & (codes >= 0) & (donors >= 0)
     how: dict[str, Any] = {"device": device, "precision": "float32", "token_budget": token_budget, "progress": progress}
-    vectors, tables = embed_tokens(chosen.network, tokens, **how), []
+    vectors, genes, tables = embed_tokens(chosen.network, tokens, **how), gene_names(adata, chosen.vocabulary).names, []
     for name in (name for name in asked if name != reference):
         here = codes == names.index(name)
         there = ~here if reference == "rest" else codes == names.index(reference)
         sides = [np.flatnonzero(usable & side) for side in (here, there)]
-        units = [_units(vectors[side], donors[side], donor_key is not None) for side in sides]
+        units = [pd.DataFrame(vectors[side], index=donors[side]) for side in sides]
+        if donor_key is None:
+            units = [unit.iloc[some_of(len(unit), MOST_CELLS, 0)] for unit in units]
+        units = [unit.groupby(level=0).mean() for unit in units]  # of donors, or cells, one each
         if min(map(len, units)) < 2:
             found = f"{len(units[0])} and {len(units[1])} {'cells' if donor_key is None else 'donors'}"
             raise ScbinInputError("P02", f"{name!r} and {reference!r} have {found}; two on each side are needed.")
@@ -295,13 +294,13 @@ def gene_association(
         logs = [np.log2(DEPTH * share + PSEUDOCOUNT) for share in shares]
         test: Any = stats.ttest_rel(*logs) if paired else stats.ttest_ind(*logs, equal_var=False)
         plain = [np.log2(log_expression(tokens, side).expm1().mean(axis=0) + PSEUDOCOUNT) for side in sides]
-        columns = {"group": name, "gene": np.array(gene_names(adata, chosen.vocabulary).names, dtype=object)}
-        columns |= {"log_fold_change": logs[0].mean(axis=0) - logs[1].mean(axis=0)}
-        columns |= dict(zip(("lower", "upper"), test.confidence_interval(), strict=True))
-        columns |= {"p_value": test.pvalue, "fdr": false_discovery_rates(test.pvalue)}
-        columns |= {"plain_log_fold_change": np.ravel(plain[0] - plain[1])}
-        unit = "cell" if donor_key is None else "paired donor" if paired else "donor"
-        table = pd.DataFrame({**columns, "n": len(units[0]), "n_reference": len(units[1]), "unit": unit})
+        table = pd.DataFrame({"group": name, "gene": np.array(genes, dtype=object)})
+        table["log_fold_change"] = logs[0].mean(axis=0) - logs[1].mean(axis=0)
+        table["lower"], table["upper"] = test.confidence_interval()
+        table["p_value"], table["fdr"] = test.pvalue, false_discovery_rates(test.pvalue)
+        table["plain_log_fold_change"] = np.ravel(plain[0] - plain[1])
+        table["n"], table["n_reference"] = map(len, units)
+        table["unit"] = "cell" if donor_key is None else "paired donor" if paired else "donor"
         tables.append(table.sort_values("log_fold_change", ascending=False, kind="stable"))
     return pd.concat(tables, ignore_index=True)
 
@@ -323,23 +322,20 @@ def expected_logs(model: Model, tokens: Tokens, codes: np.ndarray, n_groups: int
 
 
 def presence_slopes(
-    network: CellNetwork, tokens: Tokens, *, device: str, precision: Precision, token_budget: int, progress: bool
+    network: CellNetwork, tokens: Tokens, **how: Any
 ) -> Iterator[tuple[Tensor, np.ndarray, np.ndarray]]:
     """Yield by how much tokens of genes move the vector of their cell, to first order (n, size), their genes and their cells (n,).
 
     A gate on a token, 1 there and 0 away, scales its expression and the attention that it gets; this is the slope at 1.
     """
-    vector = network.vector
-    with at_rest(network):
-        runner = Runner(network, device, precision)
-        for cells in tqdm(plan_packs(tokens.lengths, token_budget), desc="genes", unit="pack", disable=not progress):
-            pack = pack_rows(tokens.take(cells), cells, runner.device)
-            gates = torch.zeros(pack.n_tokens, device=runner.device, requires_grad=True)  # logarithms
-            with torch.enable_grad():
-                z = vector(runner(pack, vector.layer, gates=gates).float(), pack, gates=gates).float()
-                slopes = [torch.autograd.grad(each, gates, retain_graph=True)[0] for each in z.sum(dim=0)]
-            at, genes, of_cells = gene_tokens(pack, tokens.vocabulary)
-            yield torch.stack(slopes, dim=1).cpu()[torch.from_numpy(at)], genes, of_cells
+    for pack, _ in run(network, tokens, layer=None, label="reading genes", **how):
+        gates = torch.zeros(pack.n_tokens, device=pack.input_ids.device, requires_grad=True)  # logarithms
+        with torch.enable_grad():
+            hidden = network.backbone.encode(pack, network.vector.layer, gates=gates)
+            z = network.vector(hidden, pack, gates=gates)
+            slopes = [torch.autograd.grad(each, gates, retain_graph=True)[0] for each in z.sum(dim=0)]
+        at, genes, cells = gene_tokens(pack, tokens.vocabulary)
+        yield torch.stack(slopes, dim=1).cpu()[torch.from_numpy(at)], genes, cells
 
 
 def attention_of(
@@ -390,17 +386,15 @@ def cosines(vectors: np.ndarray) -> np.ndarray:
 
 def strongest(weights: np.ndarray, columns: np.ndarray, n_vars: int, n_edges: int | None) -> sparse.csr_matrix:
     """Return the strongest edges of each gene (genes, genes) by column of adata; none to itself, none that is NaN."""
-    here = np.flatnonzero(columns >= 0)
-    weights = np.nan_to_num(weights[np.ix_(here, here)].astype(np.float32))
+    weights = np.where(columns >= 0, np.nan_to_num(weights.astype(np.float32)), 0)
     np.fill_diagonal(weights, 0)
-    if n_edges is not None and 0 < n_edges < len(here):
-        least = np.partition(np.abs(weights), len(here) - n_edges, axis=1)[:, len(here) - n_edges]
-        weights[np.abs(weights) < least[:, None]] = 0
-    row, column = np.nonzero(weights)
-    return sparse.csr_matrix((weights[row, column], (columns[here][row], columns[here][column])), (n_vars, n_vars))
+    if n_edges is not None and 0 < n_edges < len(columns):
+        size = np.abs(weights)
+        weights[size < np.partition(size, -n_edges, axis=1)[:, -n_edges, None]] = 0
+    return by_columns(weights, columns, n_vars)
 
 
-def _units(vectors: np.ndarray, donors: np.ndarray, by_donor: bool) -> pd.DataFrame:
-    """Return the vectors of what is counted: the means of donors, or cells, at most 5,000."""
-    frame = pd.DataFrame(vectors, index=donors)
-    return frame.groupby(level=0).mean() if by_donor else frame.iloc[some_of(len(frame), MOST_CELLS, 0)]
+def by_columns(weights: np.ndarray, columns: np.ndarray, n_vars: int) -> sparse.csr_matrix:
+    """Return weights among genes (n, n) at their columns of adata (n,), -1: none."""
+    row, column = np.nonzero(np.where((columns >= 0) & (columns[:, None] >= 0), weights, 0))
+    return sparse.csr_matrix((weights[row, column], (columns[row], columns[column])), (n_vars, n_vars))

@@ -69,7 +69,11 @@ def roll_up(
     if slot not in adata.obsm or not record.classes:
         raise ScbinInputError("A06", f"adata.obsm has no {slot!r}: predict classes first with scbin.tl.predict.")
     terms, below = classes_below(record.classes, parents)
-    chosen, probability = most_specific(np.asarray(adata.obsm[slot], dtype=np.float64), below, threshold)
+    of_terms = np.asarray(adata.obsm[slot], dtype=np.float64) @ below.T  # (cells, terms), NaN where a cell has none
+    # of terms with equally many classes the more probable one
+    size = np.where(of_terms >= threshold - 1e-9, below.sum(axis=1) - of_terms / 2, np.inf)
+    chosen = np.where(np.isfinite(size.min(axis=1)), size.argmin(axis=1), -1)
+    probability = np.where(chosen < 0, np.nan, of_terms[np.arange(len(chosen)), chosen])
     changed = copied(adata) if copy else adata
     rolled = pd.Categorical.from_codes(chosen, categories=terms).remove_unused_categories()
     write(changed, "obs", f"{record.column}_rolled", rolled)
@@ -86,12 +90,3 @@ def classes_below(classes: tuple[str, ...], parents: Mapping[str, str]) -> tuple
     above = [{name} | nx.descendants(tree, name) for name in classes]
     terms = [*classes, *sorted(set().union(*above) - set(classes))]
     return terms, np.array([[term in each for each in above] for term in terms])
-
-
-def most_specific(probability: np.ndarray, below: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each row of probabilities (cells, classes) the smallest term that is probable enough, -1: none, and its probability."""
-    of_terms = probability @ below.T  # (cells, terms), NaN where a cell has none
-    # of equal size the more probable one
-    size = np.where(of_terms >= threshold - 1e-9, below.sum(axis=1) - of_terms / 2, np.inf)
-    chosen, known = size.argmin(axis=1), np.isfinite(size.min(axis=1))
-    return np.where(known, chosen, -1), np.where(known, of_terms[np.arange(len(chosen)), chosen], np.nan)
