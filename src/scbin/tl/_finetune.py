@@ -250,7 +250,7 @@ def _divided(split: Split, usable: np.ndarray, strata: np.ndarray, fraction: flo
     if not fraction or (split.validation & usable).any():
         return replace(split, train=split.open & ~split.validation)
     rows, held_out, donors = np.flatnonzero(split.open & usable), split.validation.copy(), split.donors
-    classes, how = np.nan_to_num(strata[rows], nan=-1), {"most": _MOST_HELD_OUT, "seed": seed}
+    classes, how = np.nan_to_num(strata[rows], nan=-1), dict[str, Any](most=_MOST_HELD_OUT, seed=seed)
     drawn = hold_out(classes, fraction, donors=None if donors is None else donors[rows], **how)
     if donors is not None and set(classes[drawn]) - set(classes[~drawn]):
         found = "some labels occur in one donor or batch only, so that none can be held out"
