@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from scbin.nn import attention
 from scbin.nn.attention import _row_by_row, pack_layout, packed_attention
 
 
@@ -37,6 +38,20 @@ def test_a_bias_of_the_keys_is_added_to_their_scores():
     (slope,) = torch.autograd.grad(out.square().sum(), bias, retain_graph=True)
     (exact,) = torch.autograd.grad(expected.square().sum(), bias)
     assert (slope - exact).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("lengths", [(40, 7, 30), (20, 20, 20)])
+@pytest.mark.parametrize("most", [0, 2**25], ids=["fused kernel", "written out"])
+def test_in_bfloat16_rows_attend_as_in_float32_to_its_three_digits(monkeypatch, lengths, most):
+    monkeypatch.setattr(attention, "_MOST_SCORES", most)
+    torch.manual_seed(0)
+    full = [torch.randn(1, 2, sum(lengths), 8, requires_grad=True) for _ in range(3)]
+    half = [t.detach().bfloat16().requires_grad_() for t in full]
+    exact, out = (attend(*qkv, pack_layout(np.array(lengths))) for qkv in (full, half))
+    assert out.dtype == torch.bfloat16 and (out - exact).abs().max() < 2e-2
+    slopes, found = (torch.autograd.grad(o.float().square().sum(), qkv) for o, qkv in ((exact, full), (out, half)))
+    for a, b in zip(slopes, found, strict=True):
+        assert (a - b).norm() < 2e-2 * a.norm()
 
 
 def test_without_a_layout_it_is_ordinary_attention():

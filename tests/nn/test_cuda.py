@@ -247,7 +247,8 @@ def test_auto_is_bfloat16_on_cuda_and_float32_on_the_cpu(monkeypatch):
     for trains in (0, 64, 256):
         assert device.resolve_precision("auto", CUDA, trains) == torch.bfloat16
     assert device.resolve_precision("auto", torch.device("cpu")) == torch.float32
-    assert device.resolve_precision("auto", torch.device("cpu"), 256) == torch.bfloat16
+    for trains, dtype in ((64, torch.float32), (128, torch.bfloat16)):
+        assert device.resolve_precision("auto", torch.device("cpu"), trains) == dtype
     assert {Training().for_preset(name, 100).precision for name in PRESETS} == {"auto"} and set(RECIPES) <= set(PRESETS)
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 PACKED = "scbin_packed"
 """Name of the packed attention among the attention implementations of transformers."""
 
+_MOST_SCORES = 2**25  # that are kept at once, 64 MiB
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -93,14 +95,27 @@ def _biased(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: floa
 def _row_by_row(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
     """One fused call per row: measured faster on CPU than padding with a mask (2-3x) and jagged tensors (5-20x).
 
-    Rows of one length, as the edits of a cell are, need no more than one call.
+    Rows of one length, as the edits of a cell are, need no more than one call. Rows of near lengths gain nothing by sharing one:
+    from 150 tokens on the kernel takes as long for each.
     """
     n, length = len(layout.lengths), layout.lengths[0]
     if layout.lengths.count(length) == n:
         q, k, v = (tensor[0].unflatten(1, (n, length)).transpose(0, 1) for tensor in (query, key, value))
-        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1)[None]
+        return _attend(q, k, v, scale).transpose(1, 2).flatten(0, 1)[None]
     rows = zip(*(tensor.split(layout.lengths, 2) for tensor in (query, key, value)), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(q, k, v, scale=scale) for q, k, v in rows], dim=2).transpose(1, 2)
+    return torch.cat([_attend(q, k, v, scale) for q, k, v in rows], dim=2).transpose(1, 2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attend among all keys of a batch (B, heads, L, d): by the fused kernel, but in bfloat16 written out.
+
+    The fused kernel for CPUs is no faster in bfloat16 than in float32; two products with the scores between them are, by up to 2 times.
+    Scores are then rounded as queries and keys have been before.
+    """
+    n_rows, n_heads, length, _ = query.shape
+    if query.dtype != torch.bfloat16 or n_rows * n_heads * length**2 > _MOST_SCORES:
+        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+    return torch.softmax(query * scale @ key.transpose(2, 3), dim=-1) @ value
 
 
 def _jagged(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:

@@ -55,14 +55,14 @@ def has_bfloat16(device: torch.device) -> bool:
 def resolve_precision(precision: Precision, device: torch.device, trains: int = 0) -> torch.dtype:
     """Return the type of the matrix products; `"auto"` takes bfloat16 on CUDA since Ampere.
 
-    On CPUs it stays with float32, but for the training of networks: of a hidden size `trains` from 256 on, where there are matrix
-    units for bfloat16. Below, the conversions cost more than the products save.
+    On CPUs it stays with float32, but for the training of networks: of a hidden size `trains` from 128 on, where there are
+    instructions for products in bfloat16. Below, the conversions cost more than the products save.
     """
     if precision != "auto":
         choices({"precision": get_args(Precision)}, precision=precision)
         return torch.bfloat16 if precision == "bfloat16" else torch.float32
-    has_matrix_units = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    on_cpu = device.type == "cpu" and trains >= 256 and has_matrix_units()
+    tells = (getattr(torch.cpu, f"_is_{unit}_supported", lambda: False) for unit in ("amx_tile", "avx512_bf16"))
+    on_cpu = device.type == "cpu" and trains >= 128 and any(has_units() for has_units in tells)
     return torch.bfloat16 if on_cpu or (device.type == "cuda" and has_bfloat16(device)) else torch.float32
 
 

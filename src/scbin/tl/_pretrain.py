@@ -181,7 +181,7 @@ def pretrain(
         some = np.sort(np.random.default_rng(seed).choice(cells, MOST_CELLS, replace=False))
         tokens, cells = MemoryTokens(tokens.take(some), tokens.vocabulary), np.arange(len(some))
         codes = None if codes is None else codes[some]
-    vectors = _embedded(network, tokens, training, device)
+    vectors = _embedded(network, tokens, training, device, progress)
     if network.counts is not None:
         network.density = Density.fit(tokens, vectors, cells=cells, seed=seed)
     if codes is not None:
@@ -214,12 +214,12 @@ def note_model(model: Model, data: Any, save_dir: str | os.PathLike[str] | None)
         write_uns(data, _keys.MODEL_PATH, str(path or ""))
 
 
-def _embedded(network: CellNetwork, tokens: Tokens, training: Training, device: str) -> np.ndarray:
+def _embedded(network: CellNetwork, tokens: Tokens, training: Training, device: str, progress: bool) -> np.ndarray:
     """Return the vectors of all cells (cells, size), phenotypes hidden; every process embeds a part of them."""
     with joined_world(training.timeout) as world:
         rows, hidden = np.arange(tokens.n_cells), MaskedPhenotypes(tokens)
         options: dict[str, Any] = {"device": str(world.device(device)), "token_budget": training.token_budget}
-        own = world.share(rows)
+        options["progress"], own = progress and world.is_first, world.share(rows)
         vectors = embed_tokens(network, hidden, rows=own, precision="float32", **options)[own]
         return np.concatenate(world.gather(vectors))
 

@@ -170,9 +170,7 @@ class Trainer:
                 factors = np.array(self.task.weights) * (np.array(counts) > 0) / np.maximum(counts, 1e-12)
                 losses = self.summed(batch, cells, epoch, factors)
                 world.sum_gradients(self.parameters)
-                gradients = [p.grad for p in self.parameters if p.grad is not None]
-                norm = torch.nn.utils.get_total_norm(gradients) if gradients else losses.new_zeros(())
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, training.clip, norm)
+                norm = torch.nn.utils.clip_grad_norm_(self.parameters, training.clip).to(losses.device)
                 size, *values = torch.stack([norm, *world.sum(losses)]).tolist()
                 rate = training.learning_rate * learning_rate_factor(self.step, self.n_steps, training)
                 for group in self.optimizer.param_groups:
