@@ -14,15 +14,14 @@ from scbin._arguments import checked
 from scbin._errors import ScbinInputError
 from scbin.get.measured import Screen, read_screen
 from scbin.tl import _responses as responses
-from scbin.tl._fit_perturbations import FEWEST_SINGLES, own_genes
-from scbin.tl._screen import read_cells, targets_of
+from scbin.tl._fit_perturbations import FEWEST_SINGLES
+from scbin.tl._screen import own_genes, read_cells, targets_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from anndata import AnnData
 
-FOLDS = 10
 TOP = 50  # most changed genes
 NEIGHBOURS = 5
 FLIPS = 10_000
@@ -36,12 +35,11 @@ BLOCK_NAMES = {"pca": "ridge on PCA loadings", "model": "ridge on gene vectors o
 def evaluate_perturbations(
     adata: AnnData, *, split: Mapping[str, Sequence[str]] | None = None, seed: int = 0, copy: bool = False
 ) -> AnnData | None:
-    """Predict each measured perturbation from the others, by several methods, and say whether that is better than their mean.
+    """Predict each measured perturbation from the others by several methods, and compare them with the mean of the others.
 
-    Published deep models were rarely better than the mean change of the other perturbations, so that is what everything stands
-    beside. The measured change comes from other control cells (with donors: other donors) than what is learned from, since a shared
-    control alone makes all changes resemble each other. Perturbations whose change does not reproduce are set apart: nothing can
-    be right or wrong about them.
+    Published deep models were rarely better than the mean change of the other perturbations, which is the baseline here. Measured
+    changes are computed with other control cells (or donors) than those used for training, since a shared control makes all
+    changes similar. Perturbations whose change does not reproduce are left out of the scores.
 
     Parameters
     ----------
@@ -131,28 +129,25 @@ def _predictions(
     names, weight = table["perturbation"].to_numpy(dtype=object), table["ceiling"].fillna(0).to_numpy() ** 2
     changes = responses.without_own(np.nan_to_num(changes), own_genes(names, screen.genes))
     shrunk, alone, every = weight[:, None] * changes, (table["n_targets"] == 1).to_numpy(), np.arange(len(names))
-    alike = responses.kernels(
-        screen.rows(np.where(alone, names, ""))
-    )  # over all perturbations, so that numbers are rows everywhere
+    # over all perturbations, so that numbers are rows everywhere
+    features, at = screen.rows(np.where(alone, names, "")), pd.Index(screen.genes).get_indexer(names)
+    alike = responses.kernels(features)
     nearest = alike.get("all", next(iter(alike.values())))
-    blocks = {BLOCK_NAMES[name]: {name: alike[name]} for name in BLOCK_NAMES if name in alike}
+    blocks = {title: {name: features[name]} for name, title in BLOCK_NAMES.items() if name in features}
     methods = ["no change", *MEANS, "nearest neighbours", *blocks, "matching mean", "additive", "scbin"]
     made = {name: np.full(changes.shape, np.nan) for name in methods}
     made["no change"][:] = 0.0
-    fold = np.random.default_rng(seed).permutation(len(names)) % FOLDS
-    parts = [(fold != f, fold == f, fold >= 0) for f in range(FOLDS)]  # chosen on, predicted, predicted from
-    if sides is not None:
-        parts = [(sides[0], sides[1], sides[0])]
+    # chosen on, predicted, predicted from
+    left_out = [(*part, every >= 0) for part in responses.folds(len(names), seed)]
+    parts = left_out if sides is None else [(*sides, sides[0])]
     for learn, test, train in parts:
         asked, known, on = (every[rows & alone] for rows in (test, train, learn))
         for method, rows in zip(MEANS, (changes, shrunk), strict=True):
-            made[method][asked] = responses.smoother(None, np.inf, known, asked) @ rows[known]
-            made[method][test & ~alone] = (
-                responses.smoother(None, np.inf, every[train], every[test & ~alone]) @ rows[train]
-            )
-        made["scbin"][asked] = responses.ridge(alike, changes, weight, on, known, asked)
+            for these, base in ((asked, known), (every[test & ~alone], every[train])):
+                made[method][these] = responses.smoother(None, responses.MEAN, base, these) @ rows[base]
+        made["scbin"][asked] = responses.foretell(features, changes, weight, on, known, asked, at)
         for method, block in blocks.items():
-            made[method][asked] = responses.ridge(block, changes, weight, on, known, asked, always=True)
+            made[method][asked] = responses.foretell(block, changes, weight, on, known, asked)
         for i in asked:
             others = known[known != i]
             near = others[np.argsort(-nearest[i, others], kind="stable")[:NEIGHBOURS]]
@@ -161,17 +156,18 @@ def _predictions(
     if not len(pair):
         return made
     member = shrunk if sides is None else np.where(sides[0][:, None], shrunk, np.nan_to_num(made["scbin"]))
-    index = np.array([pd.Index(names).get_indexer(name.split("+")) for name in names[pair]])
-    base, similar = member[index].sum(axis=1), responses.pair_kernels(alike, member, index)
-    holds = np.array([[target in name.split("+") for target in names] for name in names])  # (perturbations, targets)
+    targets, member = pd.Index(names[alone]), member[alone]
+    index = np.array([targets.get_indexer(name.split("+")) for name in names[pair]])
+    base, similar = member[index].sum(axis=1), responses.pair_kernels(member, len(member), index)
+    holds = np.array([[target in name.split("+") for target in targets] for name in names])  # (perturbations, targets)
     for learn, test, train in parts:
         on, asked = np.flatnonzero(learn[pair]), np.flatnonzero(test[pair])
         made["scbin"][pair[asked]] = responses.combine(base, changes[pair[on]], weight[pair[on]], similar, on, asked)
         for i in asked:
             share = holds[:, index[i]].any(axis=1) & train & (every != pair[i])
             made["matching mean"][pair[i]] = changes[share].mean(axis=0) if share.any() else 0.0
-            if train[index[i]].all():
-                made["additive"][pair[i]] = changes[index[i]].sum(axis=0)
+            if train[alone][index[i]].all():
+                made["additive"][pair[i]] = changes[alone][index[i]].sum(axis=0)
     return made
 
 

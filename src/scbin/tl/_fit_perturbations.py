@@ -16,7 +16,7 @@ from scbin.model import resolve_model
 from scbin.tl._gene_vectors import fixed_gene_vectors, mean_gene_vectors
 from scbin.tl._perturb_statistics import false_discovery_rates
 from scbin.tl._responses import Sums, control_features, narrow, reproducibility, sum_cells
-from scbin.tl._screen import Cells, read_cells
+from scbin.tl._screen import Cells, own_genes, read_cells
 from scbin.tokens.tokens import MemoryTokens
 
 if TYPE_CHECKING:
@@ -48,26 +48,26 @@ def fit_perturbations(
     seed: int = 0,
     copy: bool = False,
 ) -> AnnData | None:
-    """Measure what each perturbation of a screen (Perturb-seq) changed, whether that reproduces, and learn to predict others.
+    """Measure the change of each perturbation of a screen (Perturb-seq) and whether it reproduces, and learn to predict others.
 
-    The change of a perturbation is the mean log expression of its cells minus that of the controls of the same batch and donor. It
-    reproduces if two halves of its cells (of the donors), each with controls of its own, agree by more than noise does.
-    :func:`scbin.tl.predict_perturbations` then predicts perturbations that were not done by kernel ridge regression over the
-    measured ones, and :func:`scbin.tl.evaluate_perturbations` says how good that is; run it before you believe a prediction.
+    The change of a perturbation is the mean log expression of its cells minus that of the controls of the same batch and donor.
+    It reproduces if two halves of its cells (or donors), each with its own controls, agree more than noise explains.
+    :func:`scbin.tl.predict_perturbations` then predicts other perturbations from the measured ones of similar genes. Run
+    :func:`scbin.tl.evaluate_perturbations` to see how good these predictions are.
 
     Parameters
     ----------
     {adata}
     model
-        A :class:`scbin.Model` or the path of its directory, whose gene vectors become features of targets. `None`: without.
+        A :class:`scbin.Model` or the path of its directory, whose gene vectors become features of targets. Default: none.
     key
         Column of `obs` with the perturbation: `"A"`, pairs as `"A+B"` or `"A_B"`, guides as `"A_sg1"`.
     control
-        What it says for unperturbed cells.
+        Its value for unperturbed cells.
     donor_key
-        Column of `obs` with the donor. Donors are then the replicates: halves share none.
+        Column of `obs` with the donor. Donors are then the replicates: the halves have different donors.
     batch_key
-        Column of `obs`, within which cells are compared with controls: a batch, or a cell line.
+        Column of `obs`, such as a batch or a cell line: cells are compared with controls of the same value.
     mode
         `"crispri"` and `"ko"`: the target itself goes down by a fraction, that of the other targets; `"activation"`: it goes up.
     features
@@ -117,7 +117,7 @@ def fit_perturbations(
         found = f"fewer than {FEWEST_SINGLES} perturbations of one gene have {min_cells} cells or more"
         raise ScbinInputError("P02", f"{found}; learning needs them. Cells with two guides count as pairs.")
     if not measured.all():
-        listed = ", ".join(f"{n} {status}" for status, n in table["status"][~measured].value_counts().items())
+        listed = ", ".join(f"{status} ({n})" for status, n in table["status"][~measured].value_counts().items())
         warn("P02", f"nothing is learned from {count(int((~measured).sum()), 'perturbation')}: {listed}.")
 
     controls = cells.values[np.flatnonzero(cells.group < 0)]
@@ -184,8 +184,3 @@ def _table(cells: Cells, sums: Sums, genes: np.ndarray, min_cells: int, seed: in
     frame["reproducible"] = (np.nan_to_num(fdr, nan=1.0) <= 0.05) & (np.nan_to_num(r) >= REPRODUCIBLE)
     frame["own_change"] = [row[mine].mean() if mine.any() else np.nan for row, mine in zip(changes, own, strict=True)]
     return pd.DataFrame(frame | {"noise": sums.noise()})
-
-
-def own_genes(names: Any, genes: np.ndarray) -> np.ndarray:
-    """Return which genes are targets of each perturbation (perturbations, genes) bool."""
-    return np.array([np.isin(genes, name.split("+")) for name in names]).reshape(len(names), len(genes))

@@ -16,9 +16,8 @@ from scbin._arguments import checked
 from scbin._errors import ScbinInputError
 from scbin.get.measured import Screen, read_screen
 from scbin.model import resolve_model
-from scbin.tl._fit_perturbations import own_genes
-from scbin.tl._responses import combine, kernels, pair_kernels, ridge, without_own
-from scbin.tl._screen import read_cells, targets_of
+from scbin.tl._responses import combine, folds, foretell, kernels, pair_kernels, without_own
+from scbin.tl._screen import own_genes, read_cells, targets_of
 
 if TYPE_CHECKING:
     import os
@@ -43,24 +42,24 @@ def predict_perturbations(
     seed: int = 0,
     copy: bool = False,
 ) -> AnnData | None:
-    """Predict the change of every gene after perturbations that were not done, with an interval.
+    """Predict the change of every gene after perturbations that were not measured, with an interval.
 
-    A single perturbation is predicted from measured ones of genes with similar features, and from their mean as far as features
-    foretold nothing. A pair is the sum of its genes, and a synergy where measured pairs showed one. Of a measured
-    perturbation you get the measured change, shrunk towards what the others predict by how noisy it is.
+    A single perturbation is predicted from measured ones of genes with similar features, and from their mean if features do not
+    help. A pair is the sum of its genes, plus a synergy if measured pairs have one. For a measured perturbation, the result is
+    the measured change, shrunk towards the prediction from the others by its noise.
 
     Parameters
     ----------
     adata
         The screen after :func:`scbin.tl.fit_perturbations`.
     model
-        The model that was fitted with, or `None`: what was learned from it is kept in `adata`.
+        The model used in the fit, or `None`: what was learned from it is kept in `adata`.
     perturbations
         Genes and pairs of genes: `["A", "B", "A+B"]`. Default: all that were measured.
     n_cells
-        Make so many cells of each perturbation, from as many control cells whose counts are thinned or added to.
+        Number of cells to generate for each perturbation, from control cells whose counts are thinned or increased.
     interval
-        Which part of the measured changes the interval is to hold: its width is that of the errors for perturbations left out.
+        Coverage of the interval. Its width is that of the errors for perturbations that were left out.
     {seed}
     copy
         Return a changed copy instead of changing `adata`; not together with `n_cells`.
@@ -157,9 +156,11 @@ def predict_changes(screen: Screen, asked: list[str], interval: float) -> tuple[
     singles = names[:n]
     targets = singles + sorted({target for name in asked for target in name.split("+")} - set(singles))
     own, train = own_genes(targets, screen.genes), np.arange(n)
-    given, alike = without_own(changes[:n], own[:n]), kernels(screen.rows(targets))
-    # from the others, where it was measured
-    expected = ridge(alike, given, weight[:n], train, train, np.arange(len(targets)))
+    given, at = without_own(changes[:n], own[:n]), pd.Index(screen.genes).get_indexer(targets)
+    data = (screen.rows(targets), given, weight[:n])
+    expected = foretell(*data, train, train, np.arange(len(targets)), at)
+    for learn, test in folds(n, 0):  # those that were measured: from the others
+        expected[:n][test] = foretell(*data, train[learn], train, train[test], at)
     error = expected[:n] - given
     spread = (error**2).mean(axis=0) + 1e-12
     wide = float(np.quantile(np.abs(error) / np.sqrt(spread), interval))
@@ -174,7 +175,7 @@ def predict_changes(screen: Screen, asked: list[str], interval: float) -> tuple[
         index = np.array([[targets.index(target) for target in name.split("+")] for name in every])
         known, own_pairs, base = np.arange(len(names) - n), own_genes(every, screen.genes), members[index].sum(axis=1)
         measured = np.where(own_pairs[known], base[known], changes[n:])
-        both = combine(base, measured, weight[n:], pair_kernels(alike, members, index), known, np.arange(len(every)))
+        both = combine(base, measured, weight[n:], pair_kernels(members, n, index), known, np.arange(len(every)))
         doubts = left[index].sum(axis=1)
         both = np.where(own_pairs, np.where(own[index], best[index], 0).sum(axis=1), both)
         if len(known):

@@ -1,4 +1,4 @@
-"""The mathematics of measured perturbations: changes of pseudobulks, what of them reproduces, and kernel ridge over perturbations."""
+"""The mathematics of measured perturbations: changes of pseudobulks, what of them reproduces, and kernel regression over perturbations."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sklearn.utils.extmath import randomized_svd
 
 BLOCKS = 8  # parts of the cells, of which halves are made
 SPLITS = 10
+TEMPERATURES = (0.05, 0.1, 0.2, 0.4)  # of the weights of targets with similar features, on the scale of cosines
 PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0)
 ERRORS = 2.0  # standard errors by which features must be better than the mean to be used
 MOST_TO_CHOOSE = 300  # perturbations among which kernel and penalty are chosen
@@ -20,8 +21,17 @@ NULL_DRAWS = 10_000
 FEWEST_PAIRS = 5  # from which a synergy is learned
 MOST_RESIDUALS = 2_000  # cells from which the covariance of the noise is taken
 WIDTH = 50  # dimensions of a block of gene features
+COMPONENTS = 10  # of the measured changes, in which genes and members of pairs are compared
+PAIR_WIDTHS = (0.2, 0.3, 0.5, 1.0)
+ONE_MEMBER = 0.2  # part of a pair's synergy that either member has with any other, against that of both
+FOLDS = 10
 Rows = np.ndarray
 Kernels = dict[str, np.ndarray]
+Rule = tuple[str, float]  # "zero", "mean", "nearby" with a temperature, "ridge" with a penalty
+MEAN: Rule = ("mean", np.inf)
+ZERO: Rule = ("zero", np.inf)
+RIDGE: list[Rule] = [("ridge", penalty) for penalty in PENALTIES]
+SINGLES: list[Rule] = [*(("nearby", temperature) for temperature in TEMPERATURES), *RIDGE]
 
 
 # ---- changes and their reproducibility ------------------------------------------------------------------------------
@@ -172,6 +182,21 @@ def narrow(block: np.ndarray) -> np.ndarray:
     return result
 
 
+def components(changes: np.ndarray) -> np.ndarray:
+    """Return the main directions of changes over genes, with their lengths (genes, components)."""
+    n = min(COMPONENTS, *changes.shape)
+    _, size, genes = randomized_svd(changes, n_components=n, random_state=0)
+    return genes.T * size
+
+
+def response_features(changes: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Return what measured perturbations do to the gene of each target (targets, components); `at` -1: it is no gene of the data.
+
+    Genes that the same perturbations move act alike when they are perturbed themselves.
+    """
+    return np.where((at >= 0)[:, None], components(changes - changes.mean(axis=0))[at], np.nan)
+
+
 def kernels(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return a cosine kernel of each block of features of targets (targets, d), and their mean; targets without features resemble none."""
     rows = {name: lengthened(np.nan_to_num(block)) for name, block in features.items()}
@@ -179,61 +204,79 @@ def kernels(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return made | ({"all": np.mean(list(made.values()), axis=0)} if len(made) > 1 else {})
 
 
-def pair_kernels(singles: dict[str, np.ndarray], changes: np.ndarray, pairs: np.ndarray) -> dict[str, np.ndarray]:
-    """Return kernels between pairs of perturbations (pairs, 2): pairs are alike whose members are, by features or by measured changes."""
-    rows, (a, b) = lengthened(changes), pairs.T
-    made = {**singles, "changes": rows @ rows.T}
-    return {name: k[np.ix_(a, a)] * k[np.ix_(b, b)] + k[np.ix_(a, b)] * k[np.ix_(b, a)] for name, k in made.items()}
+def pair_kernels(members: np.ndarray, n: int, pairs: np.ndarray) -> Kernels:
+    """Return kernels between pairs of targets (pairs, 2), of several widths: pairs are alike whose members change the same genes.
+
+    `members` are the changes of single targets, the first `n` measured. They are compared in the main components of these, where there
+    is less noise, and those that change more count for more: a target without effect has no synergy.
+    """
+    rows = members @ lengthened(components(members[:n]).T).T
+    size, alike, (a, b) = np.linalg.norm(rows, axis=1), lengthened(rows) @ lengthened(rows).T, pairs.T
+    strength = np.sqrt(size / max(float(np.sqrt((size[:n] ** 2).mean())), 1e-12))
+    made = {}
+    for width in PAIR_WIDTHS:
+        k = np.exp((alike - 1) / width) * np.outer(strength, strength)
+        aa, bb, ab, ba = (k[np.ix_(*ends)] for ends in ((a, a), (b, b), (a, b), (b, a)))
+        made[str(width)] = aa * bb + ab * ba + ONE_MEMBER * (aa + bb + ab + ba)
+    return made
 
 
-# ---- ridge over perturbations ---------------------------------------------------------------------------------------
+# ---- regression over perturbations ----------------------------------------------------------------------------------
 
 
-def smoother(kernel: Rows | None, penalty: float, train: Rows, test: Rows, centre: bool = True) -> Rows:
+def smoother(kernel: Rows | None, rule: Rule, train: Rows, test: Rows) -> Rows:
     """Return the weights with which changes of the training perturbations make up each prediction (test, train).
 
-    An infinite penalty, or no kernel, is the mean of the others, or without `centre` (of what is beyond sums of pairs) 0. A
-    perturbation that is in both is predicted from the others: exact leave-one-out, in closed form.
+    `"nearby"` is the mean weighted by exp(kernel / temperature), `"ridge"` kernel ridge regression about a mean. A perturbation
+    that is in both is predicted from the others: exact leave-one-out, of ridge in closed form.
     """
-    shrunk, like = np.eye(len(train)), np.zeros((len(test), len(train)))
-    if kernel is not None and np.isfinite(penalty):
-        shrunk, like = kernel[np.ix_(train, train)] + penalty * shrunk, kernel[np.ix_(test, train)]
-    inverse = np.linalg.inv(shrunk)
-    weights = like @ inverse
-    if centre:
-        ones = inverse.sum(axis=1)
-        weights = weights + np.outer(1 - like @ ones, ones / ones.sum())
-        inverse = inverse - np.outer(ones, ones) / ones.sum()
-    row, i = np.nonzero(np.asarray(test)[:, None] == train)
+    (kind, strength), others = rule, np.asarray(test)[:, None] != train
+    if kernel is None or np.isinf(strength):
+        return others / np.maximum(others.sum(axis=1, keepdims=True), 1) * (kind != "zero")
+    like = kernel[np.ix_(test, train)]
+    if kind == "nearby":
+        weights = np.where(others, np.exp((like - like.max(axis=1, keepdims=True)) / strength), 0)
+        return weights / weights.sum(axis=1, keepdims=True)
+    inverse = np.linalg.inv(kernel[np.ix_(train, train)] + strength * np.eye(len(train)))
+    ones = inverse.sum(axis=1)
+    weights = like @ inverse + np.outer(1 - like @ ones, ones / ones.sum())
+    inverse -= np.outer(ones, ones) / ones.sum()
+    row, i = np.nonzero(~others)
     weights[row] = -inverse[i] / np.diag(inverse)[i, None]
     weights[row, i] = 0
     return weights
 
 
 def choose(
-    known: Kernels, changes: Rows, target: Rows, weight: Rows, centre: bool = True, always: bool = False
-) -> tuple[str, float]:
-    """Return the kernel and penalty with the smallest leave-one-out error: the infinite one, unless another is better by more than chance.
+    known: Kernels,
+    rules: list[Rule],
+    changes: Rows,
+    target: Rows,
+    weight: Rows,
+    start: Rule = MEAN,
+    errors: float = ERRORS,
+) -> tuple[str, Rule]:
+    """Return the kernel and rule with the smallest leave-one-out error: `start`, unless another is better by so many standard errors.
 
     `changes` are learned from and `target` is predicted (perturbations, genes). The error is the log of the squared distance, so
-    that strong effects do not decide alone; `weight` is the reliability of each perturbation. `always` leaves out the doubt.
+    that strong effects do not decide alone; `weight` is the reliability of each perturbation.
     """
     some = np.argsort(-weight, kind="stable")[:MOST_TO_CHOOSE]
     changes, target, weight = changes[some], target[some], weight[some] / max(float(weight[some].sum()), 1e-12)
     squares, cross, gram = (target**2).sum(axis=1), target @ changes.T, changes @ changes.T
 
-    def error(name: str, penalty: float) -> np.ndarray:
-        rows = smoother(known.get(name), penalty, some, some, centre)
+    def error(name: str, rule: Rule) -> np.ndarray:
+        rows = smoother(known.get(name), rule, some, some)
         distance = squares - 2 * (rows * cross).sum(axis=1) + np.einsum("ij,ij->i", rows @ gram, rows)
         return np.log(np.maximum(distance, 1e-12))
 
-    best, gain, start = ("mean", np.inf), 0.0, error("mean", np.inf)
-    for rule in itertools.product(known, PENALTIES):
-        better = start - error(*rule)
+    best, gain, base = ("", start), 0.0, error("", start)
+    for each in itertools.product(known, rules):
+        better = base - error(*each)
         mean = float(weight @ better)
-        doubt = 0.0 if always else ERRORS * float(np.sqrt(weight**2 @ (better - mean) ** 2))
+        doubt = errors * float(np.sqrt(weight**2 @ (better - mean) ** 2))
         if mean > max(gain, doubt):
-            best, gain = rule, mean
+            best, gain = each, mean
     return best
 
 
@@ -243,13 +286,28 @@ def without_own(changes: np.ndarray, own: np.ndarray) -> np.ndarray:
     return np.where(own, others, changes)
 
 
-def ridge(
-    alike: Kernels, changes: Rows, weight: Rows, learn: Rows, train: Rows, test: Rows, always: bool = False
+def foretell(
+    features: dict[str, Rows], changes: Rows, weight: Rows, learn: Rows, train: Rows, test: Rows, at: Rows | None = None
 ) -> Rows:
-    """Return predicted changes of the perturbations `test` from those in `train`, by the rule that is best among `learn`."""
-    part, shrunk = {name: kernel[np.ix_(learn, learn)] for name, kernel in alike.items()}, weight[:, None] * changes
-    name, penalty = choose(part, shrunk[learn], changes[learn], weight[learn], always=always)
-    return smoother(alike.get(name), penalty, train, test) @ shrunk[train]
+    """Return predicted changes of the perturbations `test` from those in `train`, by the rule that is best among `learn`.
+
+    `at` are the own genes of targets, whose responses to `learn` become features; without it, it is the best ridge regression.
+    """
+    shrunk = weight[:, None] * changes
+    alike = kernels(features if at is None else features | {"response": response_features(shrunk[learn], at)})
+    part, rules = (
+        {name: kernel[np.ix_(learn, learn)] for name, kernel in alike.items()},
+        RIDGE if at is None else SINGLES,
+    )
+    errors = 0.0 if at is None else ERRORS
+    name, rule = choose(part, rules, shrunk[learn], changes[learn], weight[learn], errors=errors)
+    return smoother(alike.get(name), rule, train, test) @ shrunk[train]
+
+
+def folds(n: int, seed: int) -> list[tuple[Rows, Rows]]:
+    """Return divisions of `n` perturbations into those learned from and those left out (n,) bool, each left out once."""
+    fold = np.random.default_rng(seed).permutation(n) % FOLDS
+    return [(fold != k, fold == k) for k in np.unique(fold)]
 
 
 def combine(base: Rows, measured: Rows, weight: Rows, alike: Kernels, train: Rows, test: Rows) -> Rows:
@@ -263,5 +321,5 @@ def combine(base: Rows, measured: Rows, weight: Rows, alike: Kernels, train: Row
     factor = float(np.clip(top / size if size > 0 else 1.0, 0.1, 1.5))
     left = measured - factor * base[train]
     part = {name: kernel[np.ix_(train, train)] for name, kernel in alike.items()}
-    name, penalty = choose(part, left, left, weight, centre=False)
-    return factor * base[test] + smoother(alike.get(name), penalty, train, test, centre=False) @ left
+    name, rule = choose(part, RIDGE, left, left, weight, ZERO)
+    return factor * base[test] + smoother(alike.get(name), rule, train, test) @ left

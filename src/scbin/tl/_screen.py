@@ -101,25 +101,39 @@ def read_cells(adata: AnnData, params: Mapping[str, Any], known: Iterable[str] =
     donor = None if donor_key is None else pd.factorize(frame[donor_key].iloc[rows], sort=True)[0]
     if donor is not None and donor.max() < 1:
         raise ScbinInputError("P02", f"all cells are of one donor in obs[{donor_key!r}]. Leave donor_key= out.")
-    values, is_counts, total = read_expression(adata, params, rows)
+    values, is_counts, total = read_expression(adata, params, rows, group, names)
     return Cells(values, tuple(names), group, stratum, donor, rows, is_counts, total)
 
 
+def own_genes(names: Any, genes: np.ndarray) -> np.ndarray:
+    """Return which genes are targets of each perturbation (perturbations, genes) bool."""
+    return np.array([np.isin(genes, name.split("+")) for name in names]).reshape(len(names), len(genes))
+
+
 def read_expression(
-    adata: AnnData, params: Mapping[str, Any], rows: np.ndarray
+    adata: AnnData, params: Mapping[str, Any], rows: np.ndarray, group: np.ndarray, names: list[str]
 ) -> tuple[sparse.csr_matrix, bool, np.ndarray]:
-    """Return log1p of expression at equal depth of some cells, whether they are counts, and their totals."""
+    """Return log1p of expression at equal depth of some cells, whether they are counts, and their depths.
+
+    The depth of a cell is that of its genes without its targets, which count with their share in controls: when an abundant target goes
+    down, all other genes would seem to go up.
+    """
     source = Source(adata, params["layer"])
     reading = source.read(source.scan(), "auto")
     matrix = sparse.vstack([block.csr() for block in source.blocks()], format="csr")[rows].astype(np.float32)
+    if logs := reading.kind == "log1p":
+        matrix.data = np.expm1(matrix.data * np.float32(np.log(reading.base)))
     total = np.asarray(matrix.sum(axis=1, dtype=np.float64)).ravel()
-    if reading.kind == "log1p":
-        matrix.data *= np.float32(np.log(reading.base))
-        return matrix, False, total
-    if params["total_key"] is not None:
+    if logs and reading.target_sum is None:  # of some genes: the depth is not known
+        return matrix.log1p(), False, total
+    if params["total_key"] is not None and not logs:
         total = pd.to_numeric(read_obs(adata, params["total_key"]), errors="coerce").to_numpy(dtype=float)[rows]
         if not (np.isfinite(total) & (total > 0)).all():
             raise ScbinInputError("I05", f"obs[{params['total_key']!r}] is not a number above 0 for every cell.")
-    scale = np.median(total[total > 0]) / np.maximum(total, 1)
+    own = sparse.csr_matrix(np.vstack([own_genes(names, adata.var_names.to_numpy(str)), np.zeros(adata.n_vars, bool)]))
+    usual = own @ np.asarray(matrix[group < 0].sum(axis=0)).ravel() / max(total[group < 0].sum(), 1.0)
+    others = total - np.asarray(matrix.multiply(own[group]).sum(axis=1)).ravel()
+    total = np.where(others > 0, others / (1 - usual[group]), total)
+    scale = np.median(total[total > 0]) / np.maximum(total, 1e-12)
     matrix.data = np.log1p(matrix.data * np.repeat(scale, np.diff(matrix.indptr)).astype(np.float32))
-    return matrix, True, total
+    return matrix, not logs, total
