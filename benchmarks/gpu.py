@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from speed import cells_like_geneformer
+from speed import cells_like_geneformer, forward_flops
 
 import scbin
 from scbin.nn.network import build_network
@@ -42,13 +42,6 @@ COLUMNS = (
     "memory, GB",
     "cosine to float32",
 )
-
-
-def forward_flops(shape: Any, lengths: np.ndarray, head: float) -> float:
-    """Return the operations of a forward of rows of these lengths, with the output layer at a share `head` of the tokens."""
-    h, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
-    per_token = layers * (8 * h**2 + 4 * h * inner) + head * 2 * h * 25_426
-    return float(per_token * lengths.sum() + 4 * layers * h * (lengths.astype(float) ** 2).sum())
 
 
 def seconds(call: Callable[[], Any], device: torch.device, times: int) -> float:
@@ -85,7 +78,7 @@ def row_of(name: str, device: torch.device, steps: int, n_cells: int) -> tuple[s
     took = seconds(step, device, steps)
     trainer.thread.shutdown()
     peak = next((flops for word, flops in PEAK.items() if word in device_name(device)), float("nan"))
-    used = 3 * forward_flops(shape, lengths, 0.15) / took / peak
+    used = 3 * (forward_flops(shape, lengths) + 0.15 * lengths.sum() * 2 * shape.hidden_size * 25_426) / took / peak
     with at_rest(network):
         runner = Runner(network, device)
         pack = pack_rows(tokens.take(np.arange(n_cells)), np.arange(n_cells), device)

@@ -1,21 +1,25 @@
 """How much faster scbin is than the usual loops: tokenizing, pretraining, embedding, deleting genes.
 
-    python benchmarks/speed.py [tokenize pretrain embed perturb] [--quick] [--file cells.h5ad]
+    python benchmarks/speed.py [tokenize pretrain embed perturb step] [--quick] [--rounds 5] [--file cells.h5ad] [--dictionaries geneformer]
 
 Both sides run in one process on one thread, round after round in turn; the first round is dropped. Printed are medians of CPU seconds,
 and the median and range of their ratios within a round, beside a check that both sides computed the same.
 
-- `tokenize`: rank tokens against the loop of Geneformer's tokenizer, quantile bins against that of scGPT's, AnnData to tokens.
+- `tokenize`: rank tokens of an h5ad, with the dictionaries of Geneformer V1, against the loop of Geneformer's tokenizer.
 - `pretrain`: a step on the shape and lengths of Geneformer V1 against stock BertForMaskedLM on batches of cells of similar length,
   padded to the longest, with the output layer at all positions.
 - `embed`: cell vectors against padded batches of cells sorted by length, through the whole of BertForMaskedLM, as Geneformer does.
-- `perturb`: deleting every gene of a cell, exactly and by the screen, against a padded forward for each gene.
+- `perturb`: deleting genes exactly, on the shape of Geneformer V1, against a padded forward through all of BertForMaskedLM for each gene;
+  and every gene of cells of the file in a small BERT, exactly and by the screen.
+- `step`: GFLOP/s of a training step of our own sizes on the cells of the file, beside the bare products of its shapes.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -31,98 +35,95 @@ from threadpoolctl import threadpool_limits
 from transformers import BertConfig, BertForMaskedLM
 
 import scbin
+from scbin.io.dictionaries import geneformer_vocabulary
+from scbin.nn.attention import _attend
 from scbin.nn.network import build_network
 from scbin.nn.packs import pack_rows
+from scbin.nn.presets import preset
 from scbin.nn.run import embed
+from scbin.tl._perturb import CPU_PACK
+from scbin.tokens.edits import Edit, GeneRows, edit_rows
 from scbin.tokens.tokens import MemoryTokens
-from scbin.train.loop import train
+from scbin.train.distributed import World
+from scbin.train.loop import Trainer, train
 from scbin.train.pretraining import Pretraining
+
+try:
+    from datasets import Dataset, disable_progress_bars
+except ImportError:  # Geneformer's tokenizer is then compared without the dataset that it ends in
+    Dataset = None
+else:
+    disable_progress_bars()
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-N_GENES, V1_GENES, N_BINS = 20_000, 25_421, 51
+V1_GENES, DATA = 25_421, Path(__file__).resolve().parents[2] / "shared"
 
 
 def compare(title: str, sides: dict[str, Callable[[], Any]], rounds: int, same: str) -> None:
     """Run all sides in turn; print CPU seconds, and ratios to the first side."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    taken: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds + 1):
         for name, call in sides.items():
-            start = time.process_time()
-            call()
-            seconds[name].append(time.process_time() - start)
-    kept = np.array(list(seconds.values()))[:, 1:]  # (sides, rounds)
+            taken[name].append(seconds(call))
+    kept = np.array(list(taken.values()))[:, 1:]  # (sides, rounds)
     print(f"\n{title}; {same}")
     for name, mine, ratios in zip(sides, kept, kept[0] / kept, strict=True):
         how = f"{np.median(ratios):8.1f}x ({ratios.min():.1f}-{ratios.max():.1f})"
         print(f"  {name:38}{np.median(mine):9.3f} s {how}", flush=True)
 
 
-def synthetic_cells(n_cells: int) -> ad.AnnData:
-    """Compound-Poisson counts of 20,000 genes, about 2,000 of them expressed in a cell."""
-    rng = np.random.default_rng(0)
-    rate = rng.lognormal(0, 1.6, N_GENES)
-    rows = []
-    for n in np.clip(rng.lognormal(np.log(1955), 0.378, n_cells), 200, 8000).astype(int):
-        genes = np.unique(rng.choice(N_GENES, size=int(n * 1.16), p=rate / rate.sum()))
-        rows.append((genes, 1 + rng.poisson(rate[genes] * 0.4)))
-    indptr = np.cumsum([0, *(len(genes) for genes, _ in rows)])
-    indices, data = (np.concatenate(parts) for parts in zip(*rows, strict=True))
-    adata = ad.AnnData(sparse.csr_matrix((data.astype(np.float32), indices, indptr), shape=(n_cells, N_GENES)))
-    adata.var_names = [f"G{k}" for k in range(N_GENES)]
-    return adata
-
-
-def geneformer_loop(adata: ad.AnnData, medians: np.ndarray) -> list[np.ndarray]:
-    """Rank the genes of each cell as Geneformer's `tokenize_anndata` does, in blocks of 512 cells."""
-    found = []
+def geneformer_loop(path: Path, like: scbin.Vocabulary) -> list[np.ndarray]:
+    """Read a file and rank the genes of each cell as Geneformer's `tokenize_anndata` does, in blocks of 512 cells."""
+    adata, found = ad.read_h5ad(path), []
+    known = {gene: k for k, gene in enumerate(like.genes)}
+    columns = np.flatnonzero([gene in known for gene in adata.var["ensembl_id"]])
+    number = np.array([known[gene] for gene in adata.var["ensembl_id"].iloc[columns]])
+    medians, tokens = np.array(like.medians)[number], like.first_gene_id + number
+    totals = np.asarray(adata.X.sum(axis=1))
     for start in range(0, adata.n_obs, 512):
-        block = adata[start : start + 512].X.toarray()
-        normed = sparse.csr_matrix(block / block.sum(axis=1, keepdims=True) * 10_000 / medians)
-        for k in range(normed.shape[0]):
-            row = normed[k]
-            found.append(row.indices[np.argsort(-row.data)][:2048])
+        block = slice(start, start + 512)
+        normed = sparse.csr_matrix(adata[block].X[:, columns] / totals[block] * 10_000 / medians)
+        found += [tokens[normed[k].indices][np.argsort(-normed[k].data)] for k in range(normed.shape[0])]
     return found
 
 
-def scgpt_loop(adata: ad.AnnData, genes: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Bin the genes of each cell by its own quantiles as scGPT's `Preprocessor` does; genes, lowest and highest bins."""
-    found = []
-    for row in adata.X[:, genes].toarray():
-        where = row.nonzero()[0]
-        edges = np.quantile(row[where], np.linspace(0, 1, N_BINS - 1))
-        high, low = np.digitize(row[where], edges), np.digitize(row[where], edges, right=True)
-        drawn = np.ceil(np.random.rand(len(where)) * (high - low) + low)
-        found.append((where, np.minimum(low, drawn), high))
-    return found
+def geneformer_dataset(path: Path, like: scbin.Vocabulary) -> Any:
+    """Put the ranked genes of each cell, cut to the longest row, into a dataset as Geneformer's `create_dataset` does."""
+
+    def cut(cell: dict[str, Any]) -> dict[str, Any]:
+        cell["input_ids"] = cell["input_ids"][: like.max_length]
+        return cell | {"length": len(cell["input_ids"])}
+
+    return Dataset.from_dict({"input_ids": geneformer_loop(path, like)}).map(cut)
 
 
-def tokenize(quick: bool, rounds: int, _: Path | None) -> None:
-    """Compare the way from an AnnData to tokens."""
-    adata = synthetic_cells(300 if quick else 4_000)
-    few, medians = adata[:300].copy(), np.random.default_rng(1).lognormal(0.5, 0.7, N_GENES)
-    rank = scbin.Vocabulary.build("rank", list(adata.var_names), medians=medians.tolist(), layout="geneformer_v1")
-    finer = scbin.Tokenization(n_bins=N_BINS - 1, depth=False)
-    scbin.pp.tokenize(few, rule="quantile_per_cell", tokenization=finer)
-    bins = scbin.Vocabulary.from_json(few.uns["scbin"]["vocabulary"])
-    genes = adata.var_names.get_indexer(list(bins.genes))
+def tokenize(rounds: int, arguments: argparse.Namespace) -> None:
+    """Compare the way from an h5ad to rank tokens."""
+    names = ("token_dictionary_gc30M", "gene_median_dictionary_gc30M")
+    like = geneformer_vocabulary(*(arguments.dictionaries / f"{name}.json" for name in names))
+    adata = ad.read_h5ad(arguments.file)
+    with tempfile.TemporaryDirectory() as folder:
+        for n_cells in (400, adata.n_obs):
+            path = Path(folder) / f"{n_cells}.h5ad"
+            adata[:n_cells].write_h5ad(path)
 
-    def streamed(adata: ad.AnnData, vocabulary: scbin.Vocabulary) -> sparse.csr_matrix:
-        scbin.pp.tokenize(adata, like=vocabulary)
-        return adata.obsm["X_tokens"]
+            def ours(path: Path = path) -> sparse.csr_matrix:
+                cells = ad.read_h5ad(path)
+                scbin.pp.tokenize(cells, like=like, gene_key="ensembl_id")
+                return cells.obsm["X_tokens"]
 
-    pairs = zip(streamed(few, rank), geneformer_loop(few, medians), strict=True)
-    equal = np.mean([(mine.data - rank.first_gene_id == row).mean() for mine, row in pairs])
-    sides = {"Geneformer's loop": lambda: geneformer_loop(adata, medians), "scbin": lambda: streamed(adata, rank)}
-    compare(f"tokenize, rank, {adata.n_obs:,} cells", sides, rounds, f"{equal:.2%} of the tokens equal")
-    equal = []
-    for mine, (where, low, high) in zip(streamed(few, bins), scgpt_loop(few, genes), strict=True):
-        found = mine.toarray().ravel()[bins.first_gene_position + where].astype(int) - bins.first_gene_id
-        equal.append(((found >= low) & (found <= high)).mean())
-    sides = {"scGPT's loop": lambda: scgpt_loop(adata, genes), "scbin": lambda: streamed(adata, bins)}
-    title = f"tokenize, quantile bins, {len(genes):,} genes, {adata.n_obs:,} cells"
-    compare(title, sides, rounds, f"{np.mean(equal):.2%} of the bins are among those that scGPT draws from")
+            pairs = [
+                (mine, row[: like.max_length]) for mine, row in zip(ours(), geneformer_loop(path, like), strict=True)
+            ]
+            sets = np.mean([set(mine.data) == set(row) for mine, row in pairs])
+            equal = np.mean([(mine.data == row).mean() for mine, row in pairs if mine.nnz == len(row)])
+            sides: dict[str, Any] = {"Geneformer's loop": lambda path=path: geneformer_loop(path, like), "scbin": ours}
+            if Dataset is not None:
+                sides = {"Geneformer's loop, to its dataset": lambda path=path: geneformer_dataset(path, like)} | sides
+            same = f"{sets:.1%} of the cells have equal tokens, {equal:.1%} of them at equal ranks"
+            compare(f"tokenize, rank, {n_cells:,} cells", sides, rounds, same)
 
 
 class Padded:
@@ -192,11 +193,13 @@ def cells_like_geneformer(n_cells: int) -> MemoryTokens:
     )
 
 
-def pretrain(quick: bool, rounds: int, _: Path | None) -> None:
+def pretrain(rounds: int, arguments: argparse.Namespace) -> None:
     """Compare steps of masked modelling on the shape of Geneformer V1."""
-    per_step = 4 if quick else 12
-    tokens = cells_like_geneformer(per_step if quick else 4 * per_step)
-    network = build_network(tokens.vocabulary, "geneformer-v1-6l", vector="pooled")
+    tokens, per_step = cells_like_geneformer(600), 4
+    order = np.argsort(tokens.lengths).reshape(-1, per_step)  # neighbours in length, as in a large data set
+    some = order[37 :: 75 if arguments.quick else 25].ravel()
+    tokens = MemoryTokens(tokens.matrix[some], tokens.vocabulary)
+    network = build_network(tokens.vocabulary, "geneformer-v1-6l", "bert", vector="pooled")
     padded = Padded(network, per_step, dropout=0.02)
     task = Pretraining(tokens.vocabulary, loss=scbin.Loss(over="vocabulary", weights={"cell_vector": 0.0}))
 
@@ -215,66 +218,146 @@ def pretrain(quick: bool, rounds: int, _: Path | None) -> None:
     compare(title, sides, rounds, f"{fraction:.0%} of the padded batches are tokens")
 
 
-def embedding(quick: bool, rounds: int, _: Path | None) -> None:
+def embedding(rounds: int, arguments: argparse.Namespace) -> None:
     """Compare the computation of cell vectors on the shape of Geneformer V1."""
-    tokens = cells_like_geneformer(8 if quick else 64)
-    network = build_network(tokens.vocabulary, "geneformer-v1-6l", vector="pooled").eval()
-    padded = Padded(network, 8 if quick else 16)
+    tokens = cells_like_geneformer(8 if arguments.quick else 16)
+    network = build_network(tokens.vocabulary, "geneformer-v1-6l", "bert", vector="pooled").eval()
+    padded = Padded(network, 8)
     sides = {
         "padded, sorted by length, float32": lambda: padded.vectors(tokens.matrix),
         "scbin, float32": lambda: embed(network, tokens, device="cpu", precision="float32"),
         "scbin, bfloat16": lambda: embed(network, tokens, device="cpu", precision="bfloat16"),
     }
-    first, second, _ = (call() for call in sides.values())
-    off = np.abs(first - second).max()
-    compare(f"embed, {tokens.n_cells} cells", sides, rounds, f"largest difference in float32 {off:.0e}")
+    first, second, third = (call() for call in sides.values())
+    cosine = (first * third).sum(1) / np.linalg.norm(first, axis=1) / np.linalg.norm(third, axis=1)
+    same = (
+        f"largest difference in float32 {np.abs(first - second).max():.0e}, least cosine in bfloat16 {cosine.min():.6f}"
+    )
+    compare(f"embed, {tokens.n_cells} cells", sides, rounds, same)
 
 
-def perturb(quick: bool, rounds: int, file: Path | None) -> None:
-    """Compare the deletion of every gene of cells that the model was not trained on."""
-    adata = scbin.datasets.pbmc68k_reduced() if file is None else ad.read_h5ad(file)
+def perturb(rounds: int, arguments: argparse.Namespace) -> None:
+    """Compare the deletion of genes: of a cell in a network of the shape of Geneformer V1, and of cells in a small one."""
+    tokens, n_edits = cells_like_geneformer(600), 20 if arguments.quick else 40
+    cell = tokens.matrix[[int(np.argmin(np.abs(tokens.lengths - 500)))]]
+    network = build_network(tokens.vocabulary, "geneformer-v1-6l", "bert", vector="pooled").eval()
+    delete_all(f"{cell.nnz} genes, shape of Geneformer V1", network, tokens.vocabulary, cell, n_edits, rounds)
+
+    adata = ad.read_h5ad(arguments.file)
     scbin.pp.tokenize(adata)
     lengths = np.diff(adata.obsm["X_tokens"].indptr)
-    chosen = np.argsort(np.abs(lengths - np.median(lengths)), kind="stable")[: 1 if quick else 4]
+    chosen = np.argsort(np.abs(lengths - np.median(lengths)), kind="stable")[: 1 if arguments.quick else 3]
     others, cells = adata[np.setdiff1d(np.arange(adata.n_obs), chosen)].copy(), adata[chosen].copy()
-    model = scbin.tl.pretrain(others, backbone="bert", max_steps=20 if quick else None, progress=False)
-    vocabulary = model.vocabulary
-    padded, tokens = Padded(model.network.eval(), 10), cells.obsm["X_tokens"]
-
-    def loop() -> list[tuple[int, int, float]]:
-        found = []
-        for cell, before in enumerate(padded.vectors(tokens).astype(np.float64)):
-            row = tokens[cell]
-            at = np.flatnonzero(vocabulary.is_gene_token(row.data))
-            kept = [np.delete(np.arange(row.nnz), k) for k in at]
-            ids, positions = (np.concatenate([values[k] for k in kept]) for values in (row.data, row.indices))
-            edited = (ids, positions, np.arange(len(at) + 1) * (row.nnz - 1))
-            after = padded.vectors(sparse.csr_matrix(edited, (len(at), row.shape[1]))).astype(np.float64)
-            cosine = after @ before / np.linalg.norm(after, axis=1) / np.linalg.norm(before)
-            genes = vocabulary.genes_at(row.data[at], row.indices[at])
-            found += zip([cell] * len(at), genes.tolist(), (1 - cosine).tolist(), strict=True)
-        return found
+    model = scbin.tl.pretrain(others, backbone="bert", max_steps=20 if arguments.quick else 40, progress=False)
+    delete_all("tiny", model.network.eval(), model.vocabulary, cells.obsm["X_tokens"], 10_000, rounds)
 
     def ours(**how: Any) -> sparse.csr_matrix:
         scbin.tl.perturb(cells, model, device="cpu", progress=False, **how)
         return cells.layers["scbin_shift"].copy()
 
-    exact, screen = {"method": "exact"}, {"method": "screen", "verify": 0.0}
-    found = [np.array(values) for values in zip(*loop(), strict=True)]
-    columns = cells.var_names.get_indexer(list(vocabulary.genes))[found[1]]
-    truth, guess = (np.asarray(ours(**how)[found[0], columns]).ravel() for how in (exact, screen))
-    rank = np.mean([spearmanr(truth[found[0] == k], guess[found[0] == k]).statistic for k in range(cells.n_obs)])
-    same = f"largest difference of 1 - cosine {np.abs(truth - found[2]).max():.0e}, Spearman of the screen {rank:.3f}"
     sides = {
-        "padded loop, 10 edits a batch": loop,
-        "scbin, exact": lambda: ours(**exact),
-        "scbin, screen alone": lambda: ours(**screen),
+        "scbin, exact": lambda: ours(method="exact"),
+        "scbin, screen alone": lambda: ours(method="screen", verify=0.0),
         "scbin, screen, top 10 % exact": lambda: ours(method="screen"),
     }
-    compare(f"perturb, {len(truth):,} deletions in {cells.n_obs} cells", sides, rounds, same)
+    pairs = zip(*(call() for call in list(sides.values())[:2]), strict=True)
+    rank = np.mean([spearmanr(exact.data, screened.data).statistic for exact, screened in pairs])
+    compare(f"screen, {cells.n_obs} cells", sides, rounds, f"Spearman {rank:.3f}")
 
 
-PARTS = {"tokenize": tokenize, "pretrain": pretrain, "embed": embedding, "perturb": perturb}
+def delete_all(title: str, network: Any, vocabulary: Any, cells: sparse.csr_matrix, most: int, rounds: int) -> None:
+    """Compare the exact deletion of the genes of some cells, but of `most` edits at most."""
+    rows, padded = GeneRows(cells, vocabulary), Padded(network, 10)
+    at, genes = (part[:most] for part in rows.expressed())
+
+    def edited() -> sparse.csr_matrix:
+        return edit_rows(rows, Edit(), at, genes).tokens
+
+    def ours(precision: Any) -> np.ndarray:
+        how: Any = {"device": "cpu", "token_budget": CPU_PACK, "precision": precision}
+        return embed(network, MemoryTokens(edited(), vocabulary), **how)
+
+    sides = {
+        "padded loop, 10 edits a batch": lambda: padded.vectors(edited()),
+        "scbin, exact, float32": lambda: ours("float32"),
+        "scbin, exact, bfloat16": lambda: ours("bfloat16"),
+    }
+    first, second, _ = (call() for call in sides.values())
+    shape, lengths = network.backbone.config(), np.asarray([cells.nnz / cells.shape[0]])
+    shape = argparse.Namespace(**shape)
+    fewer = 1 + 2 * shape.hidden_size * vocabulary.n_tokens / (forward_flops(shape, lengths) / lengths[0])
+    same = f"largest difference {np.abs(first - second).max():.0e}; by counting operations {fewer:.1f}x"
+    compare(f"perturb, {len(at):,} deletions, {title}", sides, rounds, same)
+
+
+def forward_flops(shape: Any, lengths: np.ndarray) -> float:
+    """Return the operations of a forward of rows of these lengths, without the output layer."""
+    h, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
+    return float(layers * ((8 * h**2 + 4 * h * inner) * lengths.sum() + 4 * h * (lengths.astype(float) ** 2).sum()))
+
+
+def step(rounds: int, arguments: argparse.Namespace) -> None:
+    """Say at how many GFLOP/s a training step computes, its linear layers and its attention by themselves."""
+    adata = ad.read_h5ad(arguments.file)
+    scbin.pp.tokenize(adata)
+    vocabulary = scbin.Vocabulary.from_json(adata.uns["scbin"]["vocabulary"])
+    tokens, cells = MemoryTokens(adata.obsm["X_tokens"], vocabulary), np.arange(32 if arguments.quick else 64)
+    for name, precision in itertools.product(("tiny", "small"), ("float32", "bfloat16")):
+        network, how = build_network(vocabulary, name, "bert"), scbin.Training(precision=precision)
+        how = how.for_preset(name, tokens.n_cells)
+        trainer = Trainer(
+            network, Pretraining(vocabulary), tokens, (cells, cells[:0]), how, World(), torch.device("cpu"), 0
+        )
+        batch, shape = trainer.prepare(cells, 0), preset(name)
+        trainer.thread.shutdown()
+
+        def one(trainer: Any = trainer, batch: Any = batch) -> None:
+            trainer.summed(batch, cells, 0, 1 / np.maximum(batch.counts, 1))
+            torch.nn.utils.clip_grad_norm_(trainer.parameters, 1.0, foreach=True)
+            trainer.optimizer.step()
+
+        lengths = np.concatenate([pack.layout.lengths for pack, _ in batch.packs])
+        h, heads, inner, type_ = (
+            shape.hidden_size,
+            shape.num_attention_heads,
+            shape.intermediate_size,
+            trainer.runner.dtype,
+        )
+        weights = [torch.randn(n, k, dtype=type_) for n, k in ((h, h), (h, h), (h, h), (h, h), (inner, h), (h, inner))]
+        states = {k: torch.randn(4096, k, dtype=type_) for k in (h, inner)}
+        qkv = [
+            torch.randn(1, heads, int(np.median(lengths)), h // heads, dtype=type_, requires_grad=True) for _ in "qkv"
+        ]
+
+        def products(weights: Any = weights, states: Any = states) -> None:
+            for w in weights:  # forward, and both gradients
+                _ = states[w.shape[1]] @ w.T, states[w.shape[0]] @ w, states[w.shape[0]].T @ states[w.shape[1]]
+
+        def attention(qkv: Any = qkv) -> None:
+            for _ in range(8):
+                torch.autograd.grad(_attend(*qkv, qkv[0].shape[-1] ** -0.5).sum(), qkv)
+
+        flops = (
+            3 * forward_flops(shape, lengths),
+            6 * 4096 * sum(w.numel() for w in weights),
+            96 * h * qkv[0].shape[2] ** 2,
+        )
+        found = np.array([[seconds(call) for call in (one, products, attention)] for _ in range(rounds + 1)])[1:]
+        rates = " / ".join(f"{f / 1e9 / np.median(s):.0f}" for f, s in zip(flops, found.T, strict=True))
+        print(
+            f"  step, {name}, {precision}, {lengths.sum():,} tokens: step / bare products / attention {rates} GFLOP/s",
+            flush=True,
+        )
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Return the CPU seconds of a call."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+PARTS = {"tokenize": tokenize, "pretrain": pretrain, "embed": embedding, "perturb": perturb, "step": step}
 
 
 def main() -> None:
@@ -282,7 +365,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=PARTS, help="which (default: all)")
     parser.add_argument("--quick", action="store_true", help="fewer cells, steps and rounds")
-    parser.add_argument("--file", type=Path, help="h5ad with counts for `perturb` (default: pbmc68k_reduced)")
+    parser.add_argument("--rounds", type=int, help="beside the one that is dropped (default: 5; quick: 2)")
+    parser.add_argument("--file", type=Path, default=DATA / "data" / "pbmc3k_labelled.h5ad", help="h5ad with counts")
+    parser.add_argument("--dictionaries", type=Path, default=DATA / "geneformer", help="of Geneformer V1, as JSON")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -290,7 +375,7 @@ def main() -> None:
     threadpool_limits(1)
     print(f"torch {torch.__version__}, numpy {np.__version__}, scbin {scbin.__version__}, one thread")
     for name in arguments.parts or PARTS:
-        PARTS[name](arguments.quick, 2 if arguments.quick else 5, arguments.file)
+        PARTS[name](arguments.rounds or (2 if arguments.quick else 5), arguments)
 
 
 if __name__ == "__main__":

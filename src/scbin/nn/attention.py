@@ -112,8 +112,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     The fused kernel for CPUs is no faster in bfloat16 than in float32; two products with the scores between them are, by up to 2 times.
     Scores are then rounded as queries and keys have been before.
     """
-    n_rows, n_heads, length, _ = query.shape
-    if query.dtype != torch.bfloat16 or n_rows * n_heads * length**2 > _MOST_SCORES:
+    if query.dtype != torch.bfloat16 or query[..., 0].numel() * query.shape[2] > _MOST_SCORES:
         return F.scaled_dot_product_attention(query, key, value, scale=scale)
     return torch.softmax(query * scale @ key.transpose(2, 3), dim=-1) @ value
 

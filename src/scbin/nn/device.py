@@ -56,7 +56,7 @@ def resolve_precision(precision: Precision, device: torch.device, trains: int = 
     """Return the type of the matrix products; `"auto"` takes bfloat16 on CUDA since Ampere.
 
     On CPUs it stays with float32, but for the training of networks: of a hidden size `trains` from 128 on, where there are
-    instructions for products in bfloat16. Below, the conversions cost more than the products save.
+    instructions for products in bfloat16. Below, little is gained.
     """
     if precision != "auto":
         choices({"precision": get_args(Precision)}, precision=precision)
