@@ -95,6 +95,7 @@ class Measure:
             self.names = ("shift", *(f"change_of_{in_column(value)}" for value in values))
         used = np.unique(np.concatenate([cells, *members]))
         found = self.read(rows.tokens[used])
+        self.options = {**options, "progress": False}  # edits have a bar of their own
         self.originals = np.full((rows.tokens.shape[0], found.shape[1]), np.nan, dtype=np.float32)
         self.originals[used] = found
         if states is not None and members:

@@ -172,8 +172,8 @@ def perturb(
     with at_rest(chosen.network):
         runner = Runner(chosen.network, device)  # the network stays on the device until the end
         budget = CPU_PACK if runner.device.type == "cpu" else PACK
-        options = {"device": str(runner.device), "precision": "auto", "token_budget": budget}
-        measure = Measure(chosen, rows, cells, ends, members, **options)
+        options: dict[str, Any] = {"device": str(runner.device), "precision": "auto", "token_budget": budget}
+        measure = Measure(chosen, rows, cells, ends, members, progress=progress, **options)
         if members and judged.n_permutations:
             of_states = None if donors is None else [donors[of] for of in members]
             permuted, kept, number = judging.permuted_means(measure.ends, of_states, judged.n_permutations, judged.seed)
