@@ -154,6 +154,7 @@ class Model:
         cls,
         path: str | os.PathLike[str],
         *,
+        revision: str | None = None,
         dictionaries: str | os.PathLike[str] | None = None,
         target: str = "label",
         class_names: Sequence[str] | None = None,
@@ -168,7 +169,10 @@ class Model:
         Parameters
         ----------
         path
-            The folder of the model, of which `config.json` and `model.safetensors` are read.
+            The folder of the model, of which `config.json` and `model.safetensors` are read; or `"owner/name/folder"` on the
+            hub, such as `"ctheodoris/Geneformer/Geneformer-V2-104M"`, with `revision`.
+        revision
+            Which state of the repository on the hub to fetch: the hash of a commit, best, or a branch.
         dictionaries
             The folder of Geneformer's dictionaries (`token_dictionary_gc104M.pkl` and so on, also as JSON): `geneformer` in its
             package. Default: the model's own folder, or `geneformer` beside it as in a copy of Geneformer's repository.
@@ -178,7 +182,8 @@ class Model:
             Its classes in the order of training, where the model only knows them as LABEL_0, LABEL_1 ...
         """
         folder = None if dictionaries is None else Path(dictionaries)
-        return cls(*read_geneformer(Path(path), folder, target, class_names))
+        model = Path(path) if revision is None else local_directory(path, revision, geneformer=True)
+        return cls(*read_geneformer(model, folder, target, class_names))
 
     @classmethod
     @checked

@@ -50,6 +50,23 @@ def test_it_is_asked_only_for_an_id_with_a_revision(asked, tmp_path):
         local_directory("no/route", "main")
 
 
+def test_a_folder_of_geneformer_is_fetched_with_the_dictionaries(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(directory, "snapshot_download", lambda *a, **k: asked.update(k, id=a[0]) or str(tmp_path))
+    name = "ctheodoris/Geneformer/Geneformer-V2-104M"
+    assert local_directory(name, "0123abc", geneformer=True) == tmp_path / "Geneformer-V2-104M"
+    files = ["Geneformer-V2-104M/config.json", "Geneformer-V2-104M/model.safetensors", "geneformer/*.pkl"]
+    assert asked == {
+        "id": "ctheodoris/Geneformer",
+        "revision": "0123abc",
+        "allow_patterns": files,
+        "local_files_only": False,
+    }
+    for path in ("ctheodoris/Geneformer", "a/b/c/d", tmp_path):
+        with pytest.raises(ScbinInputError, match="A03.*folder"):
+            Model.from_geneformer(path, revision="main")
+
+
 def test_a_model_is_pushed_as_it_is_saved(trained):
     """The upload goes to an api that may be any; what it gets is a directory that loads, with a card."""
 

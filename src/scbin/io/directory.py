@@ -271,24 +271,26 @@ def read_history(fields: Mapping[str, Any]) -> pd.DataFrame:
     return frame.astype({name: "float64" for name in frame if frame[name].dtype.kind not in "if"})
 
 
-def local_directory(path: str | os.PathLike[str], revision: str | None = None) -> Path:
+def local_directory(path: str | os.PathLike[str], revision: str | None = None, *, geneformer: bool = False) -> Path:
     """Return the directory that a path names; for `"owner/name"` of the hub, that of its download.
 
-    Without a revision only the cache is looked at, so that a misspelt path never becomes a request to a server.
+    Without a revision only the cache is looked at, so that a misspelt path never becomes a request to a server. Of Geneformer, a
+    folder of the repository is named too, `"owner/name/folder"`, and its dictionaries are fetched with it.
     """
-    place = standing(Path(path))
-    is_id = (
-        isinstance(path, str) and re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", path) and not os.path.lexists(place)
-    )
-    if revision is not None and not is_id:
-        raise ScbinInputError(
-            "A03", f"revision= was given, but {str(path)[:200]!r} is a path, not an 'owner/name' of the hub."
-        )
-    if not is_id:
+    place, form = standing(Path(path)), "/".join([r"(\w[\w.-]{0,95})"] * (3 if geneformer else 2))
+    names = re.fullmatch(form, path) if isinstance(path, str) else None
+    if names is None or os.path.lexists(place):
+        if revision is not None:
+            text = "'owner/name/folder'" if geneformer else "'owner/name'"
+            raise ScbinInputError(
+                "A03", f"revision= was given, but {str(path)[:200]!r} is a path, not {text} of the hub."
+            )
         return place
-    options: dict[str, Any] = {"allow_patterns": sorted(ALLOWED), "local_files_only": revision is None}
+    owner, name, *folder = names.groups()
+    files = [f"{folder[0]}/{CONFIG}", f"{folder[0]}/{WEIGHTS}", "geneformer/*.pkl"] if geneformer else sorted(ALLOWED)
+    options: dict[str, Any] = {"allow_patterns": files, "local_files_only": revision is None}
     try:
-        return Path(snapshot_download(str(path), revision=revision, **options))
+        return Path(snapshot_download(f"{owner}/{name}", revision=revision, **options), *folder)
     except (OSError, ValueError) as error:
         what = f"{path} is not a directory, and could not be read from the Hugging Face hub or its cache ({str(error)[:120]})"
         fix = "Pass the revision to fetch: Model.load('owner/name', revision='...') with the hash of a commit"
