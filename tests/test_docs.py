@@ -19,8 +19,8 @@ SRC = ROOT / "src" / "scbin"
 FILES = sorted(SRC.rglob("*.py"))
 CODES = dict(re.findall(r"^\| ([A-Z]\d\d) \| ([^|]*) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M))
 ROOMS = ("datasets", "get", "pl", "pp", "tl")
-FUNCTIONS = [f"{room}.{name}" for room in ROOMS for name, found in vars(importlib.import_module(f"scbin.{room}")).items()
-             if inspect.isfunction(found) and not name.startswith("_")]  # fmt: skip
+FUNCTIONS = [f"{room.__name__[6:]}.{name}" for room in (importlib.import_module(f"scbin.{name}") for name in ROOMS)
+             for name in dir(room) if inspect.isfunction(getattr(room, name)) and not name.startswith("_")]  # fmt: skip
 CONFIGS = ["Finetuning", "Loss", "Masking", "Network", "Statistics", "Tokenization", "Training"]
 RAISERS = {name for name in scbin.__all__ if name.startswith("Scbin")} | {"warn"}
 

@@ -13,7 +13,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix, roc_auc_score
 
 from scbin._errors import ScbinInputError
-from scbin.get.predictions import read_predicted
+from scbin.get import read_predicted
 from scbin.pl import calibration, confusion, prediction, roc
 from scbin.pl._prediction import NO_CLASS
 

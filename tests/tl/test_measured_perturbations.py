@@ -12,7 +12,7 @@ import pytest
 
 import scbin
 from scbin import ScbinInputError, ScbinInputWarning
-from scbin.get.measured import read_screen
+from scbin.get import read_screen
 from scbin.tl._predict_perturbations import far_from_measured
 from scbin.tl._responses import MEAN, smoother
 from scbin.tl._screen import targets_of

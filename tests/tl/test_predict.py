@@ -15,7 +15,7 @@ import torch
 import scbin
 from scbin._adata import read_tokens
 from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinTypeError
-from scbin.get.predictions import predicted_targets, read_predicted
+from scbin.get import predicted_targets, read_predicted
 
 HOW = {"device": "cpu", "progress": False}
 

@@ -10,7 +10,7 @@ import pandas as pd
 from scbin import _docs, _keys
 from scbin._adata import check_adata, read_uns
 from scbin._errors import ScbinInputError
-from scbin.get.tables import network_df
+from scbin.get import network_df
 from scbin.pl import _style
 
 if TYPE_CHECKING:

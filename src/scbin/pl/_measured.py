@@ -10,7 +10,7 @@ import numpy as np
 from scbin import _docs
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError
-from scbin.get.measured import perturbations_df, read_entry
+from scbin.get import perturbations_df, read_entry
 from scbin.pl import _style
 
 if TYPE_CHECKING:

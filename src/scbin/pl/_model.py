@@ -9,7 +9,7 @@ import numpy as np
 from scbin import _docs
 from scbin._adata import read_tokens
 from scbin._errors import ScbinInputError
-from scbin.get.tables import cell_number, history_df, tokens_df
+from scbin.get import cell_number, history_df, tokens_df
 from scbin.pl import _style
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from scbin import _docs, _keys
 from scbin._adata import check_adata
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError
-from scbin.get.perturbation import SIGNIFICANT, perturb_df, read_perturbation
+from scbin.get import SIGNIFICANT, perturb_df, read_perturbation
 from scbin.pl import _style
 from scbin.pl._embedding import embedding, map_slot, read_embedding
 

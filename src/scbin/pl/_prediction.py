@@ -9,7 +9,7 @@ import numpy as np
 
 from scbin import _docs
 from scbin._errors import ScbinInputError
-from scbin.get.predictions import Cells, read_predicted
+from scbin.get import Cells, read_predicted
 from scbin.pl import _style
 
 if TYPE_CHECKING:

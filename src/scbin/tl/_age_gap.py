@@ -10,7 +10,7 @@ import pandas as pd
 from scbin import _docs, _keys
 from scbin._adata import read_obs, write_uns
 from scbin._errors import ScbinInputError
-from scbin.get.predictions import Cells, read_predicted
+from scbin.get import Cells, read_predicted
 
 if TYPE_CHECKING:
     from anndata import AnnData

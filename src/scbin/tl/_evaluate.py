@@ -12,8 +12,7 @@ from scbin import _docs, _keys
 from scbin._adata import check_adata, read_tokens, read_uns, write_uns
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError
-from scbin.get.predictions import read_predicted, read_truth
-from scbin.get.tables import evaluate_df
+from scbin.get import evaluate_df, read_predicted, read_truth
 from scbin.model import resolve_model
 from scbin.tl._by_file import in_memory
 from scbin.tl._gene_classes import evaluate_gene_classes
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-    from scbin.get.predictions import Column
+    from scbin.get import Column
     from scbin.io.corpus import FileTokens, Paths
     from scbin.model import Model
     from scbin.tl._split import Split

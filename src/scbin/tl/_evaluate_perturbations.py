@@ -12,7 +12,7 @@ from scbin import _docs, _keys
 from scbin._adata import check_adata, copied, write
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError
-from scbin.get.measured import Screen, read_screen
+from scbin.get import Screen, read_screen
 from scbin.tl import _responses as responses
 from scbin.tl._fit_perturbations import FEWEST_SINGLES
 from scbin.tl._screen import own_genes, read_cells, targets_of

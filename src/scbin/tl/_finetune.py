@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping, Sequence
 
-    from scbin.get.predictions import Column, Kind
+    from scbin.get import Column, Kind
     from scbin.io.corpus import Paths
     from scbin.nn.network import CellNetwork
     from scbin.tokens.tokens import Tokens

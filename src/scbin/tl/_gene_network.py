@@ -16,7 +16,7 @@ from scbin import _docs, _keys
 from scbin._adata import check_adata, check_writable, copied, gene_names, read_obs, read_tokens, write, write_uns
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError
-from scbin.get.tables import cell_number
+from scbin.get import cell_number
 from scbin.model import count_head, resolve_model
 from scbin.nn.backbone import layer_number
 from scbin.nn.bert import BertBackbone

@@ -12,13 +12,13 @@ from anndata import AnnData
 from scbin._adata import gene_names, obsm_columns, read_obs, warn
 from scbin._arguments import shown
 from scbin._errors import ScbinInputError, ScbinTypeError
-from scbin.get.predictions import Column, codes_of, numbers_of
+from scbin.get import Column, codes_of, numbers_of
 from scbin.tokens.phenotypes import labels_of, values_of
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-    from scbin.get.predictions import Kind
+    from scbin.get import Kind
     from scbin.tokens.tokens import Tokens
     from scbin.tokens.vocabulary import Vocabulary
 

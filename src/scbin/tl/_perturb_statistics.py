@@ -16,7 +16,7 @@ from scbin import _docs, _keys
 from scbin._adata import check_adata, check_writable, copied, iter_blocks, read_obs, write
 from scbin._arguments import check_fields, checked
 from scbin._errors import ScbinInputError
-from scbin.get.perturbation import read_perturbation
+from scbin.get import read_perturbation
 from scbin.tl._edits import config
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from scbin import _docs, _keys
 from scbin._adata import check_writable, copied, gene_names, read_tokens, write, write_uns
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError
-from scbin.get.predictions import Record, read_record
+from scbin.get import Record, read_record
 from scbin.model import resolve_model
 from scbin.nn.labels import GeneHead, gene_outputs, label_outputs
 from scbin.nn.run import run

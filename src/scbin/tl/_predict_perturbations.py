@@ -14,7 +14,7 @@ from scbin import _docs, _keys
 from scbin._adata import check_adata, copied, warn, write
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError
-from scbin.get.measured import Screen, read_screen
+from scbin.get import Screen, read_screen
 from scbin.model import resolve_model
 from scbin.tl._responses import combine, folds, foretell, kernels, pair_kernels, without_own
 from scbin.tl._screen import own_genes, read_cells, targets_of

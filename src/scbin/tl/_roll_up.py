@@ -11,7 +11,7 @@ import pandas as pd
 from scbin import _docs
 from scbin._adata import check_adata, copied, write
 from scbin._errors import ScbinInputError
-from scbin.get.predictions import recorded
+from scbin.get import recorded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
