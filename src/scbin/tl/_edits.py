@@ -166,14 +166,12 @@ def _gene_sets(named: GeneNames, wanted: Any, each: bool, combine: int) -> np.nd
         _refuse_too_many(comb(len(single), combine) if each else 1)
         sets = list(itertools.combinations(single, combine)) if each else [tuple(single)]
     if len({len(row) for row in sets}) != 1 or not sets[0]:
-        raise ScbinInputError(
-            "A03", f"genes={items[:5]} and {combine=} make no sets of one size, at least one gene each."
-        )
+        told = f"genes={items[:5]} and {combine=} make no sets of one size, at least one gene each."
+        raise ScbinInputError("A03", told)
     return np.array(list(dict.fromkeys(sets)), dtype=np.int64)
 
 
 def _refuse_too_many(n: int) -> None:
     if n > MOST_EDITS:
-        raise ScbinInputError(
-            "A02", f"this makes {n:,} edits; at most {MOST_EDITS:,} are possible. Use fewer genes or cells."
-        )
+        told = f"this makes {n:,} edits; at most {MOST_EDITS:,} are possible. Use fewer genes or cells."
+        raise ScbinInputError("A02", told)

@@ -87,9 +87,8 @@ class Measure:
         if states is not None and self.phenotype is not None:
             values = record_of(model, states.key).classes
             if states.goal not in (None, *values):
-                raise ScbinInputError(
-                    "A06", f"{states.goal!r} is not a value of {states.key!r}. Available: {values[:9]}."
-                )
+                told = f"{states.goal!r} is not a value of {states.key!r}. Available: {values[:9]}."
+                raise ScbinInputError("A06", told)
             self.wanted = None if states.goal is None else values.index(states.goal)
             self.limits = (0.0 if self.wanted is None else -1.0, 1.0)
             self.names = ("shift", *(f"change_of_{in_column(value)}" for value in values))
@@ -268,9 +267,8 @@ def affected_genes(effects: Effects, level: str, judged: Statistics) -> pd.DataF
             np.add.at(moments[k], where, shifts**k)
     limits, tables = (0.0, 2.0) if level == "gene" else (-np.inf, np.inf), []
     expression = token_expression(plan.rows.tokens[plan.chosen], plan.rows.vocabulary)
-    for name, (n, total, squares) in zip(
-        plan.names, moments.reshape(3, n_sets, n_donors, n_genes).swapaxes(0, 1), strict=True
-    ):
+    of_sets = moments.reshape(3, n_sets, n_donors, n_genes).swapaxes(0, 1)
+    for name, (n, total, squares) in zip(plan.names, of_sets, strict=True):
         mean = total / np.where(n > 0, n, np.nan)  # (donors, genes)
         variance = np.maximum(squares - n * mean**2, 0) / np.where(n > 1, n - 1, np.nan)
         summary = (mean, np.sqrt(variance / np.maximum(n, 1)), n.astype(np.int64))

@@ -235,18 +235,15 @@ def _table(effects: Effects, alone: Effects | None, judged: Statistics) -> pd.Da
     donors = None if plan.donors is None else plan.donors[cells]
 
     def shifts_of(effects: Effects) -> sparse.csr_matrix:
-        plan = effects.plan
-        return _stored(effects.values[:, 0], plan.cells, plan.which, (len(effects.measure.originals), len(plan.sets)))[
-            cells
-        ]
+        plan, shape = effects.plan, (len(effects.measure.originals), len(effects.plan.sets))
+        return _stored(effects.values[:, 0], plan.cells, plan.which, shape)[cells]
 
     of_set = (plan.sets.ravel(), np.repeat(np.arange(n_sets), plan.sets.shape[1]))
     in_set = sparse.csr_matrix((np.ones(plan.sets.size), of_set), shape=(len(plan.gene_names), n_sets))
     expression = sparse.csr_matrix(token_expression(plan.rows.tokens[cells], plan.rows.vocabulary) @ in_set)
     summary = judging.summarise(shifts_of(effects), donors)
-    table = judging.gene_statistics(summary, plan.names, expression, judged, limits=measure.limits).assign(
-        exact=effects.exact
-    )
+    table = judging.gene_statistics(summary, plan.names, expression, judged, limits=measure.limits)
+    table["exact"] = effects.exact
     for k, name in enumerate(measure.names[1:], start=1):
         table[name] = means_of(effects.values[:, k], plan.which, n_sets)
     if alone is None:
