@@ -34,9 +34,10 @@ if TYPE_CHECKING:
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 ROWS = 128  # of a block, which is read at once
 AT_ONCE = 64  # blocks that are read in one piece, at most
-WINDOW = 768  # blocks among which the cells of an epoch are mixed, at most
-SPARE = 80  # blocks that are held beyond these: one that is not done may not be asked for in dozens of steps
-HELD = 50_000_000  # tokens that are in memory, and by which there are fewer of these blocks where rows are long
+WINDOW = 1280  # blocks among which the cells of an epoch are mixed, at most
+SPARE = 128  # blocks that are held beyond these: one that is not done may not be asked for in dozens of steps
+HELD = 100_000_000  # tokens that are in memory, and by which there are fewer of these blocks where rows are long
+MANY = 4_096  # rows: whoever asks for more is no step, and no block is kept
 OPEN_FILES, VALUES = 64, 4_000_000  # at a time; tokens that are written at once
 RESULTS = "scbin"  # folder beside the input
 FAULTS = (OSError, LookupError, ValueError, RuntimeError, TypeError, AttributeError)  # of libraries, on damaged files
@@ -220,9 +221,10 @@ class FileTokens:
             rows = np.arange(self.n_cells)[rows]
         blocks = np.searchsorted(self._starts, rows, side="right") - 1
         wanted, v = np.unique(blocks).tolist(), self.vocabulary
-        if len(wanted) > self.window + SPARE:  # more blocks than are held: a few at a time, and none is kept
+        if len(wanted) > self.window + SPARE or len(rows) > MANY:  # a few blocks at a time, and none is kept
             order, parts = np.argsort(rows, kind="stable"), []
-            for part in np.array_split(order, -(-len(wanted) // min(AT_ONCE, self.window))):
+            n_parts = max(-(-len(wanted) // min(AT_ONCE, self.window)), -(-len(rows) // MANY))
+            for part in np.array_split(order, n_parts):
                 parts.append(self.take(rows[part]))
                 self._blocks.clear()
             matrix = sparse.vstack(parts, format="csr")
