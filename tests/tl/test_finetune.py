@@ -68,7 +68,7 @@ def test_a_class_that_one_donor_has_alone_is_learned(ready, trained):
     held_out = ready.obs["study"][ready.obs["scbin_split"] == "validation"]
     assert len(held_out) and "a" not in set(held_out)
     ready.obs["study"] = np.where(kind == "B cell", "a", "b")  # none can be held out
-    with pytest.warns(ScbinInputWarning, match="L03.*one donor or batch only"):
+    with pytest.warns(ScbinInputWarning, match="L03.*too few donors"):
         model = scbin.tl.finetune(ready, trained[1], target="cell_type", split_key="study", **PROBE)
     assert {*kind[(ready.obs["scbin_split"] == "train").to_numpy()]} == {*kind}
     scbin.tl.predict(ready, model, progress=False)

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 NEW = "new"
 _RATE, _EPOCHS, _STEPS, _CELLS_PER_STEP = 3e-4, 8, 400, 32  # epochs, but about as many steps at most
 _MOST_HELD_OUT, _MOST_FOR_GENES, _MOST_FOR_FEATURES = 2_000, 2_000, 10_000  # cells
+_MOST_OF_CELLS = 0.35  # that donors may take with them when they are held out
 # standard errors that a gain on held-out cells must exceed: the best epoch was chosen on the same cells
 _CLEARLY = 2.0
 # what a probe reads: the weight of the standardised vector, and whether the standardised genes
@@ -245,15 +246,16 @@ def start_model(model: Model | str | os.PathLike[str] | None, data: AnnData | To
 def _divided(split: Split, usable: np.ndarray, strata: np.ndarray, fraction: float, seed: int) -> Split:
     """Return a split with validation cells drawn from the usable ones, strata alike, where it has none.
 
-    By donor where donors are kept apart, unless a class would be left out of training.
+    By donor where donors are kept apart, unless that would leave a class, or more than a third of the cells, out of training.
     """
     if not fraction or (split.validation & usable).any():
         return replace(split, train=split.open & ~split.validation)
     rows, held_out, donors = np.flatnonzero(split.open & usable), split.validation.copy(), split.donors
     classes, how = np.nan_to_num(strata[rows], nan=-1), dict[str, Any](most=_MOST_HELD_OUT, seed=seed)
     drawn = hold_out(classes, fraction, donors=None if donors is None else donors[rows], **how)
-    if donors is not None and set(classes[drawn]) - set(classes[~drawn]):
-        found = "some labels occur in one donor or batch only, so that none can be held out"
+    lost = set(classes[drawn]) - set(classes[~drawn])
+    if donors is not None and drawn.any() and (lost or drawn.mean() > max(_MOST_OF_CELLS, 2 * fraction)):
+        found = "there are too few donors or batches to hold some out, which would leave out labels or many cells"
         warn("L03", f"{found}: cells of all of them are held out, and scores are too good for new ones.")
         donors, drawn = None, hold_out(classes, fraction, **how)
     held_out[rows[drawn]] = True
