@@ -54,7 +54,10 @@ if TYPE_CHECKING:
 NEW = "new"
 _RATE, _EPOCHS, _STEPS, _CELLS_PER_STEP = 3e-4, 8, 400, 32  # epochs, but about as many steps at most
 _MOST_HELD_OUT, _MOST_FOR_GENES, _MOST_FOR_FEATURES = 2_000, 2_000, 10_000  # cells
-_MOST_OF_CELLS = 0.35  # that donors may take with them when they are held out
+_MOST_OF_CELLS, _LEAST_JUDGED = (
+    0.4,
+    0.8,
+)  # fractions of the cells: held out with their donors; of classes that these have
 # standard errors that a gain on held-out cells must exceed: the best epoch was chosen on the same cells
 _CLEARLY = 2.0
 # what a probe reads: the weight of the standardised vector, and whether the standardised genes
@@ -246,22 +249,27 @@ def start_model(model: Model | str | os.PathLike[str] | None, data: AnnData | To
 def _divided(split: Split, usable: np.ndarray, strata: np.ndarray, fraction: float, seed: int) -> Split:
     """Return a split with validation cells drawn from the usable ones, strata alike, where it has none.
 
-    By donor where donors are kept apart, unless that would leave a class, or more than a third of the cells, out of training.
+    By donor where donors are kept apart, if what they leave can be learned from, and they can judge it.
     """
     if not fraction or (split.validation & usable).any():
         return replace(split, train=split.open & ~split.validation)
     rows, held_out, donors = np.flatnonzero(split.open & usable), split.validation.copy(), split.donors
     classes, how = np.nan_to_num(strata[rows], nan=-1), dict[str, Any](most=_MOST_HELD_OUT, seed=seed)
     drawn = hold_out(classes, fraction, donors=None if donors is None else donors[rows], **how)
-    lost = set(classes[drawn]) - set(classes[~drawn])
-    if donors is not None and drawn.any() and (lost or drawn.mean() > max(_MOST_OF_CELLS, 2 * fraction)):
-        found = "there are too few donors or batches to hold some out, which would leave out labels or many cells"
+    if donors is not None and drawn.any() and not _alike(classes, drawn):
+        found = "there are too few donors or batches, or their labels differ too much, to hold some of them out"
         warn("L03", f"{found}: cells of all of them are held out, and scores are too good for new ones.")
         donors, drawn = None, hold_out(classes, fraction, **how)
     held_out[rows[drawn]] = True
     if donors is not None:  # unlabelled cells of held-out donors go with them
         held_out |= split.open & np.isin(donors, donors[held_out])
     return replace(split, train=split.open & ~held_out, validation=held_out, donors=donors)
+
+
+def _alike(classes: np.ndarray, held_out: np.ndarray) -> bool:
+    """Whether the held-out cells leave all classes and most cells to learn from, and have the classes of most cells themselves."""
+    complete = set(classes) == set(classes[~held_out]) and held_out.mean() < _MOST_OF_CELLS
+    return bool(complete and np.isin(classes, classes[held_out]).mean() > _LEAST_JUDGED)
 
 
 def _complete(training: Training, max_steps: int | None, n_cells: int) -> Training:

@@ -170,17 +170,17 @@ def pretrain(
     learned: Any = own if task is None else task
     where: dict[str, Any] = {"save_dir": save_dir, "device": device, "seed": seed, "progress": progress}
     history = train(network, learned, tokens, training, cells=cells, held_out=held_out, **where)
-    if network.counts is not None and tokens.vocabulary.unit == "counts":
-        with stage("estimating dispersions", shown=progress):
-            fit_dispersion(network, tokens, cells, codes, seed=seed, device=device)
     about = {"preset": name, "backbone": backbone, "network": asdict(shape), "seed": seed, "batch_key": batch_key}
     about |= {"masking": asdict(own.masking), "loss": asdict(own.score), "training": training.learned()}
     about |= {"n_cells": len(cells), "cells": remembered_cells(tokens, cells)}
 
-    if in_adata is None and len(cells) > MOST_CELLS:  # the model remembers a few; no others need a vector now
+    if in_adata is None and len(cells) > MOST_CELLS:  # for all that follows a part of a corpus will do
         some = np.sort(np.random.default_rng(seed).choice(cells, MOST_CELLS, replace=False))
         tokens, cells = MemoryTokens(tokens.take(some), tokens.vocabulary), np.arange(len(some))
         codes = None if codes is None else codes[some]
+    if network.counts is not None and tokens.vocabulary.unit == "counts":
+        with stage("estimating dispersions", shown=progress):
+            fit_dispersion(network, tokens, cells, codes, seed=seed, device=device)
     vectors = _embedded(network, tokens, training, device, progress)
     if network.counts is not None:
         network.density = Density.fit(tokens, vectors, cells=cells, seed=seed)
