@@ -30,7 +30,7 @@ GENE_MASK = 0.15
 _MOST_CELLS, _TOKENS = 2_000, 4_096
 _MASKS, _POSITIONS = 21, 2**20  # a stream of random numbers of its own; more than a row has positions
 _COMPONENTS, _CELLS_PER_COMPONENT, _PRIOR = 30, 20, 20.0  # the last is the precision of the loadings' prior
-_DENSE, _NEWTON = 2**21, 12  # counts that dispersions are fitted to; steps
+_DENSE, _NEWTON, _AT_ONCE = 2**21, 12, 128  # counts that dispersions are fitted to; steps; cells
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,14 +110,18 @@ def fit_dispersion(
     asked[masked.rows, masked.keys] = True
     vectors = torch.from_numpy(embed(network, masked.tokens, device=device, precision="float32"))
     log_depth, rows, genes, values = _molecules(counts)
-    asked, own, start = torch.from_numpy(asked), head.log_dispersion, head.log_dispersion.detach().clone()
-    molecules = [each[asked[rows, genes]] for each in (rows, genes, values)]
     log_mean = head.log_mean(vectors, log_depth, None if batches is None else torch.from_numpy(batches[cells])).detach()
-    for _ in range(_NEWTON):  # every gene by itself
-        loss = (own - start).square().sum() / 2 - head.log_likelihood(log_mean, *molecules, asked).sum()
-        (slope,) = torch.autograd.grad(loss, own, create_graph=True)
-        (bend,) = torch.autograd.grad(slope.sum(), own)
-        own.data -= (slope.detach() / bend.abs().clamp_min(1)).clamp(-1, 1)
+    asked, own, start, parts = torch.from_numpy(asked), head.log_dispersion, head.log_dispersion.detach().clone(), []
+    for first in range(0, len(cells), _AT_ONCE):
+        part, here = slice(first, first + _AT_ONCE), (rows >= first) & (rows < first + _AT_ONCE) & asked[rows, genes]
+        parts.append((log_mean[part], rows[here] - first, genes[here], values[here], asked[part]))
+    for _ in range(_NEWTON):  # every gene by itself; slopes and curvatures are sums over cells
+        slope, bend = own.detach() - start, torch.ones_like(start)
+        for each in parts:
+            (by_gene,) = torch.autograd.grad(-head.log_likelihood(*each).sum(), own, create_graph=True)
+            bend += torch.autograd.grad(by_gene.sum(), own)[0]
+            slope += by_gene.detach()
+        own.data -= (slope / bend.abs().clamp_min(1)).clamp(-1, 1)
     own.data.clamp_(-5, 7)
 
 
