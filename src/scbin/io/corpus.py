@@ -263,7 +263,7 @@ class FileTokens:
             )
             if not sound or positions.min(initial=0) < 0 or positions.max(initial=0) >= v.n_positions:
                 raise ScbinInputError("V02", "some tokens are not of their vocabulary: the file is damaged.")
-        positions = positions.astype(np.uint16 if v.n_positions <= 2**16 else np.int32)
+        ids, positions = ids.astype(np.min_scalar_type(v.n_tokens)), positions.astype(np.min_scalar_type(v.n_positions))
         for block in range(first, last + 1):
             start = int(self._starts[block] - self._starts[first])
             own = bounds[start : start + ROWS + 1]
