@@ -245,7 +245,7 @@ def test_intervals_hold_what_they_promise():
     assert 0.65 < np.mean(held) < 0.95
 
 
-def test_user_features_foretell_targets_that_are_no_genes():
+def test_user_features_predict_targets_that_are_no_genes():
     adata = screen(n_perturbations=30, n_cells=4000)
     module = adata.var["module"].to_numpy()
     table = pd.DataFrame(np.eye(3)[module[:30]], index=adata.var_names[:30])
@@ -326,7 +326,7 @@ def test_synergy_is_learned_from_other_pairs():
     assert error["scbin"] < 0.7 * error["additive"]
 
 
-def test_effects_that_no_feature_foretells_are_no_better_than_the_mean():
+def test_effects_that_no_feature_predicts_are_no_better_than_the_mean():
     better = 0
     for seed in range(4):
         adata = screen(n_perturbations=25, n_cells=2000, known_modules=False, n_modules=6, seed=seed)

@@ -145,9 +145,9 @@ def _predictions(
         for method, rows in zip(MEANS, (changes, shrunk), strict=True):
             for these, base in ((asked, known), (every[test & ~alone], every[train])):
                 made[method][these] = responses.smoother(None, responses.MEAN, base, these) @ rows[base]
-        made["scbin"][asked] = responses.foretell(features, changes, weight, on, known, asked, at)
+        made["scbin"][asked] = responses.predict(features, changes, weight, on, known, asked, at)
         for method, block in blocks.items():
-            made[method][asked] = responses.foretell(block, changes, weight, on, known, asked)
+            made[method][asked] = responses.predict(block, changes, weight, on, known, asked)
         for i in asked:
             others = known[known != i]
             near = others[np.argsort(-nearest[i, others], kind="stable")[:NEIGHBOURS]]

@@ -16,7 +16,7 @@ from scbin._arguments import checked
 from scbin._errors import ScbinInputError
 from scbin.get import Screen, read_screen
 from scbin.model import resolve_model
-from scbin.tl._responses import combine, folds, foretell, kernels, pair_kernels, without_own
+from scbin.tl._responses import combine, folds, kernels, pair_kernels, predict, without_own
 from scbin.tl._screen import own_genes, read_cells, targets_of
 
 if TYPE_CHECKING:
@@ -158,9 +158,9 @@ def predict_changes(screen: Screen, asked: list[str], interval: float) -> tuple[
     own, train = own_genes(targets, screen.genes), np.arange(n)
     given, at = without_own(changes[:n], own[:n]), pd.Index(screen.genes).get_indexer(targets)
     data = (screen.rows(targets), given, weight[:n])
-    expected = foretell(*data, train, train, np.arange(len(targets)), at)
+    expected = predict(*data, train, train, np.arange(len(targets)), at)
     for learn, test in folds(n, 0):  # those that were measured: from the others
-        expected[:n][test] = foretell(*data, train[learn], train, train[test], at)
+        expected[:n][test] = predict(*data, train[learn], train, train[test], at)
     error = expected[:n] - given
     spread = (error**2).mean(axis=0) + 1e-12
     wide = float(np.quantile(np.abs(error) / np.sqrt(spread), interval))

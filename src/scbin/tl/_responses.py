@@ -286,7 +286,7 @@ def without_own(changes: np.ndarray, own: np.ndarray) -> np.ndarray:
     return np.where(own, others, changes)
 
 
-def foretell(
+def predict(
     features: dict[str, Rows], changes: Rows, weight: Rows, learn: Rows, train: Rows, test: Rows, at: Rows | None = None
 ) -> Rows:
     """Return predicted changes of the perturbations `test` from those in `train`, by the rule that is best among `learn`.
@@ -295,11 +295,8 @@ def foretell(
     """
     shrunk = weight[:, None] * changes
     alike = kernels(features if at is None else features | {"response": response_features(shrunk[learn], at)})
-    part, rules = (
-        {name: kernel[np.ix_(learn, learn)] for name, kernel in alike.items()},
-        RIDGE if at is None else SINGLES,
-    )
-    errors = 0.0 if at is None else ERRORS
+    part = {name: kernel[np.ix_(learn, learn)] for name, kernel in alike.items()}
+    rules, errors = (RIDGE, 0.0) if at is None else (SINGLES, ERRORS)
     name, rule = choose(part, rules, shrunk[learn], changes[learn], weight[learn], errors=errors)
     return smoother(alike.get(name), rule, train, test) @ shrunk[train]
 
