@@ -11,6 +11,8 @@ from scbin._adata import warn
 from scbin.train.randomness import mixed
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from scipy.sparse import csr_matrix
 
     from scbin.model import Model
@@ -31,17 +33,18 @@ def cell_hashes(rows: csr_matrix, vocabulary: Vocabulary) -> np.ndarray:
     return np.where(result == 0, result, mixed(result))
 
 
-def hashes_of(tokens: Tokens, cells: np.ndarray) -> np.ndarray:
-    """Return the hashes of some cells (cells,), read block by block."""
-    blocks = [cells[start : start + _BLOCK] for start in range(0, len(cells), _BLOCK)]
-    parts = [cell_hashes(tokens.take(block), tokens.vocabulary) for block in blocks]
-    return np.concatenate([np.zeros(0, dtype=np.uint64), *parts])
+def hash_blocks(tokens: Tokens, cells: np.ndarray) -> Iterator[np.ndarray]:
+    """Go through the hashes of some cells, read block by block."""
+    for start in range(0, len(cells), _BLOCK):
+        yield cell_hashes(tokens.take(cells[start : start + _BLOCK]), tokens.vocabulary)
 
 
 def remembered_cells(tokens: Tokens, cells: np.ndarray) -> str:
     """Return the smallest hashes of the training cells as text: a sample that depends on the cells alone."""
-    hashes = np.unique(hashes_of(tokens, np.asarray(cells)))
-    return base64.b64encode(hashes[hashes > 0][:N_KEPT].astype("<u8").tobytes()).decode()
+    kept = np.zeros(0, dtype=np.uint64)
+    for hashes in hash_blocks(tokens, np.asarray(cells)):
+        kept = np.unique(np.concatenate([kept, hashes[hashes > 0]]))[:N_KEPT]
+    return base64.b64encode(kept.astype("<u8").tobytes()).decode()
 
 
 def fraction_trained_on(remembered: object, hashes: np.ndarray) -> float:
@@ -60,7 +63,8 @@ def fraction_trained_on(remembered: object, hashes: np.ndarray) -> float:
 
 def warn_of_leakage(tokens: Tokens, name: str, test: np.ndarray, model: Model, *, split_known: bool) -> None:
     """Warn (L04) where a model has learned from the cells that it is scored on, whose labels it was told."""
-    hashes, finetuned = hashes_of(tokens, test), model.training.get("finetune") or {}
+    hashes = np.concatenate([np.zeros(0, dtype=np.uint64), *hash_blocks(tokens, test)])
+    finetuned = model.training.get("finetune") or {}
     tuned = fraction_trained_on(finetuned.get("cells"), hashes) if name in finetuned.get("targets", {}) else 0.0
     pretrained = fraction_trained_on(model.training.get("cells"), hashes)
     told = name in ["genes", *(phenotype.name for phenotype in tokens.vocabulary.phenotypes)]
