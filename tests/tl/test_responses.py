@@ -7,14 +7,20 @@ import pytest
 from scipy import sparse, stats
 
 from scbin.tl._responses import (
+    MEAN,
+    RIDGE,
+    SINGLES,
+    ZERO,
     choose,
     combine,
     correlations,
     halves,
     kernels,
     narrow,
+    pair_kernels,
+    predict,
     reproducibility,
-    ridge,
+    response_features,
     smoother,
     sum_cells,
     without_own,
@@ -79,38 +85,37 @@ def test_correlations_are_those_of_scipy(rng):
     assert np.isnan(correlations(a, np.full((4, 30), np.nan))).all() and (correlations(0 * a, b) == 0).all()
 
 
-@pytest.mark.parametrize(("penalty", "centre"), [(0.3, True), (2.0, False), (np.inf, True), (np.inf, False)])
-def test_leaving_one_out_in_closed_form_is_leaving_one_out(rng, penalty, centre):
+@pytest.mark.parametrize("rule", [("ridge", 0.3), ("ridge", 2.0), ("nearby", 0.5), MEAN, ZERO], ids=str)
+def test_leaving_one_out_in_closed_form_is_leaving_one_out(rng, rule):
     features, changes, train = rng.normal(size=(9, 4)), rng.normal(size=(9, 20)), np.arange(9)
     kernel = features @ features.T
-    left_out = smoother(kernel, penalty, train, train, centre) @ changes
+    left_out = smoother(kernel, rule, train, train) @ changes
     for i in train:
         others = train[train != i]
-        np.testing.assert_allclose(
-            left_out[i], (smoother(kernel, penalty, others, np.array([i]), centre) @ changes[others])[0]
-        )
-    if np.isinf(penalty):
-        expected = (changes.sum(axis=0) - changes) / 8 if centre else np.zeros((9, 20))
+        np.testing.assert_allclose(left_out[i], (smoother(kernel, rule, others, np.array([i])) @ changes[others])[0])
+    if rule in (MEAN, ZERO):
+        expected = (changes.sum(axis=0) - changes) / 8 if rule == MEAN else np.zeros((9, 20))
         np.testing.assert_allclose(left_out, expected, atol=1e-12)
 
 
-def test_ridge_without_centre_is_kernel_ridge_of_sklearn(rng):
-    from sklearn.kernel_ridge import KernelRidge
+def test_ridge_is_ridge_of_sklearn(rng):
+    from sklearn.linear_model import Ridge
 
     features, changes = rng.normal(size=(9, 4)), rng.normal(size=(9, 20))
-    kernel, train, test = features @ features.T, np.arange(6), np.arange(6, 9)
-    expected = KernelRidge(alpha=0.7, kernel="precomputed").fit(kernel[:6, :6], changes[:6]).predict(kernel[6:, :6])
-    np.testing.assert_allclose(smoother(kernel, 0.7, train, test, False) @ changes[:6], expected)
+    expected = Ridge(0.7).fit(features[:6], changes[:6]).predict(features[6:])
+    rows = smoother(features @ features.T, ("ridge", 0.7), np.arange(6), np.arange(6, 9))
+    np.testing.assert_allclose(rows @ changes[:6], expected)
 
 
 def test_features_that_say_nothing_leave_the_mean_and_those_that_do_are_used(rng):
     changes = np.repeat(rng.normal(size=(3, 50)), 8, axis=0) + 0.5 * rng.normal(size=(24, 50))
     told = np.repeat(np.eye(3), 8, axis=0) + 0.1 * rng.normal(size=(24, 3))
-    alike = kernels({"told": told, "noise": rng.normal(size=(24, 5))})
-    assert choose({"noise": alike["noise"]}, changes, changes, np.ones(24)) == ("mean", np.inf)
-    assert choose(alike, changes, changes, np.ones(24))[0] in ("told", "all")
-    every = np.arange(24)
-    predicted = ridge(alike, changes, np.ones(24), every[1:], every[1:], every[:1])
+    features, weight, every = {"told": told, "noise": rng.normal(size=(24, 5))}, np.ones(24), np.arange(24)
+    alike = kernels(features)
+    for rules in (RIDGE, SINGLES):
+        assert choose({"noise": alike["noise"]}, rules, changes, changes, weight) == ("", MEAN)
+        assert choose(alike, rules, changes, changes, weight)[0] in ("told", "all")
+    predicted = predict(features, changes, weight, every[1:], every[1:], every[:1])
     assert np.corrcoef(predicted[0], changes[0])[0, 1] > 0.7
 
 
@@ -118,9 +123,16 @@ def test_targets_without_features_get_the_mean(rng):
     block = rng.normal(size=(6, 3))
     block[5] = np.nan
     alike, changes = kernels({"a": narrow(block)}), rng.normal(size=(6, 4))
-    rows = smoother(alike["a"], 1e9, np.arange(5), np.array([5]))
+    rows = smoother(alike["a"], ("ridge", 1e9), np.arange(5), np.array([5]))
     np.testing.assert_allclose(rows, 0.2, atol=1e-6)
     assert np.isfinite(changes).all()
+
+
+def test_genes_that_the_same_perturbations_move_have_like_features(rng):
+    modules = np.repeat(np.arange(3), 20)
+    changes = rng.normal(size=(15, 3)) @ np.eye(3)[modules].T + 0.1 * rng.normal(size=(15, 60))
+    found = response_features(changes, np.array([0, 1, 20, -1]))
+    assert np.isnan(found[3]).all() and np.linalg.norm(found[0] - found[1]) < 0.5 * np.linalg.norm(found[0] - found[2])
 
 
 def test_synergy_is_learned_and_few_pairs_are_sums(rng):
@@ -130,9 +142,7 @@ def test_synergy_is_learned_and_few_pairs_are_sums(rng):
     beyond = rng.normal(size=(3, 3, 40))
     base = single[pairs].sum(axis=1)
     measured = base + (beyond + beyond.swapaxes(0, 1))[modules[pairs[:, 0]], modules[pairs[:, 1]]]
-    from scbin.tl._responses import pair_kernels
-
-    alike, every = pair_kernels({}, single, pairs), np.arange(len(pairs))
+    alike, every = pair_kernels(single, len(single), pairs), np.arange(len(pairs))
     test = np.sort(rng.permutation(every)[:20])
     train = np.setdiff1d(every, test)
     predicted = combine(base, measured[train], np.ones(len(train)), alike, train, test)
