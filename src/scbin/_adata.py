@@ -247,6 +247,12 @@ class GeneNames:
     columns: np.ndarray  # (genes,) its column in adata, -1 where it has none
     places: dict[str, int]  # every name that is understood, to the gene
 
+    def by_column(self, values: np.ndarray, n_vars: int, dtype: Any = np.float32) -> np.ndarray:
+        """Return what is known of the genes (genes, ...) by column of adata (columns, ...), NaN for others."""
+        there, result = self.columns >= 0, np.full((n_vars, *values.shape[1:]), np.nan, dtype=dtype)
+        result[self.columns[there]] = values[there]
+        return result
+
     def resolve(self, wanted: str | Iterable[Any], what: str = "genes") -> list[int]:
         """Return the genes that names mean, in order and once each; name the closest ones for a name that is unknown."""
         wanted = [wanted] if isinstance(wanted, str) else list(wanted)

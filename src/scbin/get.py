@@ -479,17 +479,17 @@ def read_screen(adata: AnnData) -> Screen:
     numbers = {name: np.asarray(entry[name], dtype=float) for name in ("change", "control", "variance")}
     features = {name: np.asarray(block, dtype=float) for name, block in entry["features"].items()}
     genes, names = (np.asarray(entry[name], dtype=object) for name in ("genes", "feature_names"))
-    table, params = entry["table"].reset_index(drop=True), json.loads(str(entry["params"]))
-    return Screen(table, genes=genes, features=features, names=names, params=params, **numbers)
+    kept: dict[str, Any] = {"genes": genes, "features": features, "names": names, "params": entry["params"]}
+    return Screen(entry["table"].reset_index(drop=True), **kept | numbers)
 
 
 def read_entry(adata: AnnData, what: str) -> dict[str, Any]:
-    """Return what one of the three verbs left in `uns`."""
+    """Return what one of the three verbs left in `uns`, its parameters as a dictionary."""
     key, verb = SLOTS[what]
     entry = check_adata(adata).uns.get(key)
     if not hasattr(entry, "get") or not isinstance(entry.get("table"), pd.DataFrame):
         raise ScbinInputError("A06", f"adata.uns[{key!r}] is not there. Call scbin.tl.{verb}(adata) first.")
-    return dict(entry)
+    return {**entry, "params": json.loads(str(entry.get("params", "{}")))}
 
 
 @checked
@@ -533,5 +533,5 @@ def perturbations_df(
     if what == "measured":
         table = table.sort_values("split_half", ascending=False, kind="stable")
     if what == "evaluated":
-        table.attrs = {"verdict": json.loads(str(entry["params"]))["verdict"]}
+        table.attrs = {"verdict": entry["params"]["verdict"]}
     return table.reset_index(drop=True)

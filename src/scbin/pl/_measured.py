@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -209,5 +208,5 @@ def _reproducible(adata: AnnData, metric: str) -> pd.DataFrame:
 
 
 def _counted(adata: AnnData) -> str:
-    facts = json.loads(str(read_entry(adata, "evaluated")["params"]))
+    facts = read_entry(adata, "evaluated")["params"]
     return f"{facts['n_reproducible']} reproducible of {facts['n_perturbations']} perturbations, each left out"

@@ -197,8 +197,9 @@ def finetune(
     losses = {"without network": items.losses(items.probe(), weights)}
     items.install()
     losses["linear probe"] = items.losses(items.outputs(), weights)
-    history, untouched = pd.DataFrame(), {name: each.cpu().clone() for name, each in network.state_dict().items()}
+    kept, history = "linear probe", pd.DataFrame()
     if max_steps != 0:
+        untouched = {name: each.cpu().clone() for name, each in network.state_dict().items()}
         layer = network.gene_layer if level == "gene" else network.vector.layer
         task = items.task(tokens.vocabulary, layer, settings, weights)
         how: dict[str, Any] = {"cells": np.flatnonzero(used.open), "held_out": np.flatnonzero(used.validation)}
@@ -210,12 +211,13 @@ def finetune(
         network.requires_grad_(True)
         outputs = items.outputs()
         losses["fine-tuned"] = items.losses(outputs, weights)
-    kept = _better(losses)
-    if kept == "fine-tuned":
-        network.density = network.batches = None  # they belong to the vectors of before
-        items.calibrate(outputs)
-    else:
-        network.load_state_dict(untouched)
+        if _clearly_better(losses["linear probe"] - losses["fine-tuned"]):
+            kept = "fine-tuned"
+            network.density = network.batches = None  # they belong to the vectors of before
+            items.calibrate(outputs)
+        else:
+            network.load_state_dict(untouched)
+    if kept == "linear probe":
         items.refit()
 
     means = {name: float(loss.mean()) for name, loss in losses.items() if len(loss)}
@@ -280,13 +282,9 @@ def _complete(training: Training, max_steps: int | None, n_cells: int) -> Traini
     return training.filled(epochs=epochs).complete()
 
 
-def _better(losses: Mapping[str, np.ndarray]) -> str:
-    """Return what is kept: the linear probe, unless training it together with the network is clearly better on held-out items."""
-    if "fine-tuned" not in losses:
-        return "linear probe"
-    gain = losses["linear probe"] - losses["fine-tuned"]
-    clear = not len(gain) or gain.mean() > _CLEARLY * gain.std() / np.sqrt(len(gain))
-    return "fine-tuned" if clear else "linear probe"
+def _clearly_better(gain: np.ndarray) -> bool:
+    """Whether the losses of held-out items fell by more than chance; where there are none, training is believed."""
+    return bool(not len(gain) or gain.mean() > _CLEARLY * gain.std() / np.sqrt(len(gain)))
 
 
 def _new_network(tokens: Tokens, split: Split, seed: int) -> CellNetwork:

@@ -100,26 +100,22 @@ def embed_genes(
     for slot in (key, f"{key}_groups"):
         check_writable(adata, "varm", slot)
     chosen, (codes, groups) = resolve_model(model, adata), groups_of(adata, groupby)
-    columns = gene_names(adata, chosen.vocabulary).columns
+    names = gene_names(adata, chosen.vocabulary)
     if vectors == "context":
         tokens: Any = MaskedPhenotypes(read_tokens(adata, chosen.vocabulary, tokens_key))
         how: dict[str, Any] = {"device": device, "precision": "float32", "token_budget": token_budget}
         states = hidden_states(chosen.network, tokens, progress=progress, **how)
-        means, n_cells = means_by_gene(states, codes, len(groups), len(columns))
+        means, n_cells = means_by_gene(states, codes, len(groups), len(names.columns))
         values = means[-1]
     else:
         values = fixed_gene_vectors(chosen, vectors)
     target = copied(adata) if copy else adata
-
-    def by_column(of_genes: np.ndarray) -> np.ndarray:
-        result = np.full((target.n_vars, *of_genes.shape[1:]), np.nan, dtype=np.float32)
-        result[columns[columns >= 0]] = of_genes[columns >= 0]
-        return result
-
-    write(target, "varm", key, by_column(values))
-    write(target, "varm", f"{key}_groups", None if groupby is None else by_column(means[:-1].swapaxes(0, 1)))
+    write(target, "varm", key, names.by_column(values, target.n_vars))
+    grouped = None if groupby is None else names.by_column(means[:-1].swapaxes(0, 1), target.n_vars)
+    write(target, "varm", f"{key}_groups", grouped)
     if vectors == "context":
-        write(target, "var", _keys.N_CELLS, np.nan_to_num(by_column(n_cells[-1])).astype(np.int64))
+        counts = names.by_column(n_cells[-1], target.n_vars, np.float64)
+        write(target, "var", _keys.N_CELLS, np.nan_to_num(counts).astype(np.int64))
     about = {"model": chosen.fingerprint, "vectors": vectors, "groupby": groupby, "groups": groups}
     write_uns(target, key, json.dumps(about))
     return target if copy else None

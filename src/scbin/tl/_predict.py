@@ -213,10 +213,8 @@ def write_predictions(
     for name, key in keys.items():
         record, values = record_of(model, name), found[name]
         table, matrices = ("var", "varm") if record.kind == "gene" else ("obs", "obsm")
-        if record.kind == "gene":  # by column of var
-            columns = gene_names(adata, model.vocabulary).columns
-            by_gene, values = values, np.full((adata.n_vars, values.shape[1]), np.nan)
-            values[columns[columns >= 0]] = by_gene[columns >= 0]
+        if record.kind == "gene":
+            values = gene_names(adata, model.vocabulary).by_column(values, adata.n_vars, np.float64)
         if record.kind == "number":
             write(adata, table, key, values)
         else:
