@@ -38,7 +38,7 @@ from sklearn.linear_model import LogisticRegressionCV
 from sklearn.metrics import f1_score, normalized_mutual_info_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import scbin
@@ -196,6 +196,12 @@ def label_scores(here: np.ndarray, there: np.ndarray, fitted: ad.AnnData, judged
     }
 
 
+def balanced_regression(folds: StratifiedKFold | None = None) -> Pipeline:
+    """Return a balanced logistic regression on scaled features, its C by cross-validation."""
+    how = {"cv": folds, "class_weight": "balanced", "max_iter": 300, "scoring": "f1_macro"}
+    return make_pipeline(StandardScaler(), LogisticRegressionCV(Cs=np.logspace(-4, 0, 5), **how))
+
+
 def annotation(
     fitted: ad.AnnData, judged: ad.AnnData, backbone: str, seed: int, per_class: int | None
 ) -> dict[str, float]:
@@ -219,12 +225,7 @@ def annotation(
         folds = StratifiedKFold(
             min(5, np.unique(label[taught], return_counts=True)[1].min()), shuffle=True, random_state=seed
         )
-        probe = make_pipeline(
-            StandardScaler(),
-            LogisticRegressionCV(
-                Cs=np.logspace(-4, 0, 5), cv=folds, class_weight="balanced", max_iter=300, scoring="f1_macro"
-            ),
-        )
+        probe = balanced_regression(folds)
         scores[f"logistic regression on {name}"] = macro_f1(
             truth[known], probe.fit(a[taught], label[taught]).predict(b[known])
         )

@@ -21,12 +21,9 @@ import numpy as np
 import pandas as pd
 import scanpy as sc
 from batches import TYPES
-from quality import label_scores, logs, macro_f1
+from quality import balanced_regression, label_scores, logs, macro_f1
 from scipy.sparse import csr_matrix
 from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegressionCV
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 import scbin
 
@@ -95,8 +92,7 @@ def transferred(corpus: ad.AnnData, query: ad.AnnData, model: scbin.Model, seed:
     taught, truth = (part.obs["label"].to_numpy() for part in (corpus, query))
     known = (truth != "unknown") & np.isin(truth, taught)
     genes, cells = corpus.var["highly_variable"].to_numpy(), taught != "unknown"
-    linear = LogisticRegressionCV(Cs=np.logspace(-4, 0, 5), class_weight="balanced", max_iter=300, scoring="f1_macro")
-    probe = make_pipeline(StandardScaler(), linear).fit(logs(corpus, genes)[cells], taught[cells])
+    probe = balanced_regression().fit(logs(corpus, genes)[cells], taught[cells])
     tuned = scbin.tl.finetune(corpus, model, target="label", split_key="study", seed=seed, progress=False)
     scbin.tl.predict(query, tuned, progress=False)
     own = query.obs["scbin_label"].astype(str).to_numpy()
