@@ -12,6 +12,7 @@ import inspect
 import os
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
@@ -21,7 +22,7 @@ import numpy as np
 from scbin._errors import ScbinInputError, ScbinTypeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -89,6 +90,16 @@ def _fitting(name: str, value: Any, annotation: str, scope: Mapping[str, Any]) -
         raise ScbinInputError("A02", f"{name} is {shown(value)}; choose one of {', '.join(map(repr, choices))}.")
     words = dict.fromkeys([*map(repr, choices), *(_PLAIN[kind][1] for kind in kinds)])
     instances((), " or ".join(words), **{name: value})
+
+
+def config(kind: Any, value: Any) -> Any:
+    """Return a config object: as it is, from a mapping of its fields, from the value of its first field, or the default."""
+    known = list(kind.__dataclass_fields__)
+    fields: Any = {known[0]: value} if isinstance(value, str) else {} if value is None else value
+    if isinstance(fields, Mapping) and set(fields) <= set(known):
+        return kind(**fields)
+    instances(kind, f"a mapping with some of the fields {', '.join(known)}", **{kind.__name__.lower(): value})
+    return value
 
 
 def plain(value: Any) -> Any:

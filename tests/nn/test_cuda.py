@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scbin.nn import attention, device, run
+from scbin.nn import attention, run
 from scbin.nn.attention import pack_layout, packed_attention
 from scbin.nn.counts import CountHead
 from scbin.nn.labels import LabelHead, Target
@@ -89,9 +89,8 @@ def cuda(monkeypatch):
 
     for name in ("_varlen", "_jagged", "_row_by_row"):
         monkeypatch.setattr(attention, name, noted(name))
-    monkeypatch.setattr(
-        run, "resolve_device", lambda name: CUDA if str(name).startswith("cuda") else device.resolve_device(name)
-    )
+    here = run.resolve_device
+    monkeypatch.setattr(run, "resolve_device", lambda name: CUDA if str(name).startswith("cuda") else here(name))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_: self)  # fake weights cannot be swapped; see `there`
@@ -245,22 +244,22 @@ def test_auto_is_bfloat16_on_cuda_and_float32_on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     for trains in (0, 64, 256):
-        assert device.resolve_precision("auto", CUDA, trains) == torch.bfloat16
-    assert device.resolve_precision("auto", torch.device("cpu")) == torch.float32
+        assert run.resolve_precision("auto", CUDA, trains) == torch.bfloat16
+    assert run.resolve_precision("auto", torch.device("cpu")) == torch.float32
     for trains, dtype in ((64, torch.float32), (128, torch.bfloat16)):
-        assert device.resolve_precision("auto", torch.device("cpu"), trains) == dtype
+        assert run.resolve_precision("auto", torch.device("cpu"), trains) == dtype
     assert {Training().for_preset(name, 100).precision for name in PRESETS} == {"auto"} and set(RECIPES) <= set(PRESETS)
 
 
 def test_tf32_is_for_our_calls_alone():
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    with device.fast_products(CUDA, torch.bfloat16):
+    with run.fast_products(CUDA, torch.bfloat16):
         assert matmul.fp32_precision == "tf32"
     for where, dtype in ((CUDA, torch.float32), (torch.device("cpu"), torch.bfloat16)):
-        with device.fast_products(where, dtype):
+        with run.fast_products(where, dtype):
             assert matmul.fp32_precision == before
-    with pytest.raises(KeyError), device.fast_products(CUDA, torch.bfloat16):
+    with pytest.raises(KeyError), run.fast_products(CUDA, torch.bfloat16):
         raise KeyError
     assert matmul.fp32_precision == before
 

@@ -56,7 +56,7 @@ def cells_of(name: str, vector: str = "weighted", layer: int = -1, n_cells: int 
         angle = torch.arange(len(table))[:, None] / 64 * torch.linspace(0.5, 3, HIDDEN)
         table.data[:] = 0.3 * torch.sin(angle + torch.arange(HIDDEN))
     torch.manual_seed(0)
-    latent = LatentVector(v, HIDDEN, 8, width=16, latents=2)
+    latent = LatentVector(v, HIDDEN, 8, width=16, reads=True)
     kind = latent if vector == "latent" else PooledVector(v, HIDDEN, vector, layer)
     return GeneRows(sparse.csr_matrix(rows), v), Runner(CellNetwork(backbone, kind).eval(), "cpu", "float32")
 

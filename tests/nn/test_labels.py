@@ -10,10 +10,9 @@ import torch
 from scipy.sparse import csr_matrix
 
 from scbin._errors import ScbinInputError
-from scbin.nn.embedding import log_normalised, token_expression
 from scbin.nn.labels import GeneHead, LabelHead, Target, gene_outputs, label_outputs
 from scbin.nn.network import build_network
-from scbin.nn.packs import pack_rows
+from scbin.nn.packs import log_normalised, pack_rows, token_expression
 from scbin.nn.presets import Network
 from scbin.tl._gene_vectors import mean_gene_vectors
 from scbin.tokens.tokens import MemoryTokens

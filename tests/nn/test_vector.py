@@ -8,9 +8,8 @@ import torch
 from scipy.sparse import csr_matrix
 
 from scbin._errors import ScbinInputError
-from scbin.nn.embedding import Expression
 from scbin.nn.network import build_network
-from scbin.nn.packs import pack_rows, plan_packs
+from scbin.nn.packs import Expression, pack_rows, plan_packs
 from scbin.nn.run import embed, run
 from scbin.nn.vector import LatentVector, PooledVector, hashed, pool
 from scbin.tokens.bins import Bins
@@ -103,12 +102,12 @@ def test_poolings_that_cannot_be():
             PooledVector(v, 4, pooling)
 
 
-@pytest.mark.parametrize("latents", [0, 3])
+@pytest.mark.parametrize("reads", [False, True])
 @pytest.mark.parametrize("encoding", ["bins", "rank"])
-def test_a_learned_vector_is_a_cells_own(encoding, latents):
+def test_a_learned_vector_is_a_cells_own(encoding, reads):
     tokens, _ = cells(encoding)
     torch.manual_seed(0)
-    vector = LatentVector(tokens.vocabulary, 8, 5, width=16, latents=latents).eval()
+    vector = LatentVector(tokens.vocabulary, 8, 5, width=16, reads=reads).eval()
     table = torch.randn(tokens.vocabulary.n_tokens, 8)
     rows = [0, 1, 3, 4, 5, 11]
     together = vector(table[pack_of(tokens, rows).input_ids], pack_of(tokens, rows))
@@ -128,7 +127,7 @@ def test_dropout_is_a_function_of_the_cell_alone():
     assert 0 <= draws.min() and draws.max() < 1 and draws.mean() == pytest.approx(0.5, abs=0.01)
     assert torch.histc(draws, 10, 0, 1).numpy() == pytest.approx(10_000, rel=0.05)
     tokens, _ = cells()
-    vector = LatentVector(tokens.vocabulary, 8, 5, width=16, latents=3, most_read=6, dropout=0.4).train()
+    vector = LatentVector(tokens.vocabulary, 8, 5, width=16, dropout=0.4).train()
     table, rows, noise = torch.randn(tokens.vocabulary.n_tokens, 8), [0, 1, 3, 4], torch.tensor([5, 2**40, -7, 99])
     pack = pack_of(tokens, rows)
     state, hidden = torch.get_rng_state(), table[pack.input_ids]
@@ -144,7 +143,7 @@ def test_dropout_is_a_function_of_the_cell_alone():
 
 def test_a_closed_gate_takes_a_gene_out_of_the_learned_vector():
     tokens, _ = cells()
-    vector = LatentVector(tokens.vocabulary, 8, 5, width=16, latents=3).eval()
+    vector = LatentVector(tokens.vocabulary, 8, 5, width=16).eval()
     table, pack = torch.randn(tokens.vocabulary.n_tokens, 8), pack_of(tokens, [0])
     gates = torch.zeros(pack.n_tokens)
     gates[5] = -60.0

@@ -14,14 +14,14 @@ from sklearn.preprocessing import StandardScaler
 
 import scbin
 from scbin._errors import ScbinInputError
-from scbin.tl._gene_classes import cross_validated
+from scbin.tl._evaluate import cross_validated
 from scbin.tl._probe import fit_probe
 
 QUIET = {"device": "cpu", "progress": False}
 
 
 def test_scores_are_those_of_scikit_learns_cross_validation(monkeypatch):
-    monkeypatch.setattr("scbin.tl._gene_classes.fit_probe", partial(fit_probe, strength=0.1))  # else C is chosen, too
+    monkeypatch.setattr("scbin.tl._evaluate.fit_probe", partial(fit_probe, strength=0.1))  # else C is chosen, too
     rng = np.random.default_rng(0)
     codes = np.arange(60) % 2
     features = rng.normal(size=(60, 4)) + codes[:, None] * [1.0, 0.5, 0, 0]

@@ -12,7 +12,7 @@ from scipy import sparse
 
 import scbin
 from scbin import ScbinInputError
-from scbin.nn.embedding import token_expression
+from scbin.nn.packs import token_expression
 from tests.conftest import toy_cells
 
 QUIET = {"progress": False, "device": "cpu"}

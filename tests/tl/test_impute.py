@@ -8,7 +8,7 @@ import torch
 
 import scbin
 from scbin import ScbinInputError
-from scbin.nn.embedding import token_expression
+from scbin.nn.packs import token_expression
 
 QUIET = {"progress": False, "device": "cpu"}
 

@@ -11,14 +11,14 @@ import pytest
 import scbin
 from scbin._adata import read_tokens
 from scbin._errors import ScbinInputWarning
-from scbin.tl import _leakage
-from scbin.tl._leakage import cell_hashes, fraction_trained_on, hash_blocks, remembered_cells
+from scbin.tl import _split
+from scbin.tl._split import cell_hashes, fraction_trained_on, hash_blocks, remembered_cells
 
 HOW = {"device": "cpu", "progress": False}
 
 
 def remembered(hashes):
-    return base64.b64encode(np.sort(hashes)[: _leakage.N_KEPT].astype("<u8").tobytes()).decode()
+    return base64.b64encode(np.sort(hashes)[: _split.N_KEPT].astype("<u8").tobytes()).decode()
 
 
 def evaluated(adata, model, **how):
@@ -59,7 +59,7 @@ def test_hashes_depend_on_the_genes_of_a_cell_alone(trained):
 def test_blocks_make_no_difference(trained, monkeypatch):
     tokens, rows = read_tokens(trained[0]), np.arange(60)
     whole = np.concatenate(list(hash_blocks(tokens, rows)))
-    monkeypatch.setattr(_leakage, "_BLOCK", 7)
+    monkeypatch.setattr(_split, "_BLOCK", 7)
     np.testing.assert_array_equal(np.concatenate(list(hash_blocks(tokens, rows))), whole)
     assert remembered_cells(tokens, rows) == remembered_cells(tokens, rows[::-1])
 

@@ -14,8 +14,7 @@ import scbin
 from scbin import ScbinInputError, ScbinInputWarning
 from scbin.get import read_screen
 from scbin.tl._predict_perturbations import far_from_measured
-from scbin.tl._responses import MEAN, smoother
-from scbin.tl._screen import targets_of
+from scbin.tl._responses import MEAN, smoother, targets_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*resemble those of no measured target")
 ENTRIES = ("scbin_perturbations", "scbin_perturbations_predicted", "scbin_perturbations_evaluated")

@@ -16,13 +16,12 @@ from scbin._adata import gene_names
 from scbin._errors import ScbinError, ScbinInputError, ScbinInputWarning
 from scbin.model import Model
 from scbin.nn.counts import CountHead
-from scbin.nn.embedding import token_expression
 from scbin.nn.network import CellNetwork, build_network
+from scbin.nn.packs import token_expression
 from scbin.nn.presets import Network
 from scbin.nn.run import Runner, embed
 from scbin.nn.vector import LatentVector, PooledVector
-from scbin.tl._edits import States, make_plan
-from scbin.tl._effects import Effects, Measure, alignment, cosine_shift
+from scbin.tl._effects import Effects, Measure, States, alignment, cosine_shift, make_plan
 from scbin.tl._perturb_statistics import Statistics, gene_statistics, summarise
 from scbin.tokens.bins import Bins
 from scbin.tokens.edits import Edit, GeneRows, edit_rows, shortened
@@ -70,7 +69,7 @@ def made(name: str, levels: np.ndarray, vector: str = "weighted", layer: int = -
     phenotypes = {"cell_type": TYPES, "sex": ["female", "male"]}
     v = Vocabulary.build(encoding, genes, bins=bins, phenotypes=phenotypes, max_length=12 if bins is None else None)
     torch.manual_seed(0)
-    kind = LatentVector(v, 16, 8, width=16, latents=2) if vector == "latent" else PooledVector(v, 16, vector, layer)
+    kind = LatentVector(v, 16, 8, width=16, reads=True) if vector == "latent" else PooledVector(v, 16, vector, layer)
     counts = CountHead(len(genes), kind.size)
     torch.nn.init.normal_(counts.loadings)
     return rows_of(v, levels), Model(CellNetwork(build_network(v, SHAPE, "bert", seed=1).backbone, kind, counts), v)

@@ -11,9 +11,8 @@ from scipy.stats import binom, chisquare
 from transformers import BertConfig, BertForMaskedLM
 
 from scbin._errors import ScbinInputError
-from scbin.nn.embedding import gene_values, token_expression
 from scbin.nn.network import build_network
-from scbin.nn.packs import pack_rows
+from scbin.nn.packs import gene_values, pack_rows, token_expression
 from scbin.tokens.bins import Bins
 from scbin.tokens.tokens import MemoryTokens
 from scbin.tokens.vocabulary import Vocabulary

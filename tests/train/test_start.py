@@ -8,9 +8,8 @@ import torch
 from scipy.sparse import csr_matrix
 from sklearn.decomposition import PCA
 
-from scbin.nn.embedding import log_normalised, token_expression
 from scbin.nn.network import build_network
-from scbin.nn.packs import pack_rows
+from scbin.nn.packs import log_normalised, pack_rows, token_expression
 from scbin.tokens.bins import Bins
 from scbin.tokens.tokens import MemoryTokens
 from scbin.tokens.vocabulary import Vocabulary
@@ -55,7 +54,7 @@ def test_components_are_those_of_scikit_learn(data, batches):
 def test_a_network_starts_at_the_components_and_the_means(data, kind):
     tokens, counts = data
     v, cells, batches = tokens.vocabulary, np.arange(150), np.arange(200) % 2
-    network = build_network(v, "tiny", kind, batches=["a", "b"], vector_options={"size": 5, "latents": 0})
+    network = build_network(v, "tiny", kind, batches=["a", "b"], vector_options={"size": 5, "reads": False})
     before = [table.detach().clone() for table in network.backbone.tables()]
     task = Pretraining(v, Masking(0, 0))
     torch.manual_seed(3)

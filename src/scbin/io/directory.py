@@ -32,8 +32,7 @@ from scbin.io.files import MANIFEST, check_directory, make_config, read_json, re
 from scbin.nn.backbone import BACKBONES, layer_number
 from scbin.nn.batches import BatchCorrection
 from scbin.nn.bert import BertBackbone
-from scbin.nn.counts import CountHead
-from scbin.nn.density import Density
+from scbin.nn.counts import CountHead, Density
 from scbin.nn.labels import GeneHead, LabelHead
 from scbin.nn.network import CellNetwork
 from scbin.nn.presets import CONFIG_KEYS

@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from scbin.nn.device import has_bfloat16
-
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -42,6 +40,11 @@ def pack_layout(lengths: np.ndarray, device: torch.device | str = "cpu") -> Layo
     """
     bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return Layout(lengths.tolist(), to_device(bounds, device), int(lengths.max(initial=0)))
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a CUDA device has matrix units for bfloat16, as all have since Ampere."""
+    return torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
@@ -23,7 +23,6 @@ class BertBackbone(nn.Module):
     """A stock `transformers.BertForMaskedLM`, read pack by pack without masks or padding."""
 
     kind = "bert"
-    vector_options: ClassVar = {"rounds": 1}  # attention among the tokens has been paid already
 
     def __init__(self, bert: BertForMaskedLM):
         super().__init__()

@@ -1,20 +1,26 @@
-"""From cell vectors to the counts of every gene: a negative binomial."""
+"""From cell vectors to the counts of every gene, and where the vectors of the training cells lie."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from scipy.sparse import csr_matrix
+from torch import Tensor, nn
+
+from scbin._errors import ScbinInputError
+from scbin.nn.packs import token_expression
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from torch import Tensor
-
+    from scbin.tokens.tokens import Tokens
     from scbin.tokens.vocabulary import Vocabulary
+MOST_CELLS, FEWEST_PER_VALUE, NEIGHBOURS, ROUNDS = 4_000, 50, 10, 3  # of a density
+DENSE, _NEWTON, _AT_ONCE = 2**21, 12, 128  # counts that dispersions are fitted to; steps; cells
 
 
 class CountHead(nn.Module):
@@ -87,3 +93,179 @@ class CountHead(nn.Module):
         own, ratio = theta[genes], log_mean[rows, genes] - self.log_dispersion[genes]
         shape = torch.lgamma(counts + own) - torch.lgamma(own) - torch.lgamma(counts + 1)
         return zeros.index_add(0, rows, shape + counts * (ratio - more[rows, genes]))
+
+    def fit_dispersion(self, log_mean: Tensor, counts: csr_matrix, asked: np.ndarray | None = None) -> None:
+        """Fit how far the counts (cells, genes) of every gene spread around expected ones, from where it stands now.
+
+        By Newton's method, each gene by itself; slopes and curvatures are sums over cells. `asked` (cells, genes) says which count.
+        """
+        own, start, parts = self.log_dispersion, self.log_dispersion.detach().clone(), []
+        asked = np.ones(counts.shape, dtype=bool) if asked is None else asked
+        for first in range(0, len(log_mean), _AT_ONCE):
+            here = slice(first, first + _AT_ONCE)
+            row, gene = counts[here].nonzero()
+            at = asked[here][row, gene]
+            triples = (row[at].astype(np.int64), gene[at].astype(np.int64), counts[here].data[at])
+            parts.append((log_mean[here], *map(torch.from_numpy, triples), torch.from_numpy(asked[here])))
+        for _ in range(_NEWTON):
+            slope, bend = own.detach() - start, torch.ones_like(start)
+            for each in parts:
+                (by_gene,) = torch.autograd.grad(-self.log_likelihood(*each).sum(), own, create_graph=True)
+                bend += torch.autograd.grad(by_gene.sum(), own)[0]
+                slope += by_gene.detach()
+            own.data -= (slope / bend.abs().clamp_min(1)).clamp(-1, 1)
+        own.data.clamp_(-5, 7)
+
+
+# ---- where the training cells lie -----------------------------------------------------------------------------------
+
+
+class Density(nn.Module):
+    """A kernel density of cell vectors, depth and phenotypes: some training cells, each blurred by the spread around it.
+
+    Vectors within a class are far from Gaussian (subtypes, states), and differ in depth; a kernel density keeps both. A
+    drawn cell is not a copy: its vector is that of a training cell plus a normal variable with the covariance of its neighbours.
+    What the count head expects of it is corrected by a factor for each value of a phenotype and gene, so that cells with this
+    value have the mean of every gene that the training cells have.
+    """
+
+    kind = "cells"
+    vectors: Tensor  # (cells, size)
+    log_depth: Tensor  # (cells,)
+    weights: Tensor  # (cells,) training cells that each of them stands for
+    values: Tensor  # (cells, phenotypes) int64, number of the value, -1: missing
+    typical: Tensor  # (genes,) mean value of a gene in the cells that express it
+    dispersion: Tensor  # (genes,) theta of the counts around what is expected
+    factors: Tensor  # (values, genes), of each phenotype the values and behind them that of missing ones
+
+    def __init__(self, n_cells: int, size: int, n_values: Sequence[int], n_genes: int):
+        super().__init__()
+        self.n_values = np.array(n_values, dtype=np.int64)  # of each phenotype
+        shapes: dict[str, Any] = {"vectors": (n_cells, size), "log_depth": n_cells, "weights": n_cells}
+        shapes |= {"typical": n_genes, "dispersion": n_genes, "factors": (sum(n_values) + len(n_values), n_genes)}
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape))
+        self.register_buffer("values", torch.full((n_cells, len(n_values)), -1))
+
+    def config(self) -> dict[str, Any]:
+        """Return plain values from which `Density(**config)` builds the same shape."""
+        n_cells, size = self.vectors.shape
+        return {"n_cells": n_cells, "size": size, "n_values": self.n_values.tolist(), "n_genes": len(self.typical)}
+
+    @classmethod
+    def from_config(cls, vocabulary: Vocabulary, config: Mapping[str, Any]) -> Self:
+        """Return an empty density of a shape, which has to fit the vocabulary."""
+        n_values = [len(phenotype.values) for phenotype in vocabulary.phenotypes]
+        if (config["n_values"], config["n_genes"]) != (n_values, len(vocabulary.genes)):
+            raise ScbinInputError("M04", "the density has other phenotypes or genes than the vocabulary.")
+        return cls(**config)
+
+    @classmethod
+    def fit(
+        cls, head: CountHead, tokens: Tokens, vectors: np.ndarray, *, cells: np.ndarray | None = None, seed: int = 0
+    ) -> Self:
+        """Remember a random part of some cells (default: all), and at least a few of each value of each phenotype.
+
+        `vectors` are those of all cells of the tokens (cells, size), not corrected for batches, NaN where there are no tokens.
+        """
+        cells = np.arange(tokens.n_cells) if cells is None else cells
+        cells = np.random.default_rng(seed).permutation(cells[np.isfinite(vectors[cells]).all(axis=1)])
+        rows, vocabulary = tokens.take(cells), tokens.vocabulary
+        values = np.full((len(cells), len(vocabulary.phenotypes)), -1)
+        for k, phenotype in enumerate(vocabulary.phenotypes):
+            number = rows[:, [phenotype.position]].toarray().ravel().astype(np.int64) - phenotype.first_id
+            values[:, k] = np.where((number >= 0) & (number < len(phenotype.values)), number, -1)
+        kept = np.arange(len(cells)) < MOST_CELLS
+        for column in values.T:
+            for value in np.unique(column):
+                kept[np.flatnonzero(column == value)[:FEWEST_PER_VALUE]] = True
+        combination = np.unique(values, axis=0, return_inverse=True)[1].ravel()  # numpy 2.0 returned a column
+        n_kept = np.bincount(combination[kept], minlength=combination.max(initial=-1) + 1)
+        expression = token_expression(rows[kept], vocabulary)
+        sums, n_expressed = np.asarray(expression.sum(axis=0)).ravel(), np.maximum(expression.getnnz(axis=0), 1)
+        n_values = [len(phenotype.values) for phenotype in vocabulary.phenotypes]
+        density = cls(int(kept.sum()), vectors.shape[1], n_values, len(sums))
+        fitted = {
+            "vectors": vectors[cells[kept]],
+            "log_depth": np.log(np.maximum(np.asarray(expression.sum(axis=1)).ravel(), 1e-6)),
+            "weights": (np.bincount(combination) / np.maximum(n_kept, 1))[combination[kept]],
+            "values": values[kept],
+            "typical": np.where(sums > 0, sums / n_expressed, 1.0),
+        }
+        for name, array in fitted.items():
+            getattr(density, name).copy_(torch.from_numpy(array))
+        density._calibrate(head, expression)
+        return density
+
+    def _calibrate(self, head: CountHead, expression: csr_matrix) -> None:
+        """Fit the factors to the expression of the remembered cells (cells, genes), and how far it spreads around the corrected means."""
+        expected = expected_shares(head, self.vectors) * np.exp(self.log_depth.double().numpy())[:, None]
+        factors, n_cells = np.ones(self.factors.shape), len(expected)
+        for _ in range(ROUNDS):  # raking: one phenotype after the other, until the means of all are right
+            for rows in self._rows(self.values.numpy()).T:
+                by_value = csr_matrix((np.ones(n_cells), (rows, np.arange(n_cells))), (len(factors), n_cells))
+                change = ((by_value @ expression).toarray() + 1) / (by_value @ expected + 1)
+                factors *= change
+                expected *= change[rows]
+        spread, some = CountHead(expected.shape[1], 1), slice(max(DENSE // expected.shape[1], FEWEST_PER_VALUE))
+        spread.fit_dispersion(torch.from_numpy(np.log(expected[some])).float(), expression[some])
+        self.factors.copy_(torch.from_numpy(factors))
+        self.dispersion.copy_(spread.log_dispersion.detach().exp())
+
+    def _rows(self, values: np.ndarray) -> np.ndarray:
+        """Return the rows of the factors for values of phenotypes (cells, phenotypes)."""
+        return np.cumsum(self.n_values + 1) - (self.n_values + 1) + values % (self.n_values + 1)
+
+    def expected(self, head: CountHead, vectors: np.ndarray, log_depth: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Return the expected expression of cells (cells, genes) with these vectors, depths and values of phenotypes."""
+        shares = expected_shares(head, torch.from_numpy(vectors))
+        for rows in self._rows(values).T:
+            shares *= self.factors.cpu().numpy()[rows]
+        return shares * (np.exp(log_depth) / shares.sum(axis=1))[:, None]
+
+    def draw(
+        self, wanted: np.ndarray, generators: Sequence[np.random.Generator]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Draw vectors (N, size), log depths (N,) and values of phenotypes (N, phenotypes).
+
+        A cell is drawn from those that agree with most of the wanted values; where one does not agree, its vector moves by
+        the difference that this value makes on average.
+
+        Parameters
+        ----------
+        wanted
+            Number of the wanted value of each phenotype (N, phenotypes); -1 where it is open.
+        generators
+            One per cell, which alone decides what is drawn.
+        """
+        parts = (self.vectors, self.values, self.log_depth, self.weights)
+        vectors, values, log_depth, weights = (part.cpu().numpy() for part in parts)
+        chosen, drawn = np.empty(len(wanted), dtype=np.int64), np.empty((len(wanted), vectors.shape[1]))
+        for pattern in np.unique(wanted, axis=0):
+            agree = ((values == pattern) & (pattern >= 0)).sum(axis=1)
+            complete = ((values >= 0) | (pattern >= 0)).all(axis=1)  # what is open shall have a value, if it can
+            score = 2 * agree + complete
+            pool = np.flatnonzero(score == score.max())
+            bounds = np.cumsum(weights[pool], dtype=np.float64)
+            for cell in np.flatnonzero((wanted == pattern).all(axis=1)):
+                rng = generators[int(cell)]
+                row = pool[np.searchsorted(bounds[:-1], rng.random() * bounds[-1], side="right")]
+                distance = ((vectors[pool] - vectors[row]) ** 2).sum(axis=1)
+                near = vectors[pool[np.argsort(distance, kind="stable")[:NEIGHBOURS]]]
+                noise = rng.normal(size=NEIGHBOURS)[: len(near)] @ (near - near.mean(axis=0))
+                chosen[cell], drawn[cell] = row, vectors[row] + noise / np.sqrt(max(len(near) - 1, 1))
+        result = np.where(wanted >= 0, wanted, values[chosen])
+        if (result != values[chosen]).any():  # vectors as a sum over phenotypes, by least squares
+            columns = [np.arange(n) for n in values.max(axis=0, initial=0) + 1]
+            tables = ([of[:, [k]] == n for k, n in enumerate(columns)] for of in (values, values[chosen], result))
+            own, before, after = (np.hstack([np.ones((len(table[0]), 1)), *table]) for table in tables)
+            ridge = np.diag(np.append(1e-9, np.ones(own.shape[1] - 1)))
+            drawn += (after - before) @ np.linalg.solve(own.T @ own + ridge, own.T @ vectors)
+        return drawn.astype(np.float32), log_depth[chosen], result
+
+
+def expected_shares(head: CountHead, vectors: Tensor) -> np.ndarray:
+    """Return the fraction of each gene in what cells with these vectors are expected to express (cells, genes)."""
+    with torch.inference_mode():
+        z = vectors.to(head.loadings.device)
+        return head.log_mean(z, torch.zeros(len(z), device=z.device)).softmax(dim=1).cpu().numpy().astype(np.float64)

@@ -12,7 +12,7 @@ from scipy.special import softmax
 from torch import Tensor, nn
 
 from scbin._errors import ScbinInputError
-from scbin.nn.embedding import Expression, gene_values, row_sums, weighted_sums
+from scbin.nn.packs import Expression, gene_values, row_sums, weighted_sums
 from scbin.nn.run import run
 
 if TYPE_CHECKING:

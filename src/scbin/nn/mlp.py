@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from scbin.nn.backbone import layer_number, token_logits
-from scbin.nn.embedding import row_sums, token_weights, weighted_sums
+from scbin.nn.packs import row_sums, token_weights, weighted_sums
 from scbin.nn.presets import SIZES, Network
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class MlpBackbone(nn.Module):
     """
 
     kind = "mlp"
-    vector_options: ClassVar = {"latents": 0, "layer": 0}  # the cell vector reads the expression alone
+    vector_options: ClassVar = {"reads": False, "layer": 0}  # the cell vector reads the expression alone
     weights: Tensor
 
     def __init__(self, vocabulary: Vocabulary, preset: Network):

@@ -64,7 +64,7 @@ class CellNetwork(nn.Module):
     @property
     def vector_layer(self) -> int | None:
         """Whose hidden states the cell vector is made of, `None` where it reads the expression alone."""
-        return None if getattr(self.vector, "latents", None) == 0 else self.vector.layer
+        return self.vector.layer if getattr(self.vector, "reads", True) else None
 
     @property
     def gene_layer(self) -> int:

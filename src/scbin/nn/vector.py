@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from scbin._errors import ScbinInputError
-from scbin.nn.embedding import Expression, row_sums, token_weights, weighted_sums
+from scbin.nn.packs import Expression, row_sums, token_weights, weighted_sums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,10 +19,9 @@ if TYPE_CHECKING:
     from scbin.tokens.vocabulary import Vocabulary
 
 Pooling = Literal["weighted", "mean", "cls", "first"]
-TYPICAL = 4.0  # log-normalised expression of a gene that is expressed
-# width of the hidden layers; latents, of which 0 read the expression alone; tokens of a cell that are read, drawn anew in each
-# step of pretraining (otherwise all); dropout in pretraining
-OPTIONS = {"width": 128, "latents": 8, "rounds": 2, "most_read": 128, "dropout": 0.2, "layer": -1}
+# width of the hidden layers; dropout in pretraining; whether hidden states are read beside the expression, and of which layer
+OPTIONS = {"width": 128, "dropout": 0.2, "reads": True, "layer": -1}
+LEAST = 1e-3  # weight of a token without expression in the mean of a cell's hidden states
 
 
 class PooledVector(nn.Module):
@@ -77,8 +76,8 @@ class LatentVector(nn.Module):
     """The learned cell vector, trained to predict the molecules that were not shown.
 
     Log-normalised expression enters through a table of one row per gene, whose first columns start at the principal components
-    of the data, with both signs since a rectifier follows. Latent queries read the hidden states of the backbone by
-    cross-attention. Both go through one more layer into the vector. All in float32, also under autocast.
+    of the data, with both signs since a rectifier follows; beside it, the mean of the hidden states of the backbone, weighted by
+    expression. Both go through one more layer into the vector. All in float32, also under autocast.
     """
 
     kind = "latent"
@@ -88,7 +87,7 @@ class LatentVector(nn.Module):
     def __init__(self, vocabulary: Vocabulary, hidden_size: int, size: int = 30, **options: Any):
         super().__init__()
         self.options = {"hidden_size": hidden_size, "size": size, **OPTIONS, **options}
-        self.size, self.layer, self.latents = size, self.options["layer"], self.options["latents"]
+        self.size, self.layer, self.reads = size, self.options["layer"], self.options["reads"]
         n_genes, width = len(vocabulary.genes), self.options["width"]
         self.expression, self.mask_id = Expression(vocabulary), vocabulary.mask_id
         first = nn.Linear(n_genes, width)
@@ -97,10 +96,9 @@ class LatentVector(nn.Module):
         self.register_buffer("centre", torch.zeros(n_genes))  # mean expression of the cells it starts from
         is_gene = torch.from_numpy(vocabulary.tables().gene_of_position >= 0)  # (positions,), not where they are ranks
         self.register_buffer("is_gene", is_gene, persistent=False)
-        if self.latents:
-            self.reader = LatentReader(hidden_size, self.latents, self.options["rounds"])
-            self.read = nn.Linear(self.latents * hidden_size, width)
-        self.inner = nn.Linear(width * (2 if self.latents else 1), width)
+        if self.reads:
+            self.read = nn.Linear(hidden_size, width)
+        self.inner = nn.Linear(width * (1 + self.reads), width)
         self.outer = nn.Linear(width, size)
 
     def config(self) -> dict[str, Any]:
@@ -117,21 +115,18 @@ class LatentVector(nn.Module):
     ) -> Tensor:
         """Return one vector per row of a pack (B, size).
 
-        `gates` (T,) are logarithms of factors on the expression of the tokens and on the attention that they receive. In training,
-        dropout and the tokens to read are functions of `noise` (B,) int64, so that they are the same in any pack and process;
-        without it nothing is random.
+        `gates` (T,) are logarithms of factors on the expression of the tokens and on their weight in the mean. In training,
+        dropout is a function of `noise` (B,) int64, so that it is the same in any pack and process; without it nothing is random.
         """
         noise = noise if self.training else None
         with torch.autocast(pack.input_ids.device.type, enabled=False):
             genes, values = self.expression(pack, gates)
             masked = (pack.input_ids == self.mask_id) & self.is_gene[pack.position_ids]
             known = torch.where(masked, self.centre[genes], values)  # a masked gene is as in the mean cell
-            opened = known if gates is None else known * gates.float().exp()
-            inputs = weighted_sums(self.genes, pack, opened, genes) + (self.bias - self.centre @ self.genes)
-            if self.latents and hidden is not None:
-                tokens = tokens_of(pack, noise, self.options["most_read"])
-                # a gene is read in proportion to its expression
-                read = self.read(self.reader(hidden.float(), gates, values / TYPICAL, tokens).flatten(1))
+            gate = torch.ones_like(known) if gates is None else gates.float().exp()
+            inputs = weighted_sums(self.genes, pack, known * gate, genes) + (self.bias - self.centre @ self.genes)
+            if self.reads and hidden is not None:
+                read = self.read(pool(hidden, pack, (known + LEAST) * gate))
                 inputs = torch.cat([inputs, self._dropped(read, noise, 1)], dim=1)
             inner = self.inner(self._dropped(F.relu(inputs), noise, 2))
             return self.outer(self._dropped(F.relu(inner), noise, 3))
@@ -153,72 +148,6 @@ class LatentVector(nn.Module):
         self.genes[:, :k], self.genes[:, k : 2 * k] = scaled, -scaled
         self.bias[: 2 * k] = 0
         self.centre.copy_(torch.from_numpy(means.astype("float32")))
-
-
-class LatentRound(nn.Module):
-    """Latents read the tokens, then each other, then think.
-
-    Tokens are keys and values themselves, so that none of them goes through a linear map of its own: what usually projects
-    keys and values is part of the queries and of what is made of the result.
-    """
-
-    def __init__(self, n: int, n_heads: int = 2):
-        super().__init__()
-        self.n_heads, self.scale = n_heads, n**-0.5
-        self.norm, self.norm_self = nn.LayerNorm(n), nn.LayerNorm(n)
-        self.query, self.read = nn.Linear(n, n_heads * n), nn.Linear(n_heads * n, n)
-        self.qkv, self.out = nn.Linear(n, 3 * n), nn.Linear(n, n)
-        self.feed_forward = nn.Sequential(nn.LayerNorm(n), nn.Linear(n, 2 * n), nn.GELU(), nn.Linear(2 * n, n))
-
-    def forward(self, latents: Tensor, tokens: Tensor, bias: Tensor, weights: Tensor) -> Tensor:
-        """Return the latents (B, m, hidden) after they have read the tokens (B, L, hidden).
-
-        The bias (B, 1, L) is added to the scores, the weights (B, 1, L) are factors on what is read.
-        """
-        query = self.query(self.norm(latents)).unflatten(-1, (self.n_heads, -1)).flatten(1, 2)  # (B, m * heads, hidden)
-        attention = torch.softmax(torch.bmm(query, tokens.transpose(1, 2)) * self.scale + bias, dim=-1)
-        read = torch.bmm(attention * weights, tokens).unflatten(1, (-1, self.n_heads)).flatten(2)
-        latents = latents + self.read(read)  # (B, m, hidden)
-        parts = self.qkv(self.norm_self(latents)).chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for part in parts)
-        latents = latents + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return latents + self.feed_forward(latents)
-
-
-class LatentReader(nn.Module):
-    """Learned queries that read the states of each row of a pack, at a cost of tokens times queries."""
-
-    def __init__(self, hidden_size: int, latents: int, rounds: int):
-        super().__init__()
-        self.latents = nn.Parameter(0.5 * torch.randn(latents, hidden_size))
-        self.rounds = nn.ModuleList(LatentRound(hidden_size) for _ in range(rounds))
-        self.norm = nn.LayerNorm(hidden_size)
-
-    def forward(self, states: Tensor, gates: Tensor | None, weights: Tensor, tokens: Tensor) -> Tensor:
-        """Return the latents of each row (B, m, hidden) from the states (T, hidden).
-
-        `gates` (T,) are added to the scores of the tokens, `weights` (T,) are factors on what is read from them. The `tokens` (B, L)
-        of each row are read; -1 is none.
-        """
-        at, latents = tokens.clamp_min(0), self.latents.expand(len(tokens), -1, -1)
-        read = states.index_select(0, at.flatten()).unflatten(0, at.shape)
-        bias = torch.zeros_like(weights) if gates is None else gates.float()
-        bias = bias[at].masked_fill(tokens < 0, float("-inf"))[:, None]
-        for one in self.rounds:
-            latents = one(latents, read, bias, weights[at][:, None])
-        return self.norm(latents)
-
-
-def tokens_of(pack: Pack, noise: Tensor | None = None, most: int = 0) -> Tensor:
-    """Return the tokens of each row (B, L), -1 where it has no more; given `noise`, so many at random and the first one always."""
-    rows, starts, shape = pack.rows, pack.layout.cu_seqlens[:-1].long(), (pack.n_rows, pack.layout.longest)
-    every = torch.arange(pack.n_tokens, device=rows.device)
-    place, filler = every - starts[rows] + rows * shape[1], every.new_full((shape[0] * shape[1],), -1)
-    if noise is None:
-        return filler.index_copy(0, place, every).unflatten(0, shape)
-    draws = hashed(noise[rows] + pack.position_ids).index_fill(0, starts, -1.0)
-    drawn, at = (filler + 3.0).index_copy(0, place, draws).unflatten(0, shape).topk(min(most, shape[1]), largest=False)
-    return torch.where(drawn < 2, starts[:, None] + at, -1)
 
 
 def hashed(keys: Tensor) -> Tensor:

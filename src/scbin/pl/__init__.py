@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from scbin.pl._embedding import compare, embedding, generated
 from scbin.pl._knowledge import age_gap, clock, gene_network, gene_roc
-from scbin.pl._measured import perturbation_response, perturbation_retrieval, perturbation_scores
 from scbin.pl._model import tokens, training
-from scbin.pl._perturbation import perturbation, perturbation_map, perturbation_matrix, perturbation_volcano
+from scbin.pl._perturbation import (
+    perturbation,
+    perturbation_map,
+    perturbation_matrix,
+    perturbation_response,
+    perturbation_retrieval,
+    perturbation_scores,
+    perturbation_volcano,
+)
 from scbin.pl._prediction import calibration, confusion, prediction, roc
 
 __all__ = [

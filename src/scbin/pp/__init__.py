@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from scbin.pp._check import check
-from scbin.pp._tokenize import tokenize
+from scbin.pp._tokenize import check, tokenize
 
 __all__ = ["check", "tokenize"]

@@ -10,14 +10,12 @@ from scbin.tl._finetune import finetune
 from scbin.tl._fit_perturbations import fit_perturbations
 from scbin.tl._gene_network import attention, gene_association, gene_network
 from scbin.tl._gene_vectors import embed_genes, embed_phenotypes, vector_distances
-from scbin.tl._generate import generate
-from scbin.tl._impute import impute
+from scbin.tl._generate import generate, impute
 from scbin.tl._perturb import perturb
 from scbin.tl._perturb_statistics import perturb_statistics
-from scbin.tl._predict import predict
+from scbin.tl._predict import predict, roll_up
 from scbin.tl._predict_perturbations import predict_perturbations
 from scbin.tl._pretrain import pretrain
-from scbin.tl._roll_up import roll_up
 from scbin.tl._search import search
 from scbin.tl._split import split
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from scbin.io.corpus import Paths
     from scbin.model import Model
-    from scbin.nn.device import Precision
+    from scbin.nn.run import Precision
     from scbin.nn.vector import Pooling
     from scbin.tokens.tokens import Tokens
 

@@ -15,7 +15,7 @@ from scbin._errors import ScbinInputError
 from scbin.get import Screen, read_screen
 from scbin.tl import _responses as responses
 from scbin.tl._fit_perturbations import FEWEST_SINGLES
-from scbin.tl._screen import own_genes, read_cells, targets_of
+from scbin.tl._responses import own_genes, read_cells, targets_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -29,10 +29,9 @@ from scbin.nn.presets import preset_for
 from scbin.nn.run import embed
 from scbin.tl._gene_vectors import mean_gene_vectors
 from scbin.tl._labels import MaskedPhenotypes, balanced_weights, cell_columns, gene_labels
-from scbin.tl._leakage import remembered_cells
 from scbin.tl._pretrain import note_model
 from scbin.tl._probe import Probe, Scaler, fit_probe, fitted_temperature, log_expression, losses_of, some_of
-from scbin.tl._split import Split, hold_out, read_split, warn_of_donors
+from scbin.tl._split import Split, hold_out, read_split, remembered_cells, warn_of_donors
 from scbin.train.adapters import adapted
 from scbin.train.distributed import is_first_process
 from scbin.train.labels import Labels

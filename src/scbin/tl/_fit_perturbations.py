@@ -15,8 +15,7 @@ from scbin._errors import ScbinInputError, ScbinTypeError, count
 from scbin.model import resolve_model
 from scbin.tl._gene_vectors import fixed_gene_vectors, mean_gene_vectors
 from scbin.tl._perturb_statistics import false_discovery_rates
-from scbin.tl._responses import Sums, control_features, narrow, reproducibility, sum_cells
-from scbin.tl._screen import Cells, own_genes, read_cells
+from scbin.tl._responses import Cells, Sums, control_features, narrow, own_genes, read_cells, reproducibility, sum_cells
 from scbin.tokens.tokens import MemoryTokens
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from scbin.get import cell_number
 from scbin.model import count_head, resolve_model
 from scbin.nn.backbone import layer_number
 from scbin.nn.bert import BertBackbone
-from scbin.nn.density import expected_shares
+from scbin.nn.counts import expected_shares
 from scbin.nn.run import embed as embed_tokens
 from scbin.nn.run import gene_tokens, run
 from scbin.tl._gene_vectors import fixed_gene_vectors, groups_of, hidden_states, means_by_gene

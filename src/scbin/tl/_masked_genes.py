@@ -11,11 +11,11 @@ from scipy.sparse import csr_matrix
 from scipy.stats import nbinom
 
 from scbin._errors import ScbinInputError
-from scbin.nn.counts import CountHead
-from scbin.nn.embedding import log_normalised, token_expression
+from scbin.nn.counts import DENSE, CountHead
+from scbin.nn.packs import log_normalised, token_expression
 from scbin.nn.run import embed, run
-from scbin.tl._leakage import cell_hashes
 from scbin.tl._metrics import gene_scores
+from scbin.tl._split import cell_hashes
 from scbin.tokens.tokens import MemoryTokens
 from scbin.train.randomness import hash_uniform, random_key
 from scbin.train.start import components
@@ -30,7 +30,6 @@ GENE_MASK = 0.15
 _MOST_CELLS, _TOKENS = 2_000, 4_096
 _MASKS, _POSITIONS = 21, 2**20  # a stream of random numbers of its own; more than a row has positions
 _COMPONENTS, _CELLS_PER_COMPONENT, _PRIOR = 30, 20, 20.0  # the last is the precision of the loadings' prior
-_DENSE, _NEWTON, _AT_ONCE = 2**21, 12, 128  # counts that dispersions are fitted to; steps; cells
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,27 +101,16 @@ def fit_dispersion(
 ) -> None:
     """Fit how far the counts of every gene spread around what a cell's other genes predict; it hardly moves in training."""
     rng, head = np.random.default_rng(seed), network.counts
-    cells = np.sort(rng.permutation(cells)[: max(_DENSE // len(tokens.vocabulary.genes), 50)])
+    cells = np.sort(rng.permutation(cells)[: max(DENSE // len(tokens.vocabulary.genes), 50)])
     shown = MemoryTokens(tokens.take(cells), tokens.vocabulary)
     masked = mask_cells(shown, np.arange(len(cells)), 0.5, seed)
     counts = token_expression(shown.matrix, tokens.vocabulary)
     asked = (counts.toarray() == 0) & (rng.random(counts.shape) < 0.5)  # of the zeros as many
     asked[masked.rows, masked.keys] = True
     vectors = torch.from_numpy(embed(network, masked.tokens, device=device, precision="float32"))
-    log_depth, rows, genes, values = _molecules(counts)
-    log_mean = head.log_mean(vectors, log_depth, None if batches is None else torch.from_numpy(batches[cells])).detach()
-    asked, own, start, parts = torch.from_numpy(asked), head.log_dispersion, head.log_dispersion.detach().clone(), []
-    for first in range(0, len(cells), _AT_ONCE):
-        part, here = slice(first, first + _AT_ONCE), (rows >= first) & (rows < first + _AT_ONCE) & asked[rows, genes]
-        parts.append((log_mean[part], rows[here] - first, genes[here], values[here], asked[part]))
-    for _ in range(_NEWTON):  # every gene by itself; slopes and curvatures are sums over cells
-        slope, bend = own.detach() - start, torch.ones_like(start)
-        for each in parts:
-            (by_gene,) = torch.autograd.grad(-head.log_likelihood(*each).sum(), own, create_graph=True)
-            bend += torch.autograd.grad(by_gene.sum(), own)[0]
-            slope += by_gene.detach()
-        own.data -= (slope / bend.abs().clamp_min(1)).clamp(-1, 1)
-    own.data.clamp_(-5, 7)
+    log_depth = _molecules(counts)[0]
+    codes = None if batches is None else torch.from_numpy(batches[cells])
+    head.fit_dispersion(head.log_mean(vectors, log_depth, codes).detach(), counts, asked)
 
 
 def _molecules(counts: csr_matrix) -> tuple[torch.Tensor, ...]:

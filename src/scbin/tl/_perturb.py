@@ -11,15 +11,24 @@ from scipy import sparse
 
 from scbin import _docs, _keys
 from scbin._adata import check_adata, check_writable, copied, gene_names, read_obs, read_tokens, write
-from scbin._arguments import checked
+from scbin._arguments import checked, config
 from scbin._errors import ScbinInputError
 from scbin.model import count_head, resolve_model
-from scbin.nn.embedding import token_expression
+from scbin.nn.packs import token_expression
 from scbin.nn.run import Runner, at_rest
 from scbin.tl import _perturb_statistics as judging
 from scbin.tl._by_file import in_memory
-from scbin.tl._edits import States, config, make_plan, perturbed_cells
-from scbin.tl._effects import Effects, Measure, Method, affected_genes, in_column, means_of
+from scbin.tl._effects import (
+    Effects,
+    Measure,
+    Method,
+    States,
+    affected_genes,
+    in_column,
+    make_plan,
+    means_of,
+    perturbed_cells,
+)
 from scbin.tl._embed import corrected
 from scbin.tl._labels import MaskedPhenotypes
 from scbin.tl._perturb_statistics import Statistics

@@ -14,10 +14,9 @@ from scipy.optimize import minimize_scalar
 
 from scbin import _docs, _keys
 from scbin._adata import check_adata, check_writable, copied, iter_blocks, read_obs, write
-from scbin._arguments import check_fields, checked
+from scbin._arguments import check_fields, checked, config
 from scbin._errors import ScbinInputError
 from scbin.get import read_perturbation
-from scbin.tl._edits import config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -16,8 +16,17 @@ from scbin._arguments import checked
 from scbin._errors import ScbinInputError
 from scbin.get import Screen, read_screen
 from scbin.model import resolve_model
-from scbin.tl._responses import combine, folds, kernels, pair_kernels, predict, without_own
-from scbin.tl._screen import own_genes, read_cells, targets_of
+from scbin.tl._responses import (
+    combine,
+    folds,
+    kernels,
+    own_genes,
+    pair_kernels,
+    predict,
+    read_cells,
+    targets_of,
+    without_own,
+)
 
 if TYPE_CHECKING:
     import os

@@ -20,15 +20,15 @@ from scbin.io.corpus import opened
 from scbin.io.directory import check_replaceable
 from scbin.model import Model, remember
 from scbin.nn.batches import BatchCorrection
-from scbin.nn.density import Density
+from scbin.nn.counts import Density
 from scbin.nn.network import build_network
 from scbin.nn.presets import Network, preset_for
 from scbin.nn.presets import preset as preset_named
 from scbin.nn.run import embed as embed_tokens
 from scbin.tl._embed import corrected, embedding_key
 from scbin.tl._labels import MaskedPhenotypes, obs_column
-from scbin.tl._leakage import remembered_cells
 from scbin.tl._masked_genes import fit_dispersion
+from scbin.tl._split import remembered_cells
 from scbin.tokens.tokens import MemoryTokens
 from scbin.train.distributed import is_first_process, joined_world
 from scbin.train.history import stage
@@ -183,7 +183,7 @@ def pretrain(
             fit_dispersion(network, tokens, cells, codes, seed=seed, device=device)
     vectors = _embedded(network, tokens, training, device, progress)
     if network.counts is not None:
-        network.density = Density.fit(tokens, vectors, cells=cells, seed=seed)
+        network.density = Density.fit(network.counts, tokens, vectors, cells=cells, seed=seed)
     if codes is not None:
         network.batches = BatchCorrection.fit(vectors[cells], codes[cells], batches, seed=seed)
         vectors = vectors if in_adata is None else corrected(network, vectors, adata, batch_key)

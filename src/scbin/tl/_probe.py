@@ -14,8 +14,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
-from scbin.nn.embedding import log_normalised, token_expression
 from scbin.nn.labels import LARGEST
+from scbin.nn.packs import log_normalised, token_expression
 from scbin.tl._split import folds_of
 
 if TYPE_CHECKING:

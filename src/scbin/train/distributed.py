@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from scbin._errors import ScbinTrainingError
-from scbin.nn.device import resolve_device
+from scbin.nn.run import resolve_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

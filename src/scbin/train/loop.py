@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from scbin._errors import ScbinInputError, ScbinTrainingError, ScbinTrainingWarning
-from scbin.nn.device import fast_products
-from scbin.nn.run import Runner
+from scbin.nn.run import Runner, fast_products
 from scbin.tokens.tokens import KeptRows
 from scbin.train.checkpoint import Checkpoints, collect_state, fingerprint, named_state, restore_state
 from scbin.train.distributed import World, joined_world

@@ -11,8 +11,7 @@ from numba import njit
 from scipy.sparse import csr_matrix
 
 from scbin._errors import ScbinInputError
-from scbin.nn.embedding import gene_values
-from scbin.nn.packs import make_pack
+from scbin.nn.packs import gene_values, make_pack
 from scbin.tokens.vocabulary import MASK, PAD
 from scbin.train import randomness
 

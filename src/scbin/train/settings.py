@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from scbin._arguments import check_fields, instances, numbers, plain
 from scbin._errors import ScbinInputError
-from scbin.nn.device import Precision  # noqa: TC001 (`check_fields` reads its choices)
 from scbin.nn.presets import check_limits
+from scbin.nn.run import Precision  # noqa: TC001 (`check_fields` reads its choices)
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,7 @@ import torch
 from scipy.sparse import csr_matrix
 from scipy.sparse.linalg import LinearOperator, svds
 
-from scbin.nn.embedding import log_normalised, token_expression
+from scbin.nn.packs import log_normalised, token_expression
 from scbin.nn.vector import LatentVector
 
 if TYPE_CHECKING:
