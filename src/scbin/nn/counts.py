@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from scbin.tokens.tokens import Tokens
     from scbin.tokens.vocabulary import Vocabulary
 MOST_CELLS, FEWEST_PER_VALUE, NEIGHBOURS, ROUNDS = 4_000, 50, 10, 3  # of a density
-DENSE, _NEWTON, _AT_ONCE = 2**21, 12, 128  # counts that dispersions are fitted to; steps; cells
+DENSE, _NEWTON, _AT_ONCE = 2**21, 12, 256  # counts that dispersions are fitted to; steps; cells
 
 
 class CountHead(nn.Module):
@@ -199,17 +199,21 @@ class Density(nn.Module):
 
     def _calibrate(self, head: CountHead, expression: csr_matrix) -> None:
         """Fit the factors to the expression of the remembered cells (cells, genes), and how far it spreads around the corrected means."""
-        expected = expected_shares(head, self.vectors) * np.exp(self.log_depth.double().numpy())[:, None]
-        factors, n_cells = np.ones(self.factors.shape), len(expected)
+        self.factors.fill_(1.0)
+        own, n_cells = (self.vectors.numpy(), self.log_depth.numpy(), self.values.numpy()), len(self.values)
+
+        def expected(part: slice) -> np.ndarray:
+            return self.expected(head, *(each[part] for each in own))
+
+        parts = [slice(first, first + _AT_ONCE) for first in range(0, n_cells, _AT_ONCE)]
         for _ in range(ROUNDS):  # raking: one phenotype after the other, until the means of all are right
             for rows in self._rows(self.values.numpy()).T:
-                by_value = csr_matrix((np.ones(n_cells), (rows, np.arange(n_cells))), (len(factors), n_cells))
-                change = ((by_value @ expression).toarray() + 1) / (by_value @ expected + 1)
-                factors *= change
-                expected *= change[rows]
-        spread, some = CountHead(expected.shape[1], 1), slice(max(DENSE // expected.shape[1], FEWEST_PER_VALUE))
-        spread.fit_dispersion(torch.from_numpy(np.log(expected[some])).float(), expression[some])
-        self.factors.copy_(torch.from_numpy(factors))
+                of_value = csr_matrix((np.ones(n_cells), (np.arange(n_cells), rows)), (n_cells, len(self.factors)))
+                found = sum(of_value[part].T @ expected(part) for part in parts)
+                change = ((of_value.T @ expression).toarray() + 1) / (found + 1)
+                self.factors *= torch.from_numpy(change)
+        some, spread = slice(max(DENSE // expression.shape[1], FEWEST_PER_VALUE)), CountHead(expression.shape[1], 1)
+        spread.fit_dispersion(torch.from_numpy(np.log(expected(some))).float(), expression[some])
         self.dispersion.copy_(spread.log_dispersion.detach().exp())
 
     def _rows(self, values: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from scbin import _docs, _keys
-from scbin._adata import read_tokens, warn, write, write_uns
+from scbin._adata import read_tokens, warn, write
 from scbin._arguments import checked, instances
 from scbin._errors import ScbinInputError
 from scbin.io.corpus import opened
@@ -42,7 +42,7 @@ from scbin.train.start import start
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from scbin.get import Column, Kind
     from scbin.io.corpus import Paths
@@ -166,25 +166,12 @@ def finetune(
     adata = opened(adata, tokens_key)
     old = start_model(model, adata)
     tokens = read_tokens(adata, None if old is None else old.vocabulary, tokens_key)
-    given, usable, weights = read_split(adata, split_key), tokens.lengths > 0, [1.0]
-    if level == "gene":
-        columns = [gene_labels(adata, target, tokens.vocabulary)]
-    else:
-        columns, weights = cell_columns(adata, target, kind, usable, given.open)
-        usable = np.any([column.known for column in columns], axis=0)
-    by_class = level == "cell" and columns[0].kind == "class"
-    strata = columns[0].values if by_class else np.zeros(len(usable))
-    split = _divided(given, usable, strata, settings.validation, seed)
-    used = replace(split, train=split.train & usable, validation=split.validation & usable)
-    if (n := int(used.train.sum())) < 2:
-        need = "they need tokens, a label, and to be in the training part"
-        raise ScbinInputError("L03", f"{n} cells to train on: {need}.")
-    if level == "cell" and (given.donors is None or split.donors is not None):  # else they were warned of
-        warn_of_donors(adata, used, split_key)
+    columns, weights, split, used = _learned(adata, tokens, target, kind, level, split_key, settings.validation, seed)
     masked = MaskedPhenotypes(tokens)
     network: Any = _new_network(masked, used, seed) if old is None else copy.deepcopy(old.network)
     if not 0 <= freeze <= network.backbone.n_layers:
         raise ScbinInputError("A02", f"freeze is {freeze}; this network has {network.backbone.n_layers} layers.")
+    n = int(used.train.sum())
     training = _complete(training or Training(), max_steps, n)
     options = {"device": device, "token_budget": training.token_budget}
     if level == "gene":
@@ -203,11 +190,8 @@ def finetune(
         task = items.task(tokens.vocabulary, layer, settings, weights)
         how: dict[str, Any] = {"cells": np.flatnonzero(used.open), "held_out": np.flatnonzero(used.validation)}
         how |= {"save_dir": save_dir, "device": device, "seed": seed, "progress": progress}
-        for weight in _frozen(network, freeze):
-            weight.requires_grad_(False)
-        with adapted(network.backbone, {} if lora else None, seed=seed):
+        with _partly_frozen(network, freeze), adapted(network.backbone, {} if lora else None, seed=seed):
             history = train(network, task, masked, training, **how)
-        network.requires_grad_(True)
         outputs = items.outputs()
         losses["fine-tuned"] = items.losses(outputs, weights)
         if _clearly_better(losses["linear probe"] - losses["fine-tuned"]):
@@ -229,11 +213,9 @@ def finetune(
     if progress and is_first_process():
         told = ", ".join(f"{loss:.3f} {name}" for name, loss in means.items()) or "not known"
         print(f"scbin: held-out loss {told}; kept the {kept}.")
-    note_model(result, adata, save_dir)
     if isinstance(adata, AnnData):
         write(adata, "obs", _keys.SPLIT, split.column())
-        write_uns(adata, _keys.FINETUNE, json.dumps(result.training["finetune"]))
-        write_uns(adata, _keys.FINETUNE_HISTORY, history.copy())
+    note_model(result, adata, save_dir, _keys.FINETUNE, report)
     return result
 
 
@@ -245,6 +227,34 @@ def start_model(model: Model | str | os.PathLike[str] | None, data: AnnData | To
     adata = data if isinstance(data, AnnData) else None
     known = adata is not None and adata.uns.get(_keys.UNS, {}).get(_keys.MODEL_ID)
     return None if model == NEW or (model is None and not known) else resolve_model(model, adata)
+
+
+def _learned(
+    data: AnnData | Tokens,
+    tokens: Tokens,
+    target: Any,
+    kind: Any,
+    level: str,
+    split_key: str | None,
+    fraction: float,
+    seed: int,
+) -> tuple[list[Column], list[float], Split, Split]:
+    """Return what is learned and the weights of its columns; the split of all cells, and of those that can be used."""
+    given, usable, weights = read_split(data, split_key), tokens.lengths > 0, [1.0]
+    if level == "gene":
+        columns = [gene_labels(data, target, tokens.vocabulary)]
+    else:
+        columns, weights = cell_columns(data, target, kind, usable, given.open)
+        usable = np.any([column.known for column in columns], axis=0)
+    by_class = level == "cell" and columns[0].kind == "class"
+    split = _divided(given, usable, columns[0].values if by_class else np.zeros(len(usable)), fraction, seed)
+    used = replace(split, train=split.train & usable, validation=split.validation & usable)
+    if used.train.sum() < 2:
+        need = "they need tokens, a label, and to be in the training part"
+        raise ScbinInputError("L03", f"{used.train.sum()} cells to train on: {need}.")
+    if level == "cell" and (given.donors is None or split.donors is not None):  # else they were warned of
+        warn_of_donors(data, used, split_key)
+    return columns, weights, split, used
 
 
 def _divided(split: Split, usable: np.ndarray, strata: np.ndarray, fraction: float, seed: int) -> Split:
@@ -294,12 +304,16 @@ def _new_network(tokens: Tokens, split: Split, seed: int) -> CellNetwork:
     return network
 
 
-def _frozen(network: Any, freeze: int) -> list[nn.Parameter]:
-    """Return what stays as it is: the first layers of the backbone, and the weights of genes, as good as their penalty made them."""
+@contextmanager
+def _partly_frozen(network: Any, freeze: int) -> Iterator[None]:
+    """For a while keep the first layers of the backbone as they are, and the weights of genes, as good as their penalty made them."""
     parts, n_layers = network.backbone.modules(), network.backbone.n_layers
     layers: Any = next((part for part in parts if isinstance(part, nn.ModuleList) and len(part) == n_layers), [])
     genes: list[Any] = [network.labels.genes] if isinstance(network.labels, LabelHead) else []
-    return genes + [weight for layer in layers[:freeze] for weight in layer.parameters()]
+    for weight in genes + [weight for layer in layers[:freeze] for weight in layer.parameters()]:
+        weight.requires_grad_(False)
+    yield
+    network.requires_grad_(True)
 
 
 # ---- cells and genes ------------------------------------------------------------------------------------------------

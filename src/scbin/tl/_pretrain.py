@@ -196,20 +196,20 @@ def pretrain(
             print(line)
     if in_adata is not None:
         write(in_adata, "obsm", key, vectors)
-        write_uns(in_adata, _keys.PRETRAIN, json.dumps(model.training))
-        write_uns(in_adata, _keys.HISTORY, model.history.copy())
-    note_model(model, adata, save_dir)
+    note_model(model, adata, save_dir, _keys.PRETRAIN, model.training)
     return model
 
 
-def note_model(model: Model, data: Any, save_dir: str | os.PathLike[str] | None) -> None:
-    """Save a model that was trained, and note for the verbs that follow which one it is."""
+def note_model(model: Model, data: Any, save_dir: str | os.PathLike[str] | None, verb: str, about: Any) -> None:
+    """Save a model that was trained, and write how; note for the verbs that follow which one it is."""
     path = None if save_dir is None else Path(save_dir).resolve() / "model"
     if path is not None and is_first_process():
         model.save(path, overwrite=True)
     identifier = model.fingerprint
     remember(identifier, model)
     if isinstance(data, ad.AnnData):
+        write_uns(data, verb, json.dumps(about))
+        write_uns(data, f"{verb}_history", model.history.copy())
         write_uns(data, _keys.MODEL_ID, identifier)
         write_uns(data, _keys.MODEL_PATH, str(path or ""))
 

@@ -45,7 +45,7 @@ def clean_names(names: Iterable[object], column: str | None = None) -> np.ndarra
             f"a gene name in {where} is not text or empty (the {texts.index(None) + 1}. one); var_names must be strings"
         )
         raise ScbinInputError("I25", f"{found}. Use adata.var_names = adata.var['...'].astype(str).")
-    return np.array([strip_version(t) if t and t.startswith("ENS") else t for t in texts], dtype=object)
+    return np.array([strip_version(t) if t and "." in t else t for t in texts], dtype=object)
 
 
 def strip_version(name: str) -> str:

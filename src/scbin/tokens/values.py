@@ -276,7 +276,7 @@ class RowReader:
         genes, first = np.unique(columns[known], return_index=True)
         self._owner = None
         if len(genes) < len(known):  # each column of a repeated gene is moved onto the first
-            self._owner = np.arange(len(columns))
+            self._owner = np.arange(len(columns), dtype=np.int32)
             self._owner[known] = known[first][np.searchsorted(genes, columns[known])]
 
     def read(self, block: Any, unit: Literal["counts", "log1p", "any"] = "any", target: float = TARGET) -> Rows:
@@ -292,10 +292,10 @@ class RowReader:
         if self._owner is not None:  # logs are added as what they are logs of
             values = np.expm1(data.astype(np.float64)) if logs else data.astype(np.float64)
             shape = (len(indptr) - 1, len(self.columns))
-            matrix = sparse.csr_matrix((values, self._owner[indices], indptr), shape=shape)
+            matrix = sparse.csr_matrix((values, self._owner[indices], indptr.astype(np.int32)), shape=shape)
             matrix.has_canonical_format = False
             matrix.sum_duplicates()
-            data, indices, indptr = matrix.data, matrix.indices.astype(np.int32), matrix.indptr.astype(np.int64)
+            data, indices, indptr = matrix.data, matrix.indices, matrix.indptr.astype(np.int64)
             data = np.log1p(data) if logs else data
         if logs and unit == "counts":
             counts, exact = np.empty(len(data)), np.zeros(len(indptr) - 1, dtype=bool)
