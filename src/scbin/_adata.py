@@ -313,7 +313,7 @@ def write(adata: ad.AnnData, slot: str, key: str, value: Any) -> None:
         del getattr(adata, slot)[key]
     if not key.startswith(OWN):
         written = {*_written(adata), f"{slot}/{key}"}
-        write_uns(adata, _keys.WRITTEN, json.dumps(sorted(written)))
+        write_uns(adata, _keys.WRITTEN, sorted(written))
 
 
 def write_tokens(adata: ad.AnnData, tokens: Any, vocabulary: Vocabulary, status: Any, key: str = _keys.TOKENS) -> None:
@@ -325,9 +325,15 @@ def write_tokens(adata: ad.AnnData, tokens: Any, vocabulary: Vocabulary, status:
 
 
 def write_uns(adata: ad.AnnData, key: str, value: Any) -> None:
-    """Set `uns["scbin"][key]`, what a verb notes of its run."""
+    """Set `uns["scbin"][key]`, what a verb notes of its run; a `dict` or `list` is kept as JSON."""
     make_real(adata)
-    adata.uns[_keys.UNS] = {**adata.uns.get(_keys.UNS, {}), key: value}
+    kept = json.dumps(value) if isinstance(value, dict | list) else value
+    adata.uns[_keys.UNS] = {**adata.uns.get(_keys.UNS, {}), key: kept}
+
+
+def write_entry(adata: ad.AnnData, key: str, params: dict[str, Any], **parts: Any) -> None:
+    """Set `uns[key]`, results with `params`, how they were made, as JSON."""
+    write(adata, "uns", key, {**parts, "params": json.dumps(params)})
 
 
 def read_uns(adata: ad.AnnData, key: str, kind: Any) -> Any:

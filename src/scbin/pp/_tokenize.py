@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -148,7 +147,7 @@ def tokenize(
     warn_without_tokens(status)
     target = copied(adata) if copy else adata
     write_tokens(target, tokens, plan.vocabulary, status, key)
-    write_uns(target, _keys.of_tokens(_keys.TOKENIZE, key), json.dumps(record))
+    write_uns(target, _keys.of_tokens(_keys.TOKENIZE, key), record)
     for line in plan.lines(tokens.nnz, record):
         logger.info(f"scbin: {line}")
     return target if copy else None

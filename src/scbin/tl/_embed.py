@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any, Literal
 
 import anndata as ad
@@ -123,7 +122,7 @@ def embed(
     target = adata_of(tokens) if in_adata is None else copied(in_adata) if copy else in_adata
     write(target, "obsm", key, vectors)
     about = {"model": chosen.fingerprint, "layer": layer, "pooling": pooling, "phenotypes": phenotypes}
-    write_uns(target, _keys.EMBED, json.dumps(about))
+    write_uns(target, _keys.EMBED, about)
     return target if copy or in_adata is None else None
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from scbin import _docs, _keys
-from scbin._adata import check_adata, copied, write
+from scbin._adata import check_adata, copied, write_entry
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError
 from scbin.get import Screen, read_screen
@@ -95,11 +94,10 @@ def evaluate_perturbations(
     params = _verdict(result, seed)
     known = np.isfinite(observed)  # with donors there may be a half in which it was not done
     seen = np.nansum(observed, axis=0) / np.maximum(known.sum(axis=0), 1)
-    entry = {"table": result, "observed": seen.astype(np.float32), "genes": screen.genes}
-    entry |= {"predicted": np.mean(predicted, axis=0).astype(np.float32)}
-    entry |= {"names": table["perturbation"].to_numpy(dtype=object), "params": json.dumps(params)}
+    numbers = {"observed": seen.astype(np.float32), "predicted": np.mean(predicted, axis=0).astype(np.float32)}
+    labels = {"genes": screen.genes, "names": table["perturbation"].to_numpy(dtype=object)}
     target = copied(adata) if copy else adata
-    write(target, "uns", _keys.MEASURED_EVALUATED, entry)
+    write_entry(target, _keys.MEASURED_EVALUATED, params, table=result, **numbers, **labels)
     return target if copy else None
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from scbin import _docs, _keys
-from scbin._adata import check_adata, copied, gene_names, read_tokens, warn, write
+from scbin._adata import check_adata, copied, gene_names, read_tokens, warn, write_entry
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError, ScbinTypeError, count
 from scbin.model import resolve_model
@@ -131,11 +130,10 @@ def fit_perturbations(
     control_mean = np.asarray(controls.mean(axis=0)).ravel()
     numbers = {"change": sums.changes(), "control": control_mean, "variance": sums.variance}
     result: dict[str, Any] = {name: values.astype(np.float32) for name, values in numbers.items()}
-    result |= {"table": table, "genes": genes, "params": json.dumps(params)}
     result |= {"features": {name: block.astype(np.float32) for name, block in learned.items()}}
     result |= {"feature_names": np.asarray(names, dtype=object)}
     target = copied(adata) if copy else adata
-    write(target, "uns", _keys.MEASURED, result)
+    write_entry(target, _keys.MEASURED, params, table=table, genes=genes, **result)
     return target if copy else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -139,7 +138,7 @@ def gene_network(
     for slot, weights in zip(slots, found, strict=True):
         write(target, "varp", slot, strongest(weights, columns, target.n_vars, n_edges))
     about = {"model": chosen.fingerprint, "method": method, "groupby": groupby, "groups": groups, "n_edges": n_edges}
-    write_uns(target, key, json.dumps(about))
+    write_uns(target, key, about)
     return target if copy else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -117,7 +116,7 @@ def embed_genes(
         counts = names.by_column(n_cells[-1], target.n_vars, np.float64)
         write(target, "var", _keys.N_CELLS, np.nan_to_num(counts).astype(np.int64))
     about = {"model": chosen.fingerprint, "vectors": vectors, "groupby": groupby, "groups": groups}
-    write_uns(target, key, json.dumps(about))
+    write_uns(target, key, about)
     return target if copy else None
 
 

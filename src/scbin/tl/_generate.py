@@ -286,5 +286,5 @@ def impute(
     target = copied(adata) if copy else adata
     write(target, "layers", key, sparse.vstack(blocks, format="csr"))
     record = {"model": chosen.fingerprint, "genes": len(asked), "unit": vocabulary.unit}
-    write_uns(target, _keys.IMPUTE, json.dumps(record))
+    write_uns(target, _keys.IMPUTE, record)
     return target if copy else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +9,7 @@ import numpy as np
 from scipy import sparse
 
 from scbin import _docs, _keys
-from scbin._adata import check_adata, check_writable, copied, gene_names, read_obs, read_tokens, write
+from scbin._adata import check_adata, check_writable, copied, gene_names, read_obs, read_tokens, write, write_entry
 from scbin._arguments import checked, config
 from scbin._errors import ScbinInputError
 from scbin.model import count_head, resolve_model
@@ -209,7 +208,7 @@ def perturb(
         vectors = np.full((adata.n_obs, effects.after.shape[1]), np.nan, dtype=np.float32)
         vectors[plan.cells] = effects.after
         write(adata, "obsm", obsm, corrected(chosen.network, vectors, adata, chosen.training.get("batch_key")))
-    write(adata, "uns", slot, {"table": table, "params": json.dumps(asdict(edit) | about)})
+    write_entry(adata, slot, asdict(edit) | about, table=table)
     return adata if copy else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +12,7 @@ from scipy import sparse, special, stats
 from scipy.optimize import minimize_scalar
 
 from scbin import _docs, _keys
-from scbin._adata import check_adata, check_writable, copied, iter_blocks, read_obs, write
+from scbin._adata import check_adata, check_writable, copied, iter_blocks, read_obs, write_entry
 from scbin._arguments import check_fields, checked, config
 from scbin._errors import ScbinInputError
 from scbin.get import read_perturbation
@@ -494,5 +493,5 @@ def perturb_statistics(
         table["exact"] = np.isin(names, origin["gene"][origin["exact"].astype(bool)].astype(str))
     adata = copied(adata) if copy else adata
     asked = {"statistic": statistic, "null_key": null_key, "donor_key": judged.donor_key}
-    write(adata, "uns", slot, {"table": table, "params": json.dumps(params | asked)})
+    write_entry(adata, slot, params | asked, table=table)
     return adata if copy else None

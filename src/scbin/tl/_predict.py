@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
@@ -225,7 +224,7 @@ def write_predictions(
             write(adata, table, f"{key}_probability", largest.astype(np.float32))
             write(adata, matrices, f"{key}_probability", values.astype(np.float32))
         entries[key.removeprefix("scbin_")] = asdict(replace(record, column=key, model=fingerprint))
-    write_uns(adata, _keys.PREDICT, json.dumps(entries))
+    write_uns(adata, _keys.PREDICT, entries)
 
 
 # ---- labels along an ontology ---------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import sparse
 
 from scbin import _docs, _keys
-from scbin._adata import check_adata, copied, warn, write
+from scbin._adata import check_adata, copied, warn, write_entry
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError
 from scbin.get import Screen, read_screen
@@ -116,8 +116,8 @@ def predict_perturbations(
     table["kind"] = np.repeat(np.where(measured, "measured", "predicted").astype(object), len(screen.genes))
     made = _cells(adata, screen, asked, change, n_cells, seed) if n_cells else None
     target = copied(adata) if copy else adata
-    params = json.dumps({"interval": interval, "model": screen.params.get("model")})
-    write(target, "uns", _keys.MEASURED_PREDICTED, {"table": table, "params": params})
+    params = {"interval": interval, "model": screen.params.get("model")}
+    write_entry(target, _keys.MEASURED_PREDICTED, params, table=table)
     return made if n_cells else target if copy else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -208,7 +207,7 @@ def note_model(model: Model, data: Any, save_dir: str | os.PathLike[str] | None,
     identifier = model.fingerprint
     remember(identifier, model)
     if isinstance(data, ad.AnnData):
-        write_uns(data, verb, json.dumps(about))
+        write_uns(data, verb, about)
         write_uns(data, f"{verb}_history", model.history.copy())
         write_uns(data, _keys.MODEL_ID, identifier)
         write_uns(data, _keys.MODEL_PATH, str(path or ""))

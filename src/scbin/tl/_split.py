@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -110,7 +109,7 @@ def split(
     adata = copied(adata) if copy else adata
     write(adata, "obs", _keys.SPLIT, parts.column())
     made = {"target": target, "split_key": split_key, "test": test, "validation": validation, "seed": seed}
-    write_uns(adata, _keys.SPLIT_RECORD, json.dumps(made))
+    write_uns(adata, _keys.SPLIT_RECORD, made)
     return adata if copy else None
 
 
