@@ -486,7 +486,7 @@ ENTRIES = (
     "written",
     "model_id",
     "pretrain",
-    "umap",
+    "X_umap_scbin",
     "pretrain_history",
 )
 

@@ -15,7 +15,6 @@ HISTORY = "pretrain_history"  # uns["scbin"]["pretrain_history"], a table; of fi
 PRETRAIN = "pretrain"  # uns["scbin"]["pretrain"], how the model was trained, one JSON string
 EMBED = "embed"  # uns["scbin"]["embed"], how the embedding was made, one JSON string
 TOKENIZE = "tokenize"  # uns["scbin"]["tokenize"], what the matrix was taken for, one JSON string
-UMAP_RECORD = "umap"  # uns["scbin"]["umap"][slot]: one 32-bit fingerprint per embedded cell
 WRITTEN = "written"  # uns["scbin"]["written"], JSON list of slots scbin wrote under names that the user chose
 MODEL_ID = "model_id"  # uns["scbin"]["model_id"], fingerprint of the model trained on these cells
 MODEL_PATH = "model_path"  # uns["scbin"]["model_path"], where it was saved

@@ -194,7 +194,8 @@ class Density(nn.Module):
         }
         for name, array in fitted.items():
             getattr(density, name).copy_(torch.from_numpy(array))
-        density._calibrate(head, expression)
+        if n_values:  # without phenotypes no cells are generated
+            density._calibrate(head, expression)
         return density
 
     def _calibrate(self, head: CountHead, expression: csr_matrix) -> None:
@@ -208,9 +209,11 @@ class Density(nn.Module):
         parts = [slice(first, first + _AT_ONCE) for first in range(0, n_cells, _AT_ONCE)]
         for _ in range(ROUNDS):  # raking: one phenotype after the other, until the means of all are right
             for rows in self._rows(self.values.numpy()).T:
-                of_value = csr_matrix((np.ones(n_cells), (np.arange(n_cells), rows)), (n_cells, len(self.factors)))
-                found = sum(of_value[part].T @ expected(part) for part in parts)
-                change = ((of_value.T @ expression).toarray() + 1) / (found + 1)
+                of_value = csr_matrix((np.ones(n_cells), (rows, np.arange(n_cells))), (len(self.factors), n_cells))
+                found = np.zeros(self.factors.shape)
+                for part in parts:
+                    np.add.at(found, rows[part], expected(part))
+                change = ((of_value @ expression).toarray() + 1) / (found + 1)
                 self.factors *= torch.from_numpy(change)
         some, spread = slice(max(DENSE // expression.shape[1], FEWEST_PER_VALUE)), CountHead(expression.shape[1], 1)
         spread.fit_dispersion(torch.from_numpy(np.log(expected(some))).float(), expression[some])

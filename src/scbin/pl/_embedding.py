@@ -13,7 +13,7 @@ import pandas as pd
 from anndata import AnnData
 
 from scbin import _docs, _keys
-from scbin._adata import check_adata, make_real, read_obs, read_uns, write, write_uns
+from scbin._adata import check_adata, make_real, read_obs, write, write_uns
 from scbin._errors import ScbinInputError
 from scbin.pl import _style
 from scbin.train.history import stage
@@ -59,7 +59,7 @@ def embedding(
 
     `adata.obsm["X_umap_scbin"]`
         Coordinates (`X_umap_scbin_<name>` for another `basis`), NaN for cells without an embedding.
-    `adata.uns["scbin"]["umap"]`
+    `adata.uns["scbin"]["X_umap_scbin"]`
         Fingerprints that tell whether the embedding has changed.
     `adata.uns["<color>_colors"]`
         Colours of the categories, as in scanpy.
@@ -245,14 +245,13 @@ def map_slot(adata: AnnData, basis: str, matrix: np.ndarray) -> str:
     if matrix.shape[1] == 2:
         return basis
     slot = _keys.UMAP + ("" if basis == _keys.EMBEDDING else "_" + basis.removeprefix("X_").removeprefix("scbin_"))
-    record = read_uns(adata, _keys.UMAP_RECORD, dict)
-    if slot in adata.obsm and slot in record:
-        if np.isin(_fingerprints(adata.obsm[slot], matrix), record[slot]).all():
-            return slot
+    known = adata.uns.get(_keys.UNS, {}).get(slot, ())
+    if slot in adata.obsm and np.isin(_fingerprints(adata.obsm[slot], matrix), known).all():
+        return slot
     with stage("computing the UMAP", shown=sys.stderr.isatty()):
         coordinates = compute_umap(matrix)
     write(adata, "obsm", slot, coordinates)
-    write_uns(adata, _keys.UMAP_RECORD, {**record, slot: _fingerprints(coordinates, matrix)})
+    write_uns(adata, slot, _fingerprints(coordinates, matrix))
     return slot
 
 
