@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PACKED = "scbin_packed"
 """Name of the packed attention among the attention implementations of transformers."""
 
-_MOST_SCORES = 2**25  # that are kept at once, 64 MiB
+_SCORES = 2**20  # that are made at once, 2 MiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,12 +111,16 @@ def _row_by_row(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Attend among all keys of a batch (B, heads, L, d): by the fused kernel, but in bfloat16 written out.
 
-    The fused kernel for CPUs is no faster in bfloat16 than in float32; two products with the scores between them are, by up to 2 times.
-    Scores are then rounded as queries and keys have been before.
+    The fused kernel for CPUs is no faster in bfloat16 than in float32; two products with the scores between them are, by up to 2 times,
+    if no more scores are made at once than a core holds close. Scores are then rounded as queries and keys have been before.
     """
-    if query.dtype != torch.bfloat16 or query[..., 0].numel() * query.shape[2] > _MOST_SCORES:
+    if query.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(query, key, value, scale=scale)
-    return torch.softmax(query * scale @ key.transpose(2, 3), dim=-1) @ value
+    n_queries = max(_SCORES // query[0, ..., 0].numel(), 1)  # of all heads
+    n_rows = max(n_queries // query.shape[2], 1)
+    rows = zip(*(part.contiguous().split(n_rows) for part in (query * scale, key, value)), strict=True)
+    parts = ([torch.softmax(some @ k.mT, dim=-1) @ v for some in q.split(n_queries, 2)] for q, k, v in rows)
+    return torch.cat([torch.cat(part, dim=2) for part in parts])
 
 
 def _jagged(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
