@@ -131,7 +131,7 @@ def mutants(seeds, n, seed=0):
         yield bytes(raw)
 
 
-@pytest.mark.parametrize("n", [5_000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [2_500, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_mutants_raise_nothing_but_our_error(read, n):
     small = {"<pad>": 0, "ENSG00000000003": 70_000, "s": "t", "f": 0.25, "n": np.int64(5), "d": np.float64(1.5)}
     seeds = [pickle.dumps(small, protocol=protocol) for protocol in (3, 4, 5)]

@@ -35,7 +35,7 @@ SHAPE = Network(2, 16, 32, 2)
 JUNK = [None, True, -1, 0, 1, 7, 0.5, 10**6, 2**31, 2**63, 10**30, "", "x", "\ud800", [], {}, [[1]], {"a": 1}, [0] * 50]
 
 
-@pytest.mark.parametrize("n", [600, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [300, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_mutated_directories(tmp_path, n):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, __file__, str(tmp_path), str(n), str(n)]

@@ -56,7 +56,8 @@ def test_the_head_is_a_logistic_regression_on_simple_features(toy, quick):
     assert np.corrcoef(odds, oracle.decision_function(features))[0, 1] > 0.99
 
 
-def test_known_classes_are_told_and_baselines_stand_beside(toy, quick, tmp_path):
+def test_known_classes_are_told_and_baselines_stand_beside(toy, quick, tmp_path, monkeypatch):
+    monkeypatch.setattr("scbin.tl._evaluate.N_REPEATS", 2)
     toy.var["high"] = ["high" if k < 15 else "low" if k < 30 else None for k in range(40)]
     toy.X = toy.X.multiply(np.where(np.arange(40) < 15, 4, 1)).tocsr()
     scbin.pp.tokenize(toy)

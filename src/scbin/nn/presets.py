@@ -119,7 +119,7 @@ class Network:
 
 
 PRESETS: dict[str, Network] = {
-    "tiny": Network(2, 64, 128, 4, hidden_dropout_prob=0.0),
+    "tiny": Network(2, 64, 128, 2, hidden_dropout_prob=0.0),
     "small": Network(3, 128, 256, 4, hidden_dropout_prob=0.0),
     "base": Network(6, 256, 1024, 8, hidden_dropout_prob=0.0),
     "geneformer-v1-6l": Network(6, 256, 512, 4, "relu", 0.02, max_length=2048),
