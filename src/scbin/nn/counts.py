@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from scbin.tokens.tokens import Tokens
     from scbin.tokens.vocabulary import Vocabulary
+
 MOST_CELLS, FEWEST_PER_VALUE, NEIGHBOURS, ROUNDS = 4_000, 50, 10, 3  # of a density
 DENSE, _NEWTON, _AT_ONCE = 2**21, 12, 256  # counts that dispersions are fitted to; steps; cells
 
