@@ -112,6 +112,30 @@ def row_totals(first, last, indptr, read, write):  # type: ignore[no-untyped-def
 
 
 @loop
+def merge_rows(first, last, indptr, read, write):  # type: ignore[no-untyped-def]
+    """Add up the columns of each row that `owner` (columns,) says are one; `logs` are added as what they are logs of.
+
+    In one part: the rows are written one behind the other, `bounds` (rows + 1,) is where each ends.
+    """
+    data, indices, owner, logs = read
+    values, columns, bounds = write
+    place, out = np.full(len(owner), -1), 0
+    for row in range(first, last):
+        start = out
+        for k in range(indptr[row], indptr[row + 1]):
+            column, value = owner[indices[k]], np.float64(data[k])
+            value = np.expm1(value) if logs else value
+            if place[column] >= start:  # it has stood in this row
+                values[place[column]] += value
+                continue
+            place[column], columns[out], values[out] = out, column, value
+            out += 1
+        bounds[row + 1] = out
+    if logs:
+        values[:out] = np.log1p(values[:out])
+
+
+@loop
 def recover_rows(first, last, indptr, read, write):  # type: ignore[no-untyped-def]
     """Turn natural logs of scaled counts back into counts: the smallest value of a row is one molecule, or up to four.
 
@@ -174,6 +198,25 @@ def bin_rows(first, last, indptr, read, write):  # type: ignore[no-untyped-def]
                 places[out] = gene
                 out += 1
         lengths[row] = out - start
+
+
+@loop
+def rank_rows(first, last, indptr, read, write):  # type: ignore[no-untyped-def]
+    """Write one integer for each expressed gene, which sorts by value / median, descending, and then by gene, its last bits."""
+    data, indices, columns, medians, logs, bits = read
+    items, lengths = write
+    key = np.empty(1)
+    word = key.view(np.int64)  # the same bits: of numbers above 0 they sort alike
+    for row in range(first, last):
+        out = indptr[row]
+        for k in range(indptr[row], indptr[row + 1]):
+            gene, value = columns[indices[k]], np.float64(data[k])
+            if gene < 0 or not value > 0.0:
+                continue
+            key[0] = (np.expm1(value) if logs else value) / medians[gene]
+            items[out] = (~word[0] & ~bits) | gene
+            out += 1
+        lengths[row] = out - indptr[row]
 
 
 @loop

@@ -8,7 +8,7 @@ import numpy as np
 
 from scbin._errors import ScbinInputError
 from scbin.tokens.fit import gene_medians
-from scbin.tokens.kernels import over_rows
+from scbin.tokens.kernels import over_rows, rank_rows
 from scbin.tokens.vocabulary import ENCODINGS, MOST_GENES, Encoding, GeneTokens
 
 if TYPE_CHECKING:
@@ -35,28 +35,23 @@ class RankEncoding(Encoding):
     def encode(self, vocabulary: Vocabulary, rows: Rows) -> GeneTokens:
         """Return the genes of each row in the order of their ranks."""
         medians = np.ones(len(vocabulary.genes)) if vocabulary.medians is None else np.asarray(vocabulary.medians)
-        genes = rows.columns[rows.indices]
-        at = np.flatnonzero((genes >= 0) & (rows.data > 0))
-        genes, values, starts = genes[at], rows.data[at].astype(np.float64), np.searchsorted(at, rows.indptr)
-        # one integer for each gene, which sorts by key, descending, and then by gene; its last 18 bits are the gene
-        items = ~((np.expm1(values) if rows.logs else values) / medians[genes]).view(np.int64)
-        items &= -MOST_GENES
-        items |= genes
-        over_rows(_sort_rows, starts, (), items)
-        places = np.arange(len(items), dtype=np.int32) - np.repeat(starts[:-1].astype(np.int32), np.diff(starts))
-        ids = (vocabulary.first_gene_id + (items & (MOST_GENES - 1))).astype(vocabulary.dtype)
-        return GeneTokens(ids, places, starts[:-1], np.diff(starts))
+        items, lengths, last = np.empty(len(rows.data), np.int64), np.empty(rows.n, np.int64), MOST_GENES - 1
+        read = (rows.data, rows.indices, rows.columns, medians, rows.logs, last)
+        over_rows(rank_rows, rows.indptr, read, (items, lengths))
+        over_rows(_sort_rows, rows.indptr, (lengths,), items)
+        places = np.arange(len(items)) - np.repeat(rows.indptr[:-1], np.diff(rows.indptr))
+        ids = (vocabulary.first_gene_id + (items & last)).astype(vocabulary.dtype)
+        return GeneTokens(ids, places.astype(np.int32), rows.indptr[:-1], lengths)
 
     def level_values(self, vocabulary: Vocabulary) -> np.ndarray:
         """Return that a gene which has a rank is expressed; its position says how much."""
         return np.array([0.0, 1.0])
 
 
-def _sort_rows(first: int, last: int, starts: np.ndarray, _: tuple[()], items: np.ndarray) -> None:
-    """Sort each row in place."""
-    bounds = starts[first : last + 1].tolist()
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
-        items[start:stop].sort()
+def _sort_rows(first: int, last: int, indptr: np.ndarray, read: tuple[np.ndarray], items: np.ndarray) -> None:
+    """Sort the genes of each row in place."""
+    for start, length in zip(indptr[first:last].tolist(), read[0][first:last].tolist(), strict=True):
+        items[start : start + length].sort()
 
 
 ENCODINGS["rank"] = RankEncoding()

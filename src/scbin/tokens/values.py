@@ -10,7 +10,7 @@ import numpy as np
 from scipy import sparse
 
 from scbin._errors import ScbinInputError, count
-from scbin.tokens.kernels import over_rows, recover_rows, row_totals, scan_rows
+from scbin.tokens.kernels import merge_rows, over_rows, recover_rows, row_totals, scan_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -289,14 +289,10 @@ class RowReader:
         logs, exact, total = self.reading.kind == "log1p", None, self.reading.target_sum
         if logs and abs(self.reading.base - np.e) >= 1e-9:
             data = data * np.log(self.reading.base)
-        if self._owner is not None:  # logs are added as what they are logs of
-            values = np.expm1(data.astype(np.float64)) if logs else data.astype(np.float64)
-            shape = (len(indptr) - 1, len(self.columns))
-            matrix = sparse.csr_matrix((values, self._owner[indices], indptr.astype(np.int32)), shape=shape)
-            matrix.has_canonical_format = False
-            matrix.sum_duplicates()
-            data, indices, indptr = matrix.data, matrix.indices, matrix.indptr.astype(np.int64)
-            data = np.log1p(data) if logs else data
+        if self._owner is not None:
+            values, merged, bounds = np.empty(len(data)), np.empty(len(data), np.int32), np.zeros(len(indptr), np.int64)
+            over_rows(merge_rows, indptr, (data, indices, self._owner, logs), (values, merged, bounds), parts=1)
+            data, indices, indptr = values[: bounds[-1]], merged[: bounds[-1]], bounds
         if logs and unit == "counts":
             counts, exact = np.empty(len(data)), np.zeros(len(indptr) - 1, dtype=bool)
             over_rows(recover_rows, indptr, (data, indices, self.columns, self.reading.slack), (counts, exact))
