@@ -84,7 +84,7 @@ def pretrain(
         published systems such as `"geneformer-v1-6l"`; or a :class:`scbin.Network`. `"auto"` chooses by the number of cells.
     backbone
         The network that reads the tokens: `"mlp"`, which reads the expression of all genes together, or `"bert"`, stock BERT.
-        It takes 25 times as long, and attention was not better in benchmarks. Add your own to
+        It takes 20 to 40 times as long, and attention was not better in benchmarks. Add your own to
         `scbin.nn.backbone.BACKBONES`.
     batch_key
         Column of `obs` with the batch of each cell (a study, a chemistry, a donor). Differences between batches are then removed
