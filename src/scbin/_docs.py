@@ -44,6 +44,7 @@ PARAMETERS = {
     "basis": "The embedding in `obsm`.",
     "perturbed": "adata\n    Cells after `scbin.tl.perturb`.\n"
     'key\n    Entry of `uns` with the perturbation. Default: `"scbin_perturb"`.',
+    "evaluated": "adata\n    The screen after :func:`scbin.tl.evaluate_perturbations`.",
     "genes_named": "n_genes\n    How many genes to name at either end.\ngenes\n    Genes to name instead.",
     "ax": "The axes to draw in. Default: those of a new figure.",
     "axes": "ax\n    The axes to draw in. Default: those of a new figure.\n\nReturns\n-------\nThe axes.",

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from scbin.tokens.vocabulary import Vocabulary
 
 MOST_CELLS, FEWEST_PER_VALUE, NEIGHBOURS, ROUNDS = 4_000, 50, 10, 3  # of a density
-DENSE, _NEWTON, _AT_ONCE = 2**21, 12, 256  # counts that dispersions are fitted to; steps; cells
+_DENSE, _FEWEST_CELLS, _NEWTON, _AT_ONCE = (
+    2**21,
+    50,
+    12,
+    256,
+)  # counts and cells that dispersions are fitted to; steps; cells
 
 
 class CountHead(nn.Module):
@@ -104,10 +109,9 @@ class CountHead(nn.Module):
         asked = np.ones(counts.shape, dtype=bool) if asked is None else asked
         for first in range(0, len(log_mean), _AT_ONCE):
             here = slice(first, first + _AT_ONCE)
-            row, gene = counts[here].nonzero()
-            at = asked[here][row, gene]
-            triples = (row[at].astype(np.int64), gene[at].astype(np.int64), counts[here].data[at])
-            parts.append((log_mean[here], *map(torch.from_numpy, triples), torch.from_numpy(asked[here])))
+            (row, gene, count), known = triples(counts[here]), torch.from_numpy(asked[here])
+            at = known[row, gene]
+            parts.append((log_mean[here], row[at], gene[at], count[at], known))
         for _ in range(_NEWTON):
             slope, bend = own.detach() - start, torch.ones_like(start)
             for each in parts:
@@ -116,6 +120,18 @@ class CountHead(nn.Module):
                 slope += by_gene.detach()
             own.data -= (slope / bend.abs().clamp_min(1)).clamp(-1, 1)
         own.data.clamp_(-5, 7)
+
+
+def triples(counts: csr_matrix) -> tuple[Tensor, Tensor, Tensor]:
+    """Return row, gene and number of the counts above 0 of some cells (n,), as likelihoods take them."""
+    stored = counts.tocoo()
+    row, gene = (torch.from_numpy(each.astype(np.int64)) for each in (stored.row, stored.col))
+    return row, gene, torch.from_numpy(stored.data)
+
+
+def enough_cells(n_genes: int) -> int:
+    """Return how many cells tell the dispersions of so many genes."""
+    return max(_DENSE // n_genes, _FEWEST_CELLS)
 
 
 # ---- where the training cells lie -----------------------------------------------------------------------------------
@@ -207,16 +223,17 @@ class Density(nn.Module):
         def expected(part: slice) -> np.ndarray:
             return self.expected(head, *(each[part] for each in own))
 
-        parts = [slice(first, first + _AT_ONCE) for first in range(0, n_cells, _AT_ONCE)]
+        parts, seen = [slice(first, first + _AT_ONCE) for first in range(0, n_cells, _AT_ONCE)], []
+        for rows in self._rows(self.values.numpy()).T:
+            of_value = csr_matrix((np.ones(n_cells), (rows, np.arange(n_cells))), (len(self.factors), n_cells))
+            seen.append((rows, of_value @ expression))
         for _ in range(ROUNDS):  # raking: one phenotype after the other, until the means of all are right
-            for rows in self._rows(self.values.numpy()).T:
-                of_value = csr_matrix((np.ones(n_cells), (rows, np.arange(n_cells))), (len(self.factors), n_cells))
+            for rows, sums in seen:
                 found = np.zeros(self.factors.shape)
                 for part in parts:
                     np.add.at(found, rows[part], expected(part))
-                change = ((of_value @ expression).toarray() + 1) / (found + 1)
-                self.factors *= torch.from_numpy(change)
-        some, spread = slice(max(DENSE // expression.shape[1], FEWEST_PER_VALUE)), CountHead(expression.shape[1], 1)
+                self.factors *= torch.from_numpy((sums.toarray() + 1) / (found + 1))
+        some, spread = slice(enough_cells(expression.shape[1])), CountHead(expression.shape[1], 1)
         spread.fit_dispersion(torch.from_numpy(np.log(expected(some))).float(), expression[some])
         self.dispersion.copy_(spread.log_dispersion.detach().exp())
 

@@ -58,11 +58,7 @@ def perturbation(
     value
         `"alignment"`, after a perturbation towards a goal, plots how directly each gene moves cells there, however far.
     {genes_named}
-    {ax}
-
-    Returns
-    -------
-    The axes.
+    {axes}
 
     Examples
     --------
@@ -106,11 +102,7 @@ def perturbation_volcano(
     ----------
     {perturbed}
     {genes_named}
-    {ax}
-
-    Returns
-    -------
-    The axes.
+    {axes}
 
     Examples
     --------
@@ -353,17 +345,12 @@ def perturbation_response(adata: AnnData, perturbation: str, *, n_genes: int = 1
 
     Parameters
     ----------
-    adata
-        The screen after :func:`scbin.tl.evaluate_perturbations`.
+    {evaluated}
     perturbation
         Its name in the table: `"A"`, or `"A+B"`.
     n_genes
         How many of the most changed genes to name.
-    {ax}
-
-    Returns
-    -------
-    The axes.
+    {axes}
 
     Raises
     ------
@@ -407,16 +394,11 @@ def perturbation_scores(adata: AnnData, *, metric: str = "pearson", ax: Axes | N
 
     Parameters
     ----------
-    adata
-        The screen after :func:`scbin.tl.evaluate_perturbations`.
+    {evaluated}
     metric
         A score in its table: `"pearson"`, `"pearson_top"`, `"cosine_beyond_mean"`, `"retrieval"`, `"sign_agreement"` or
         `"relative_mse"`. For `"pearson"` the dashed line is the ceiling that the noise of the measurement sets.
-    {ax}
-
-    Returns
-    -------
-    The axes.
+    {axes}
 
     Raises
     ------
@@ -471,13 +453,8 @@ def perturbation_retrieval(adata: AnnData, *, ax: Axes | None = None) -> Axes:
 
     Parameters
     ----------
-    adata
-        The screen after :func:`scbin.tl.evaluate_perturbations`.
-    {ax}
-
-    Returns
-    -------
-    The axes.
+    {evaluated}
+    {axes}
 
     Raises
     ------

@@ -53,10 +53,8 @@ if TYPE_CHECKING:
 NEW = "new"
 _RATE, _EPOCHS, _STEPS, _CELLS_PER_STEP = 3e-4, 8, 400, 32  # epochs, but about as many steps at most
 _MOST_HELD_OUT, _MOST_FOR_GENES, _MOST_FOR_FEATURES = 2_000, 2_000, 10_000  # cells
-_MOST_OF_CELLS, _LEAST_JUDGED = (
-    0.4,
-    0.8,
-)  # fractions of the cells: held out with their donors; of classes that these have
+# fractions of the cells: held out with their donors, at most; of classes that these have, at least
+_MOST_OF_CELLS, _LEAST_JUDGED = 0.4, 0.8
 # standard errors that a gain on held-out cells must exceed: the best epoch was chosen on the same cells
 _CLEARLY = 2.0
 # what a probe reads: the weight of the standardised vector, and whether the standardised genes
@@ -186,7 +184,7 @@ def finetune(
     kept, history = "linear probe", pd.DataFrame()
     if max_steps != 0:
         untouched = {name: each.cpu().clone() for name, each in network.state_dict().items()}
-        layer = network.gene_layer if level == "gene" else network.vector.layer
+        layer = network.gene_layer if level == "gene" else network.vector_layer
         task = items.task(tokens.vocabulary, layer, settings, weights)
         how: dict[str, Any] = {"cells": np.flatnonzero(used.open), "held_out": np.flatnonzero(used.validation)}
         how |= {"save_dir": save_dir, "device": device, "seed": seed, "progress": progress}
@@ -213,9 +211,9 @@ def finetune(
     if progress and is_first_process():
         told = ", ".join(f"{loss:.3f} {name}" for name, loss in means.items()) or "not known"
         print(f"scbin: held-out loss {told}; kept the {kept}.")
+    note_model(result, adata, save_dir, _keys.FINETUNE, result.training["finetune"])
     if isinstance(adata, AnnData):
         write(adata, "obs", _keys.SPLIT, split.column())
-    note_model(result, adata, save_dir, _keys.FINETUNE, report)
     return result
 
 
@@ -350,7 +348,7 @@ class _Items:
             codes = known.astype(np.int64) if target.classes else np.zeros(len(known), dtype=np.int64)
             self.class_weights.append(balanced_weights(codes, target.n_outputs))
 
-    def task(self, vocabulary: Vocabulary, layer: int, settings: Finetuning, weights: list[float]) -> Labels:
+    def task(self, vocabulary: Vocabulary, layer: int | None, settings: Finetuning, weights: list[float]) -> Labels:
         """Return what the trainer learns."""
         n_rows, of_genes = len(self.columns[0].values), isinstance(self.head, GeneHead)
         values = np.full((len(self.values), n_rows), np.nan)

@@ -228,10 +228,7 @@ def impute(
     {model}
     genes
         Names of genes, as in `var_names`. Default: all genes of the model.
-    {tokens_key}
-    {device}
-    {token_budget}
-    {progress}
+    {reading}
     {key_added}
     {copy}
 

@@ -11,7 +11,7 @@ from scipy.sparse import csr_matrix
 from scipy.stats import nbinom
 
 from scbin._errors import ScbinInputError
-from scbin.nn.counts import DENSE, CountHead
+from scbin.nn.counts import CountHead, enough_cells, triples
 from scbin.nn.packs import log_normalised, token_expression
 from scbin.nn.run import embed, run
 from scbin.tl._metrics import gene_scores
@@ -101,23 +101,21 @@ def fit_dispersion(
 ) -> None:
     """Fit how far the counts of every gene spread around what a cell's other genes predict; it hardly moves in training."""
     rng, head = np.random.default_rng(seed), network.counts
-    cells = np.sort(rng.permutation(cells)[: max(DENSE // len(tokens.vocabulary.genes), 50)])
+    cells = np.sort(rng.permutation(cells)[: enough_cells(len(tokens.vocabulary.genes))])
     shown = MemoryTokens(tokens.take(cells), tokens.vocabulary)
     masked = mask_cells(shown, np.arange(len(cells)), 0.5, seed)
     counts = token_expression(shown.matrix, tokens.vocabulary)
     asked = (counts.toarray() == 0) & (rng.random(counts.shape) < 0.5)  # of the zeros as many
     asked[masked.rows, masked.keys] = True
     vectors = torch.from_numpy(embed(network, masked.tokens, device=device, precision="float32"))
-    log_depth = _molecules(counts)[0]
     codes = None if batches is None else torch.from_numpy(batches[cells])
-    head.fit_dispersion(head.log_mean(vectors, log_depth, codes).detach(), counts, asked)
+    head.fit_dispersion(head.log_mean(vectors, _log_depth(counts), codes).detach(), counts, asked)
 
 
-def _molecules(counts: csr_matrix) -> tuple[torch.Tensor, ...]:
-    """Return the log depth of each cell (cells,), and row, gene and value of each count."""
+def _log_depth(counts: csr_matrix) -> torch.Tensor:
+    """Return the log depth of each cell (cells,)."""
     depth = np.maximum(np.asarray(counts.sum(axis=1)).ravel(), 1)
-    at = (each.astype(np.int64) for each in counts.nonzero())
-    return tuple(torch.from_numpy(each) for each in (np.log(depth).astype(np.float32), *at, counts.data))
+    return torch.from_numpy(np.log(depth).astype(np.float32))
 
 
 # ---- methods: the most probable level of each masked token (M,), and the log probability of the true one (M,) ---------
@@ -172,7 +170,7 @@ def _depth_model(
     total = np.asarray(counts.sum(axis=0)).ravel() + 1e-2
     head = CountHead(counts.shape[1], before.shape[1])
     head.bias.data[0] = torch.from_numpy(np.log(total / total.sum()))
-    log_depth, *molecules = _molecules(counts)
+    log_depth, molecules = _log_depth(counts), triples(counts)
     learn = [head.bias, head.loadings, head.log_dispersion]
     optimizer = torch.optim.LBFGS(learn, max_iter=30, line_search_fn="strong_wolfe")
 

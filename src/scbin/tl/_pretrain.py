@@ -193,9 +193,9 @@ def pretrain(
         _log.info(line)
         if progress:
             print(line)
+    note_model(model, adata, save_dir, _keys.PRETRAIN, model.training)
     if in_adata is not None:
         write(in_adata, "obsm", key, vectors)
-    note_model(model, adata, save_dir, _keys.PRETRAIN, model.training)
     return model
 
 

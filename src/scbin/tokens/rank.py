@@ -35,12 +35,12 @@ class RankEncoding(Encoding):
     def encode(self, vocabulary: Vocabulary, rows: Rows) -> GeneTokens:
         """Return the genes of each row in the order of their ranks."""
         medians = np.ones(len(vocabulary.genes)) if vocabulary.medians is None else np.asarray(vocabulary.medians)
-        items, lengths, last = np.empty(len(rows.data), np.int64), np.empty(rows.n, np.int64), MOST_GENES - 1
-        read = (rows.data, rows.indices, rows.columns, medians, rows.logs, last)
+        items, lengths, bits = np.empty(len(rows.data), np.int64), np.empty(rows.n, np.int64), MOST_GENES - 1
+        read = (rows.data, rows.indices, rows.columns, medians, rows.logs, bits)
         over_rows(rank_rows, rows.indptr, read, (items, lengths))
         over_rows(_sort_rows, rows.indptr, (lengths,), items)
         places = np.arange(len(items)) - np.repeat(rows.indptr[:-1], np.diff(rows.indptr))
-        ids = (vocabulary.first_gene_id + (items & last)).astype(vocabulary.dtype)
+        ids = (vocabulary.first_gene_id + (items & bits)).astype(vocabulary.dtype)
         return GeneTokens(ids, places.astype(np.int32), rows.indptr[:-1], lengths)
 
     def level_values(self, vocabulary: Vocabulary) -> np.ndarray:

@@ -66,7 +66,7 @@ class Labels(nn.Module):
     held_out
         Genes (genes,) that are asked about in validation only, the others in training only. Default: all in both.
     layer
-        Whose hidden states are read.
+        Whose hidden states are read, `None` for none.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Labels(nn.Module):
         weights: Sequence[float] | None = None,
         class_weights: Sequence[np.ndarray] | None = None,
         held_out: np.ndarray | None = None,
-        layer: int = -1,
+        layer: int | None = -1,
     ):
         super().__init__()
         self.targets, self.vocabulary, self.settings, self.layer = head.targets, vocabulary, settings, layer

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scbin._errors import ScbinInputError
+from scbin.nn.counts import triples
 from scbin.nn.packs import plan_packs
 from scbin.train.masking import extra_zeros, mask_rows, masked_losses, split_rows
 from scbin.train.randomness import cell_keys, random_key
@@ -132,9 +133,9 @@ class Pretraining(nn.Module):
                 segments.append((int(loss), first, last, int(start[first]) if same else -1, size))
             found = log_depth = None
             if molecules is not None:
-                own, depth = molecules[part].tocoo(), np.asarray(molecules[part].sum(axis=1, dtype=np.float64)).ravel()
+                own = molecules[part]
+                found, depth = triples(own), np.asarray(own.sum(axis=1, dtype=np.float64)).ravel()
                 counts[-1] += depth.sum()
-                found = tuple(map(torch.from_numpy, (own.row.astype(np.int64), own.col.astype(np.int64), own.data)))
                 log_depth = np.log(np.maximum(depth, 1)).astype(np.float32)
             batch = None if self.batches is None else self.batches[cells[part]]
             of_cells = (found, log_depth, batch, None if asked is None else asked[part], noise[part])
