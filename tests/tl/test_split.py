@@ -57,6 +57,12 @@ def test_donors_are_held_out_whose_classes_others_have_too():
         assert not hold_out(classes, 0.3, donors=donors, seed=seed)[donors == "b"].any()
 
 
+def test_donors_are_held_out_that_have_the_classes_of_most_cells():
+    donors, classes = np.repeat(["a", "b", "c"], 10), np.array([0] * 10 + [0, 1] * 10)
+    for seed in range(6):
+        assert not hold_out(classes, 0.3, donors=donors, seed=seed)[donors == "a"].any()
+
+
 def test_small_and_odd_cases():
     assert not hold_out(np.array([0, 1, 2]), 0.5).any()  # classes of one cell are never held out
     assert not hold_out(np.zeros(1), 0.5).any() and not hold_out(np.zeros(10), 0.0).any()

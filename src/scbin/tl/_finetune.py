@@ -31,7 +31,7 @@ from scbin.tl._gene_vectors import mean_gene_vectors
 from scbin.tl._labels import MaskedPhenotypes, balanced_weights, cell_columns, gene_labels
 from scbin.tl._pretrain import note_model
 from scbin.tl._probe import Probe, Scaler, fit_probe, fitted_temperature, log_expression, losses_of, some_of
-from scbin.tl._split import Split, hold_out, read_split, remembered_cells, warn_of_donors
+from scbin.tl._split import Split, hold_out, read_split, remembered_cells, suits, warn_of_donors
 from scbin.train.adapters import adapted
 from scbin.train.distributed import is_first_process
 from scbin.train.labels import Labels
@@ -53,8 +53,6 @@ if TYPE_CHECKING:
 NEW = "new"
 _RATE, _EPOCHS, _STEPS, _CELLS_PER_STEP = 3e-4, 8, 400, 32  # epochs, but about as many steps at most
 _MOST_HELD_OUT, _MOST_FOR_GENES, _MOST_FOR_FEATURES = 2_000, 2_000, 10_000  # cells
-# fractions of the cells: held out with their donors, at most; of classes that these have, at least
-_MOST_OF_CELLS, _LEAST_JUDGED = 0.4, 0.8
 # standard errors that a gain on held-out cells must exceed: the best epoch was chosen on the same cells
 _CLEARLY = 2.0
 # what a probe reads: the weight of the standardised vector, and whether the standardised genes
@@ -265,7 +263,7 @@ def _divided(split: Split, usable: np.ndarray, strata: np.ndarray, fraction: flo
     rows, held_out, donors = np.flatnonzero(split.open & usable), split.validation.copy(), split.donors
     classes, how = np.nan_to_num(strata[rows], nan=-1), dict[str, Any](most=_MOST_HELD_OUT, seed=seed)
     drawn = hold_out(classes, fraction, donors=None if donors is None else donors[rows], **how)
-    if donors is not None and drawn.any() and not _alike(classes, drawn):
+    if donors is not None and drawn.any() and suits(classes, drawn) < 2:
         found = "there are too few donors or batches, or their labels differ too much, to hold some of them out"
         warn("L03", f"{found}: cells of all of them are held out, and scores are too good for new ones.")
         donors, drawn = None, hold_out(classes, fraction, **how)
@@ -273,12 +271,6 @@ def _divided(split: Split, usable: np.ndarray, strata: np.ndarray, fraction: flo
     if donors is not None:  # unlabelled cells of held-out donors go with them
         held_out |= split.open & np.isin(donors, donors[held_out])
     return replace(split, train=split.open & ~held_out, validation=held_out, donors=donors)
-
-
-def _alike(classes: np.ndarray, held_out: np.ndarray) -> bool:
-    """Whether the held-out cells leave all classes and most cells to learn from, and have the classes of most cells themselves."""
-    complete = set(classes) == set(classes[~held_out]) and held_out.mean() < _MOST_OF_CELLS
-    return bool(complete and np.isin(classes, classes[held_out]).mean() > _LEAST_JUDGED)
 
 
 def _complete(training: Training, max_steps: int | None, n_cells: int) -> Training:

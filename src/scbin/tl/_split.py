@@ -34,6 +34,10 @@ DONORS = "donor_id"  # CELLxGENE's name
 N_KEPT = 512  # hashes: of a tenth of a million training cells, about 50 are recognised by them
 _LEAST = 0.05  # fraction of cells that were trained on; below it cells may be equal by chance
 _BLOCK = 1_024  # cells
+_MOST_OF_CELLS, _LEAST_JUDGED = (
+    0.4,
+    0.8,
+)  # fractions of the cells: held out with their donors; of classes that these have
 
 
 @_docs.shared
@@ -195,7 +199,7 @@ def hold_out(
 ) -> np.ndarray:
     """Return which cells are held out (cells,): about a fraction of them, of each class alike; with donors, whole donors.
 
-    A class of a single cell is never held out; donors are, if there are such, of whose classes others have some, too.
+    A class of a single cell is never held out. Of donors those are that suit best (`suits`).
     """
     held_out = np.zeros(len(classes), dtype=bool)
     fraction = fraction if most is None else min(fraction, most / max(len(classes), 1))
@@ -205,8 +209,7 @@ def hold_out(
     if donors is not None:
         folds = folds_of(codes, max(round(1 / fraction), 2), donors=donors, seed=seed)
         order = np.random.default_rng(seed).permutation(folds.max() + 1)
-        complete = [fold for fold in order if len(np.unique(codes[folds != fold])) == codes.max() + 1]
-        return (folds == [*complete, *order][0]) & (len(order) > 1)
+        return (folds == max(order, key=lambda fold: suits(codes, folds == fold))) & (len(order) > 1)
     rows = np.flatnonzero(np.bincount(codes)[codes] > 1)
     n_held = min(max(round(fraction * len(classes)), 1), len(rows) - 1)
     if n_held > 0:
@@ -214,6 +217,13 @@ def hold_out(
         draw = StratifiedShuffleSplit(1, test_size=n_held, random_state=seed)
         held_out[rows[next(draw.split(rows, codes[rows] * stratified))[1]]] = True
     return held_out
+
+
+def suits(classes: np.ndarray, held_out: np.ndarray) -> int:
+    """Return how well donors can be held out: 1 if the others have all classes, 2 if also most cells, and they the classes of most."""
+    complete = set(classes) == set(classes[~held_out])
+    judge = held_out.mean() < _MOST_OF_CELLS and np.isin(classes, classes[held_out]).mean() > _LEAST_JUDGED
+    return int(complete) + int(complete and judge)
 
 
 def folds_of(classes: np.ndarray, n_folds: int, *, donors: np.ndarray | None = None, seed: int = 0) -> np.ndarray:
