@@ -56,7 +56,26 @@ def blood(folder: Path) -> ad.AnnData:
     return adata
 
 
-COLLECTIONS = {"lung lines, two protocols": lung, "blood, three studies": blood}
+def scaled(folder: Path) -> ad.AnnData:
+    """Blood cells of one study; in two of five every gene is measured at a rate of its own, as in another species.
+
+    A stand-in where no cells of two species are at hand: the rates are log-normal with a deviation of 1. One type lacks in the second
+    batch, and the commonest is half as frequent.
+    """
+    rng = np.random.default_rng(0)
+    adata = ad.read_h5ad(folder / "kang_control_8684.h5ad")
+    adata = adata[rng.choice(adata.n_obs, 3000, replace=False)].copy()
+    label, second = adata.obs["cell_type"].astype(str).to_numpy(), rng.random(3000) < 0.4
+    common = pd.Series(label).value_counts().index
+    counts, rates = adata.X.toarray(), np.exp(rng.normal(size=adata.n_vars))
+    counts[second] = rng.poisson(counts[second] * rates * counts.sum() / (counts @ rates).sum())
+    adata.X = csr_matrix(counts)
+    adata.obs = pd.DataFrame({"label": label, "batch": np.where(second, "two", "one")}, adata.obs_names)
+    rare = (label == common[2]) | ((label == common[0]) & (rng.random(3000) < 0.5))
+    return adata[~(second & rare)].copy()
+
+
+COLLECTIONS = {"lung lines, two protocols": lung, "blood, three studies": blood, "blood, scaled genes": scaled}
 METHODS = ("PCA-50", "Harmony", "scVI", "scbin without batch_key", "scbin")
 
 
@@ -115,13 +134,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=beside)
     parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--collections", nargs="+", choices=list(COLLECTIONS), default=list(COLLECTIONS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("batches"))
     arguments = parser.parse_args()
     rows = []
     for seed in range(arguments.seeds):
-        for name, read in COLLECTIONS.items():
-            adata = read(arguments.folder)
+        for name in arguments.collections:
+            adata = COLLECTIONS[name](arguments.folder)
             adata.X = csr_matrix(adata.X).astype(np.float32)
             fitted, judged = divided(adata, seed)
             common = judged.obs["label"].value_counts()

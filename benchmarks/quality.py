@@ -12,7 +12,8 @@ at its start (step 0) and trained, by backbone, and scVI where it is installed. 
 - `likelihood`: mean log likelihood of the other half of a held-out cell's molecules (networks only)
 
 With `--labels`, annotation of the held-out cells instead: macro-F1 of logistic regression (balanced, C by cross-validation) on genes
-and on genes with the cell vector, and of fine-tuning; with all labels of the fitted cells, and with 50 and 10 of each class.
+and on genes with the cell vector, and of fine-tuning, beside its linear probe alone and training end to end in any case; with all
+labels of the fitted cells, and with 50 and 10 of each class.
 
 Every result is a row of `<out>.csv`, written at once: an interrupted run goes on where it stopped. `<out>.md` and `<out>.png` show means
 over the sets and the spread over the seeds. Cells labelled `unknown` are fitted on and not scored.
@@ -57,6 +58,11 @@ SETS = {  # column with the labels, column with the batches, {column: value its 
 QUICK = ("pbmc_facs_garnett800", "lung3cl_celseq2_dropseq", "kang_ifnb_2k")
 N_GENES, HELD_OUT, MOST_CELLS = 2000, 0.3, 6000
 NETWORKS = ("mlp", "bert")
+WAYS = {  # to fine-tune: the start alone; end to end, unasked whether held-out cells gain; what held-out cells choose of both
+    "linear probe": {"max_steps": 0},
+    "end to end": {"finetuning": scbin.Finetuning(validation=0.0)},
+    "fine-tuned": {},
+}
 SCORES = ("knn", "transfer", "nmi", "likelihood", "likelihood_start", "seconds")
 COLUMNS = ("set", "seed", "method", "labels", "f1", *SCORES)
 
@@ -231,12 +237,14 @@ def annotation(
         )
     fitted.obs["label"] = pd.Categorical(np.where(taught, label, None))
     scbin.pp.tokenize(fitted, mask_var="highly_variable")
-    model = scbin.tl.pretrain(fitted, backbone=backbone, seed=seed, progress=False)
-    model = scbin.tl.finetune(fitted, model, target="label", seed=seed, progress=False)
-    scbin.pp.tokenize(judged, like=model)
+    pretrained = scbin.tl.pretrain(fitted, backbone=backbone, seed=seed, progress=False)
+    scbin.pp.tokenize(judged, like=pretrained)
     judged.obs = judged.obs.drop(columns="label")
-    scbin.tl.predict(judged, model, progress=False)
-    scores["scbin, fine-tuned"] = macro_f1(truth[known], judged.obs["scbin_label"].astype(str).to_numpy()[known])
+    for name, how in WAYS.items():
+        model = scbin.tl.finetune(fitted, pretrained, target="label", seed=seed, progress=False, **how)
+        del fitted.obs["scbin_split"]
+        scbin.tl.predict(judged, model, progress=False)
+        scores[f"scbin, {name}"] = macro_f1(truth[known], judged.obs["scbin_label"].astype(str).to_numpy()[known])
     return scores
 
 
