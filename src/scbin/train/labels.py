@@ -141,7 +141,7 @@ class Labels(nn.Module):
             if target.kind == "number":
                 scores = (outputs[:, part][:, 0] - truth).square()
             else:
-                how: Any = {"weight": weights.to(outputs.device), "label_smoothing": smoothing}
-                scores = F.cross_entropy(outputs[:, part], truth.long(), reduction="none", **how)
+                how: Any = {"reduction": "none", "label_smoothing": smoothing}  # unweighted, or rare classes got most of it
+                scores = weights.to(outputs.device)[truth.long()] * F.cross_entropy(outputs[:, part], truth.long(), **how)
             sums.append(torch.where(known, scores, 0.0).sum())  # nothing is picked out, which a GPU would wait for
         return torch.stack(sums)
