@@ -141,7 +141,12 @@ class Labels(nn.Module):
             if target.kind == "number":
                 scores = (outputs[:, part][:, 0] - truth).square()
             else:
-                how: Any = {"reduction": "none", "label_smoothing": smoothing}  # unweighted, or rare classes got most of it
-                scores = weights.to(outputs.device)[truth.long()] * F.cross_entropy(outputs[:, part], truth.long(), **how)
+                how: Any = {
+                    "reduction": "none",
+                    "label_smoothing": smoothing,
+                }  # unweighted, or rare classes got most of it
+                scores = weights.to(outputs.device)[truth.long()] * F.cross_entropy(
+                    outputs[:, part], truth.long(), **how
+                )
             sums.append(torch.where(known, scores, 0.0).sum())  # nothing is picked out, which a GPU would wait for
         return torch.stack(sums)
