@@ -22,7 +22,7 @@ from scipy import sparse
 from scbin import _keys
 from scbin._arguments import instances, shown
 from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinTypeError, count
-from scbin.tokens.genes import strip_version
+from scbin.tokens.genes import find_genes, strip_version
 from scbin.tokens.tokens import MemoryTokens, Tokens
 from scbin.tokens.values import Block
 from scbin.tokens.vocabulary import Vocabulary
@@ -188,7 +188,7 @@ def _block(start: int, rows: Any) -> Block:
     if not isinstance(rows, SimpleNamespace):
         if rows.dtype.kind == "f" and rows.dtype not in (np.float32, np.float64):  # half or foreign, not for scipy
             rows = rows.astype(np.float32 if rows.dtype.itemsize <= 4 else np.float64)
-        rows = sparse.csr_matrix(rows)
+        rows = sparse.csr_matrix(rows.astype(rows.dtype.newbyteorder("="), copy=False))
     _check_sound(rows, *rows.shape)
     data = rows.data
     if data.dtype not in (np.float32, np.float64):
@@ -269,17 +269,20 @@ class GeneNames:
 
 
 def gene_names(adata: ad.AnnData, vocabulary: Vocabulary) -> GeneNames:
-    """Match the columns of `adata` with the genes of a model: by var_names, or by the column of `var` that fits best."""
+    """Match the columns of `adata` with the genes of a model: by the names that were tokenized, else by those that fit best."""
     index, aliases = {gene: k for k, gene in enumerate(vocabulary.genes)}, vocabulary.aliases
 
     def genes_of(labels: Iterable[object]) -> np.ndarray:
         names = [strip_version(label) if isinstance(label, str) else "" for label in labels]
-        known = (n if n in index else aliases.get(n, aliases.get(n.upper(), n.upper())) for n in names)
-        return np.array([index.get(name, -1) for name in known], dtype=np.int64)
+        return find_genes(np.array(names, dtype=object), vocabulary)
 
     own = [str(name) for name in adata.var_names]
-    others = [adata.var[column].astype(object) for column in adata.var if adata.var[column].dtype.kind not in "biufc"]
-    best = max((genes_of(labels) for labels in [own, *others]), key=lambda genes: len(np.unique(genes[genes >= 0])))
+    texts = [column for column in adata.var if adata.var[column].dtype.kind not in "biufc"]
+    others = [adata.var[column].astype(object) for column in texts]
+    found = dict(zip([None, *texts], map(genes_of, [own, *others]), strict=True))
+    best = found.get(read_uns(adata, _keys.TOKENIZE, dict).get("gene_key", ""), np.array([-1]))
+    if not (best >= 0).any():
+        best = max(found.values(), key=lambda genes: len(np.unique(genes[genes >= 0])))
     columns = np.full(len(index), -1, dtype=np.int64)
     known = np.flatnonzero(best >= 0)[::-1]
     columns[best[known]] = known  # the first of several columns of one gene
@@ -318,10 +321,11 @@ def write(adata: ad.AnnData, slot: str, key: str, value: Any) -> None:
 
 def write_tokens(adata: ad.AnnData, tokens: Any, vocabulary: Vocabulary, status: Any, key: str = _keys.TOKENS) -> None:
     """Write token rows with the status of each, and their vocabulary, whole and as a mark of every row."""
+    text, marks = vocabulary.to_json(), pd.Categorical([vocabulary.mark] * adata.n_obs)
     write(adata, "obsm", key, tokens)
     write(adata, "obs", _keys.STATUS, status)
-    write(adata, "obs", _keys.of_tokens(_keys.ROW_VOCABULARY, key), pd.Categorical([vocabulary.mark] * adata.n_obs))
-    write_uns(adata, _keys.of_tokens(_keys.VOCABULARY, key), vocabulary.to_json())
+    write(adata, "obs", _keys.of_tokens(_keys.ROW_VOCABULARY, key), marks)
+    write_uns(adata, _keys.of_tokens(_keys.VOCABULARY, key), text)
 
 
 def write_uns(adata: ad.AnnData, key: str, value: Any) -> None:

@@ -423,13 +423,13 @@ def _geneformer(table: pd.DataFrame, params: dict[str, Any], adata: AnnData) -> 
     names = dict(each.split("=") for each in _GENEFORMER[kind].split())
     for state in [name[9:] for name in table if name.startswith("shift_to_") and name != "shift_to_start"]:
         ours = {"Shift_to_alt_end": "shift_to", "Alt_end_vs_random_pval": "p_value", "Alt_end_FDR": "fdr"}
-        names |= {f"{new}_{state}": f"`{old}_{state}`" for new, old in ours.items() if f"{old}_{state}" in table}
+        names |= {f"{new}_{state}": f"{old}_{state}" for new, old in ours.items() if f"{old}_{state}" in table}
     if kind == "combined_minus_sum":
         table[["anchor", "gene"]] = table["gene"].str.split(",", expand=True)
     ids = dict(zip(adata.var_names, adata.var.get("ensembl_id", adata.var_names), strict=True))
     for column in {"gene", "anchor", "perturbed", "affected"} & {*table}:
         table[f"{column}_id"] = [",".join(ids.get(part, part) for part in name.split(",")) for name in table[column]]
-    return pd.DataFrame({new: table.eval(old) for new, old in names.items()})
+    return pd.DataFrame({new: table[old] if old in table else table.eval(old) for new, old in names.items()})
 
 
 def read_perturbation(adata: AnnData, key: str | None = None) -> tuple[pd.DataFrame, dict[str, Any]]:

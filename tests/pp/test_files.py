@@ -11,6 +11,7 @@ from functools import partial
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 
 import scbin
@@ -70,6 +71,49 @@ def test_the_vocabulary_of_files_is_that_of_all_their_cells(tmp_path, toy, encod
     out = scbin.pp.tokenize(str(tmp_path / "cells_{0..2}.h5ad"), out=tmp_path / "corpus", **how)
     scbin.pp.tokenize(toy, **how)
     assert scbin.open_tokens(out).vocabulary.sha256 == scbin.Vocabulary.from_json(toy.uns["scbin"]["vocabulary"]).sha256
+
+
+def test_files_are_joined_by_the_names_of_genes(toy, tmp_path):
+    """By a column of var, marked in any file, whatever else the columns are, and a gene in two columns as in memory."""
+    genes, turned = toy.var_names.to_numpy().copy(), np.random.default_rng(0).permutation(40)
+    genes[7] = genes[3]  # twice
+    for key, rows, order in (("a", slice(0, 30), np.arange(40)), ("b", slice(30, 60), turned)):
+        part = toy[rows, order].copy()
+        part.var = pd.DataFrame(
+            {"symbol": genes[order], "mine": order < (12 if key == "a" else 5)}, map(str, range(40))
+        )
+        if key == "b":
+            part.var["feature_types"] = np.where(genes[order] == genes[39], "Antibody Capture", "Gene Expression")
+        part.X = part.X.log1p()  # which add up only where they are taken back
+        part.write_h5ad(tmp_path / f"{key}.h5ad")
+    how = {"gene_key": "symbol", "mask_var": "mine"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ScbinInputWarning)
+        out = scbin.pp.tokenize([tmp_path / "a.h5ad", tmp_path / "b.h5ad"], out=tmp_path / "corpus", **how)
+        toy.var["symbol"], toy.var["mine"], toy.X = genes, np.arange(40) < 12, toy.X.log1p()
+        scbin.pp.tokenize(toy, **how)
+    tokens, whole = scbin.open_tokens(out), scbin.Vocabulary.from_json(toy.uns["scbin"]["vocabulary"])
+    assert set(tokens.vocabulary.genes) == set(whole.genes) and len(whole.genes) == 11
+    assert decoded(tokens.take(np.arange(60)), tokens.vocabulary) == decoded(toy.obsm["X_tokens"], whole)
+
+
+def test_a_file_without_cells_is_one_of_the_corpus(toy, tmp_path):
+    for name, part in (("a", toy[:0]), ("b", toy)):
+        part.copy().write_h5ad(tmp_path / f"{name}.h5ad")
+    assert scbin.open_tokens(scbin.pp.tokenize(tmp_path, out=tmp_path / "corpus")).n_cells == 60
+
+
+def test_files_that_were_read_in_another_way_are_not_taken_for_done(toy, tmp_path):
+    toy.obs["turned"] = toy.obs["sex"].astype(str).to_numpy()[::-1]
+    toy.write_h5ad(tmp_path / "a.h5ad")
+    vocabulary = scbin.open_tokens(
+        scbin.pp.tokenize(tmp_path / "a.h5ad", out=tmp_path / "own", phenotypes="sex")
+    ).vocabulary
+    how = {"out": tmp_path / "again", "like": vocabulary}
+    for _ in range(2):
+        scbin.pp.tokenize(tmp_path / "a.h5ad", **how, phenotypes="sex")
+    with pytest.raises(ScbinInputError, match="A04.*read in another way"):
+        scbin.pp.tokenize(tmp_path / "a.h5ad", **how, phenotypes={"sex": "turned"})
 
 
 def test_an_interrupted_call_goes_on(sources, tmp_path, monkeypatch):

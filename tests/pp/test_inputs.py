@@ -15,13 +15,14 @@ import pytest
 from scipy import sparse
 
 from scbin import Tokenization, Vocabulary
-from scbin._adata import check_adata, iter_blocks, read_tokens
+from scbin._adata import check_adata, gene_names, iter_blocks, read_tokens
 from scbin._errors import ScbinInputError, ScbinInputWarning, ScbinTypeError
 from scbin.io.dictionaries import geneformer_vocabulary
 from scbin.pp import check, tokenize
 from scbin.tokens.encoding import Encoder
 from scbin.tokens.genes import clean_names, match_genes
 from scbin.tokens.kernels import frame_rows, over_rows
+from scbin.tokens.rules import Bins
 from scbin.tokens.values import Block, Reading
 
 RNG = np.random.default_rng(5)
@@ -190,6 +191,10 @@ def test_i06_value_types(dtype: str):
     expected = tokens(cells((COUNTS > 0).astype(np.float32))) if dtype == "bool" else EXPECTED
     dense = dtype in (">f4", "float16")  # which only dense arrays have
     same(ad.AnnData(COUNTS.astype(dtype), var=cells().var) if dense else cells(COUNTS.astype(dtype)), expected)
+
+
+def test_i06_numbers_in_another_order_of_bytes():
+    same(ad.AnnData(COUNTS.astype(">i4"), var=cells().var), tokens(cells()))
 
 
 def test_i06_large_counts_do_not_wrap():
@@ -399,6 +404,21 @@ def test_symbols_and_aliases_through_a_map():
     names = {s.lower(): i for s, i in zip(SYMBOLS, IDS, strict=True)}
     vocabulary = geneformer_vocabulary(ids, dict.fromkeys(IDS, 1.0), names)
     same(cells(), tokens(cells(names=IDS), like=vocabulary), like=vocabulary)
+    fails(cells(names=[s.capitalize() for s in SYMBOLS]), "I31", "species", like=vocabulary)  # those of a mouse
+    orf = geneformer_vocabulary({"<pad>": 0, "<mask>": 1, IDS[0]: 2}, {IDS[0]: 1.0}, {"C1ORF112": IDS[0]})
+    assert match_genes(np.array(["C1orf112", "c1orf112"], dtype=object), orf).columns.tolist() == [0, -1]
+
+
+def test_columns_are_those_that_were_tokenized():
+    adata = cells(names=["GENEA0".capitalize(), *SYMBOLS[:29]])
+    tokenize(adata, like=VOCABULARY)
+    assert gene_names(adata, VOCABULARY).columns.tolist() == [*range(1, 30), -1]
+    adata = cells(names=SYMBOLS[::-1])
+    adata.var["turned"] = [*SYMBOLS[:29], None]
+    tokenize(adata, like=VOCABULARY, gene_key="turned")
+    assert gene_names(adata, VOCABULARY).columns.tolist() == [*range(29), -1]
+    adata.var["turned"] = "other"  # no longer there: those that fit best
+    assert gene_names(adata, VOCABULARY).columns.tolist() == list(range(30))[::-1]
 
 
 def test_i31_no_overlap_and_i32_low_overlap():
@@ -416,6 +436,7 @@ def test_i33_other_features():
     adata = cells()
     adata.var["feature_types"] = ["Gene Expression"] * 25 + ["Antibody Capture"] * 5
     np.testing.assert_array_equal(warns(adata, "I33", "5 of the columns"), tokens(cells(COUNTS[:, :25])))
+    np.testing.assert_array_equal(warns(adata[:, [0, 29]].copy(), "I33"), tokens(cells(COUNTS[:, :1])))
 
 
 def test_genes_that_cannot_be_chosen():
@@ -425,7 +446,11 @@ def test_genes_that_cannot_be_chosen():
         fails(adata, "A06", repr(wrong), "Available: 'mine'", mask_var=wrong)
     fails(adata, "A02", "n_genes is 0", n_genes=0)
     assert vocabulary_of(adata, mask_var="mine").genes == tuple(SYMBOLS[:7])
+    adata.var["holes"] = pd.array([True] * 7 + [None] * 23, dtype="boolean")
+    assert vocabulary_of(adata, mask_var="holes").genes == tuple(SYMBOLS[:7])
     fails(cells(np.zeros((4, 5))), "V04", "empty", encoding="rank")
+    fails(adata, "A03", "leave out", encoding="rank", mask_var="mine")
+    fails(adata, "A03", "leave out", encoding="rank", rule="counts")
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------------
@@ -468,6 +493,10 @@ def test_i39_ages_of_new_data_are_cut_as_those_of_the_vocabulary():
     new = cells(obs={"development_stage": ["29-year-old human stage"] * 6 + ["fourth decade stage"] * 6})
     out, first = tokens(new, like=vocabulary), vocabulary.phenotypes[0].first_id
     assert out[:, 1].tolist() == [first] * 6 + [first + 1] * 6
+    numbers = cells(obs={"age": np.arange(12) * 6.5})  # classes are made of numbers, of any kind
+    warns(numbers, "I39", "'0' (1)", "'6.5' (1)", phenotypes="age", tokenization=Tokenization(age_groups=10))
+    assert read_tokens(numbers).vocabulary.phenotype("age").values[:2] == ("10-20", "20-30")
+    fails(cells(obs={"age": "34", "development_stage": "x"}), "A03", "same", phenotypes=["age", "development_stage"])
     assert "age_groups" not in vocabulary_of(cells(obs={"age": list("ab") * 6}), phenotypes=["age"]).to_json()
 
 
@@ -547,6 +576,7 @@ def test_i54_foreign_key_and_two_sets_of_tokens():
     "arguments",
     [
         *({"layer": 3}, {"gene_key": 3}, {"phenotypes": 3}, {"phenotypes": ["kind", 3]}, {"phenotypes": {"kind": 3}}),
+        {"phenotypes": [["kind", "kind"]]},
         *({"n_genes": "x"}, {"n_genes": 10.5}, {"mask_var": 3}, {"rule": 3}, {"rule": ["a", "b"]}, {"key_added": 3}),
         *({"copy": 1}, {"tokenization": 3}, {"like": 3}),
     ],
@@ -582,6 +612,10 @@ def test_arguments_that_are_no_choice():
     fails(cells(), "A02", "quantile_per_cell", rule="squares")
     with pytest.raises(ScbinInputError, match="A02.*n_bins is 0"):
         Tokenization(n_bins=0)
+    with pytest.raises(ScbinInputError, match="A02.*max_length is 0"):
+        Tokenization(max_length=0)
+    assert vocabulary_of(cells(), tokenization=Tokenization(layout="geneformer_v1")).depth is not None  # of ranks alone
+    same(cells(), tokens(cells(), rule=[0.5, 5.0]), rule=Bins(np.array([0.5, 5.0]), reads="log1p"))
     fails(cells(), "A03", "leave it out", like=VOCABULARY, encoding="rank")
 
 

@@ -25,7 +25,8 @@ def committed(target: Path, kind: type[ScbinError] = ScbinInputError, code: str 
         target.parent.mkdir(parents=True, exist_ok=True)
         remove(temporary)  # of a process that was killed
         yield temporary
-        sync(temporary)
+        for path in [*temporary.rglob("*"), temporary]:  # a chunk of zarr that was lost would read as 0
+            sync(path)
         if target.is_dir():
             remove(old)
             os.rename(target, old)

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
-from glob import glob
+from glob import escape, glob
 from itertools import chain, groupby
 from pathlib import Path
 from threading import Lock
@@ -58,7 +58,8 @@ def expand(paths: Paths) -> list[Path]:
     for item in [paths] if isinstance(paths, str | os.PathLike) else paths:
         for path in braces(os.fspath(item)):
             inside = path.is_dir() and path.suffix != ".zarr"
-            names = glob(f"{path}/*.h5ad") + glob(f"{path}/*.zarr") if inside else glob(str(path)) or [str(path)]
+            literal = escape(str(path)) if path.exists() else str(path)  # brackets may be part of a name
+            names = glob(f"{literal}/*.h5ad") + glob(f"{literal}/*.zarr") if inside else glob(literal) or [str(path)]
             names.sort(key=lambda name: [int(word) if word.isdigit() else word for word in re.split(r"(\d+)", name)])
             found += map(Path, names)
     if not found:

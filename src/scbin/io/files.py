@@ -18,7 +18,7 @@ from transformers import BertConfig
 
 from scbin._arguments import shown
 from scbin._errors import ScbinModelError
-from scbin.io.commit import committed, sync
+from scbin.io.commit import committed
 from scbin.nn.attention import PACKED
 from scbin.nn.presets import CONFIG_KEYS, misfit, shape_misfit
 
@@ -48,7 +48,7 @@ def write_directory(target: Path, files: Mapping[str, Content], unlisted: Collec
 
 
 def _write_file(path: Path, content: Content) -> dict[str, Any]:
-    """Write, flush and hash one file; neither way of writing maps it into memory, which would die of a full disk."""
+    """Write and hash one file; neither way of writing maps it into memory, which would die of a full disk."""
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif (bad := not_finite(content)) is not None:
@@ -58,7 +58,6 @@ def _write_file(path: Path, content: Content) -> dict[str, Any]:
             save_file({name: t.detach().cpu().contiguous() for name, t in content.items()}, path, {"format": "pt"})
         except SafetensorError as error:
             raise OSError(str(error)) from error
-    sync(path)
     return _entry(path)
 
 

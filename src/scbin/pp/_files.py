@@ -16,15 +16,17 @@ from anndata.io import read_elem
 from joblib import Parallel, delayed
 
 from scbin import _keys
-from scbin._adata import check_adata, iter_blocks, read_obs, warn
+from scbin._adata import check_adata, gene_columns, iter_blocks, read_obs, warn
 from scbin._errors import ScbinInputError, ScbinInputWarning
 from scbin.io.commit import committed
 from scbin.io.corpus import check_unchanged, expand, naming, open_cells, reading, stamp, write_shard
-from scbin.pp._plan import STATUS, Source, prepare, warn_without_tokens
+from scbin.pp._plan import STATUS, Source, marks_of, named_columns, prepare, warn_without_tokens
 from scbin.tokens.genes import some
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from anndata import AnnData
 
     from scbin.io.corpus import Paths
     from scbin.pp._plan import Request
@@ -89,25 +91,38 @@ def vocabulary_of(sources: Sequence[Path], request: Request) -> Vocabulary:
 
 
 class Joined(Source):
-    """The matrices of several files as one, with the union of their genes: each pass reads the files one after the other."""
+    """The matrices of several files as one, with the union of their genes: each pass reads the files one after the other.
+
+    A column is known by its gene, whether it holds gene counts, and which of the columns of this gene it is in its file.
+    """
 
     def __init__(self, paths: Sequence[Path], request: Request):
-        self.paths, labels, genes, sizes = paths, [], [], []
-        tables: dict[str, Any] = {"uns": {}, "layers": {}, "isbacked": True}
+        self.paths, labels, sizes, uns = paths, [], [], dict[str, Any]()
         columns, self.stamps = list((request.columns or {}).values()), list[tuple[int, ...]]()
+        tables, which = list[pd.DataFrame](), []  # most files have the same genes
         for path in paths:
             with naming(path):
                 self.stamps.append(stamp(path))
                 adata = check_adata(open_cells(path, request.layer))
                 labels.append(pd.DataFrame({column: read_obs(adata, column).array for column in columns}))
-            genes.append(adata.var)
+                table = _columns_of(adata, request)
+            which.append(next((k for k, each in enumerate(tables) if each.equals(table)), len(tables)))
+            tables += [table] if which[-1] == len(tables) else []
             sizes.append(adata.n_obs)
-            tables["uns"] = tables["uns"] or dict(adata.uns)
-        self.bounds, var = np.cumsum([0, *sizes]), pd.concat(genes)
-        var = var[~var.index.duplicated()]
-        tables |= {"obs": pd.concat(labels, ignore_index=True), "var": var}
+            uns = uns or dict(adata.uns)
+        self.bounds, whole = np.cumsum([0, *sizes]), pd.concat(tables)
+        places = whole.groupby(["gene", "is_gene", "copy"], sort=False, dropna=False).ngroup().to_numpy(np.int32)
+        of_tables = np.split(places, np.cumsum([len(table) for table in tables])[:-1])
+        self.places = [of_tables[k] for k in which]  # of the columns of each file in the union
+        first = whole[~pd.Series(places).duplicated().to_numpy()]
+        var = pd.DataFrame({"feature_types": np.where(first["is_gene"], "Gene Expression", "other")}, first.index)
+        if request.gene_key is not None:
+            var[request.gene_key] = first["gene"]
+        if "marked" in whole:
+            var[request.mask_var] = whole["marked"].eq(True).groupby(places).any().to_numpy()
+        parts: Any = {"uns": uns, "layers": {}, "isbacked": True, "obs": pd.concat(labels, ignore_index=True), "var": var}
         shape = {"n_obs": int(self.bounds[-1]), "n_vars": len(var), "obs_names": self, "var_names": var.index}
-        super().__init__(SimpleNamespace(**tables, **shape), request.layer)
+        super().__init__(SimpleNamespace(**parts, **shape), request.layer)
 
     def __len__(self) -> int:
         return int(self.bounds[-1])
@@ -118,14 +133,24 @@ class Joined(Source):
 
     def stored(self) -> Iterator[Block]:
         """Go through the rows as they are stored, their columns those of the union."""
-        for path, first, before in zip(self.paths, self.bounds, self.stamps, strict=False):
+        for path, first, before, places in zip(self.paths, self.bounds, self.stamps, self.places, strict=False):
             with naming(path):
                 check_unchanged(path, before)
                 adata = open_cells(path, self.layer)
-                columns = self.adata.var_names.get_indexer(adata.var_names).astype(np.int32)
                 for block in iter_blocks(adata, self.layer):
-                    here: Any = {"start": int(first) + block.start, "indices": columns[block.indices]}
+                    here: Any = {"start": int(first) + block.start, "indices": places[block.indices]}
                     yield replace(block, **here, n_vars=self.adata.n_vars)
+
+
+def _columns_of(adata: AnnData, request: Request) -> pd.DataFrame:
+    """Return what the columns of a file are: gene, whether they hold gene counts, which column of this gene, and marked genes."""
+    table = pd.DataFrame({"gene": named_columns(adata.var, request.gene_key)}, adata.var_names)
+    table["is_gene"] = gene_columns(adata)
+    table["copy"] = table.groupby(["gene", "is_gene"], dropna=False).cumcount()
+    name = request.mask_var
+    if name is not None and name in adata.var and pd.api.types.is_bool_dtype(adata.var[name]):
+        table["marked"] = marks_of(adata.var, name)
+    return table
 
 
 # ---- one file -------------------------------------------------------------------------------------------------------
@@ -134,7 +159,8 @@ class Joined(Source):
 def tokenize_file(source: Path, target: Path, *, key: str, request: Request) -> dict[str, Any]:
     """Write the tokens of one file, unless they are there; return its warnings, the status of its cells, and its error."""
     result: dict[str, Any] = {"warnings": [], "status": np.zeros(0, np.int8), "error": None}
-    about: dict[str, Any] = {"source": source.name, "layer": request.layer}
+    asked = {name: getattr(request, name) for name in ("values", "gene_key", "columns")}
+    about: dict[str, Any] = {"source": source.name, "layer": request.layer, "asked": asked}
     try:
         with naming(source), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -166,11 +192,11 @@ def tokenize_file(source: Path, target: Path, *, key: str, request: Request) -> 
 
 
 def _check_done(target: Path, key: str, request: Request, about: dict[str, Any]) -> None:
-    """Refuse to continue where the file that is there is of other cells, or of another vocabulary."""
+    """Refuse to continue where the file that is there is of other cells, another vocabulary, or was read in another way."""
     with reading(target) as group:
         entries = read_elem(group["uns"]).get(_keys.UNS, {})
         record = json.loads(str(entries.get(_keys.of_tokens(_keys.TOKENIZE, key), "{}")))
         same = str(entries.get(_keys.of_tokens(_keys.VOCABULARY, key))) == request.like.to_json()
         if not same or {name: record.get(name) for name in about} != about:
-            found = "is there already, with tokens of other cells or of another vocabulary"
+            found = "is there already, with tokens of other cells, of another vocabulary, or read in another way"
             raise ScbinInputError("A04", f"{found}. Move it, or choose another out=.")

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from scipy import sparse
 
+    from scbin.tokens.rules import Layout
+
 WARN_OVERLAP, LEAST_OVERLAP = 0.8, 0.2
 # share of the counts that is all; ratio of two shares from which bins move by more than half a bin
 ALL_COUNTS, OTHER_TOTALS = 0.999, 1.3
@@ -58,7 +60,7 @@ class Request:
         object.__setattr__(self, "tokenization", self.tokenization or Tokenization())
         what = "a column of obs, a list of columns, or {category: column}"
         instances((str, Mapping, Sequence, np.ndarray, pd.Index), what, optional=True, phenotypes=self.phenotypes)
-        for column in (self.columns or {}).values():
+        for column in (self.columns or {}).values():  # those of a mapping, which `columns` takes as they are
             instances(str, "a text", phenotypes=column)
         if self.n_genes < 1:
             raise ScbinInputError("A02", f"n_genes is {self.n_genes}; at least one gene is needed.")
@@ -69,7 +71,14 @@ class Request:
         asked = self.phenotypes
         if asked is None or isinstance(asked, Mapping):
             return asked if asked is None else dict(asked)
-        return {"age" if n == "development_stage" else n: n for n in ([asked] if isinstance(asked, str) else asked)}
+        named = list(np.atleast_1d(np.asarray(asked, dtype=object)))
+        for column in named:
+            instances(str, "a text", phenotypes=column)
+        columns = {"age" if name == "development_stage" else name: name for name in named}
+        if len(columns) < len(named):
+            fix = "Name the category of each: phenotypes={'age': 'age', 'stage': 'development_stage'}"
+            raise ScbinInputError("A03", f"two of the columns {named} are the same category. {fix}.")
+        return columns
 
     @property
     def vocabulary(self) -> Vocabulary | None:
@@ -161,6 +170,8 @@ class Plan:
             tokens, seen = encoder.encode(block, self.phenotype_ids[block.start : block.start + block.n_rows])
             self.seen.append(seen)
             yield tokens
+        if not self.seen:
+            yield self.vocabulary.matrix(np.zeros(0, self.vocabulary.dtype), np.zeros(0, np.int32), np.zeros(1, np.int64))
 
     def finish(self) -> tuple[pd.Categorical, dict[str, Any]]:
         """Return the status of each cell and the record of the run when all rows are encoded; warn of what is missing."""
@@ -174,6 +185,7 @@ class Plan:
         record: dict[str, Any] = {
             "values": self.reading.text,
             "layer": self.request.layer,
+            "gene_key": self.request.gene_key,
             "phenotypes": self.columns,
             "cut_cells": int(seen["cut"].sum()),
             "counts_in_vocabulary": _share(seen["matched"].sum(), seen["total"].sum()),
@@ -205,7 +217,8 @@ class Plan:
                 raise ScbinInputError("I32", f"{found} {fix}")
             warn("I32", found)
         measured = known and len(set(shares)) > 1  # those of published models are not
-        if measured and here is not None and bins is not None and bins.reads == "log1p" and bins.per != "cell":
+        comparable = self.reading.counted  # shares of logs are others
+        if measured and comparable and here is not None and bins and bins.reads == "log1p" and bins.per != "cell":
             _compare_totals(here, there, shares.sum())
         return {"overlap_counts": counts, "overlap_genes": round(genes, 6)}
 
@@ -260,7 +273,7 @@ def prepare(adata: AnnData, request: Request, source: Source | None = None) -> P
     """Check everything, decide what the values are, match or choose the genes. Nothing is written."""
     given, source = request.vocabulary, source or Source(adata, request.layer)
     columns, labels, widths = _labels(adata, request, given)
-    match = _match(source, given, request)
+    match = match_genes(named_columns(source.adata.var, request.gene_key), given, used=source.used)
     reading = source.read(source.scan(), request.values)
     vocabulary = given
     if vocabulary is None:
@@ -283,22 +296,20 @@ def _labels(adata: AnnData, request: Request, given: Vocabulary | None) -> tuple
     for name, column in named.items():
         is_age = column in AGE_COLUMNS or name == "age"
         width = given.phenotype(name).age_groups if given else request.tokenization.age_groups if is_age else None
-        labels[name] = labels_of(read_obs(adata, column), column)
+        labels[name] = labels_of(read_obs(adata, column), column, numbers=width is not None)
         if width is not None:
             widths[name] = width
             labels[name], unread = age_labels(labels[name], width)
-            _warn_of_labels("I39", f"of {column!r} without an age became [NO_AGE]", unread)
+            _warn_of_labels("I39", f"of {column!r} in no class of ages became [NO_AGE]", unread)
     return named, labels, widths
 
 
-def _match(source: Source, given: Vocabulary | None, request: Request) -> GeneMatch:
-    """Match the columns to genes by name."""
-    var, key = source.adata.var, request.gene_key
+def named_columns(var: pd.DataFrame, key: str | None) -> np.ndarray:
+    """Return the name of the gene in each column (n_vars,), from var_names or a column of var; None for an empty one of these."""
     if key is not None and key not in var.columns:
         there = ", ".join(map(repr, var.columns)) or "none"
         raise ScbinInputError("A06", f"{key!r} is not a column of adata.var. Available: {there}.")
-    names = clean_names(var.index if key is None else var[key].astype(object), key)
-    return match_genes(names, given, used=source.used)
+    return clean_names(var.index if key is None else var[key].astype(object), key)
 
 
 def _fit(
@@ -316,6 +327,7 @@ def _fit(
     fitted = encoding.fit(cells, request.rule, fine)
     kept = fitted.pop("genes")
     match = match.onto(kept)
+    layout: Layout = "scbin" if encoding.position_is_gene else fine.layout
     vocabulary = Vocabulary.build(
         request.encoding,
         match.genes,
@@ -323,8 +335,8 @@ def _fit(
         age_groups=widths,
         gene_shares=cells.shares(kept),
         max_length=fine.max_length,
-        layout="scbin" if encoding.position_is_gene else fine.layout,
-        depth=fine.depth if fine.depth is not None else reading.counted and fine.layout == "scbin",
+        layout=layout,
+        depth=fine.depth if fine.depth is not None else reading.counted and layout == "scbin",
         **fitted,
     )
     return vocabulary, match
@@ -332,12 +344,18 @@ def _fit(
 
 def _marked_genes(var: pd.DataFrame, mask_var: str, match: GeneMatch) -> np.ndarray:
     """Return the genes that a boolean column of var marks."""
-    columns = [c for c in var.columns if pd.api.types.is_bool_dtype(var[c]) and (match.columns[var[c]] >= 0).any()]
-    if mask_var not in columns:
-        there = ", ".join(map(repr, columns)) or "none"
+    marks = {name: marks_of(var, name) for name in var.columns if pd.api.types.is_bool_dtype(var[name])}
+    marking = [name for name, marked in marks.items() if (match.columns[marked] >= 0).any()]
+    if mask_var not in marking:
+        there = ", ".join(map(repr, marking)) or "none"
         raise ScbinInputError("A06", f"{mask_var!r} is not a boolean column of var. Available: {there}.")
-    genes = match.columns[var[mask_var]]
+    genes = match.columns[marks[mask_var]]
     return np.unique(genes[genes >= 0])
+
+
+def marks_of(var: pd.DataFrame, name: str) -> np.ndarray:
+    """Return which genes a boolean column of var marks (n_vars,); what is missing does not."""
+    return var[name].fillna(False).to_numpy(dtype=bool)
 
 
 def _warn_of_values(

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from scbin import _docs, _keys
 from scbin._adata import check_adata, check_writable, copied, write_tokens, write_uns
 from scbin._arguments import checked
-from scbin._errors import ScbinInputError, ScbinInputWarning, count
+from scbin._errors import ScbinError, ScbinInputError, ScbinInputWarning, count
 from scbin.io.corpus import is_paths
 from scbin.pp._files import tokenize_files
 from scbin.pp._plan import Request, prepare, warn_without_tokens
@@ -93,8 +93,8 @@ def tokenize(
     tokenization
         Further options, see :class:`scbin.Tokenization`.
     key_added
-        Name in `obsm` instead of `"X_tokens"`, which is also appended to the names in `obs` and `uns`. Pass it to other functions
-        as `tokens_key=`.
+        Name in `obsm` instead of `"X_tokens"`, which is also appended to the names of the vocabulary in `obs` and `uns`;
+        `obs["scbin_status"]` is that of the last call. Pass it to other functions as `tokens_key=`.
     workers
         Number of processes that tokenize files in parallel.
     client
@@ -140,9 +140,8 @@ def tokenize(
     if not isinstance(adata, AnnData):
         return tokenize_files(adata, out, key, asked, workers, client)
     plan = prepare(adata, asked)
-    none = sparse.csr_matrix((0, plan.vocabulary.n_positions), dtype=plan.vocabulary.dtype)
     blocks = tqdm(plan.encode(), desc="tokenizing", unit="block", disable=None)  # a bar in terminals
-    tokens = sparse.vstack([none, *blocks], format="csr")
+    tokens = sparse.vstack(list(blocks), format="csr")
     status, record = plan.finish()
     warn_without_tokens(status)
     target = copied(adata) if copy else adata
@@ -160,7 +159,7 @@ def tokenize(
 def check(adata: AnnData, *, quiet: bool = False, **arguments: Any) -> pd.DataFrame:
     """Check an AnnData, and print what :func:`scbin.pp.tokenize` would do with it.
 
-    Call it first on new data. Nothing is changed, and errors are rows of the table.
+    Call it first on new data. Nothing is changed, and errors of the data are rows of the table.
 
     Parameters
     ----------
@@ -193,7 +192,7 @@ def check(adata: AnnData, *, quiet: bool = False, **arguments: Any) -> pd.DataFr
             status, record = plan.finish()
             warn_without_tokens(status)
             rows += [("ok", "", line) for line in (*plan.lines(n_tokens, record), repr(plan.vocabulary))]
-        except ScbinInputError as error:
+        except ScbinError as error:
             rows.append(("error", error.code, error.message))
     found = [w.message for w in caught if isinstance(w.message, ScbinInputWarning)]
     table = pd.DataFrame(rows + [("warning", w.code, w.message) for w in found], columns=["kind", "code", "finding"])

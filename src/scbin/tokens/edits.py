@@ -187,7 +187,8 @@ def _edit_ranks(rows: GeneRows, edit: Edit, cells: np.ndarray, genes: np.ndarray
     vocabulary, first = rows.vocabulary, rows.vocabulary.first_gene_position
     at, _ = rows.find(cells[:, None], genes)
     there, n = at >= 0, rows.n_genes[cells]
-    rank = np.where(there, rows.tokens.indices[at].astype(np.int64) - first, -1)  # (pairs, m)
+    places = rows.tokens.indices if rows.tokens.nnz else np.zeros(1, dtype=np.int32)
+    rank = np.where(there, places[at].astype(np.int64) - first, -1)  # (pairs, m)
     target, moved = _targets(edit, rank, there, n[:, None])
     n_final = n - there.sum(axis=1) + moved.sum(axis=1)
     n_cut = np.maximum(0, first + n_final + (END in vocabulary.specials) - vocabulary.max_length)

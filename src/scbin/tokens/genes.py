@@ -30,9 +30,9 @@ class GeneMatch:
 
     def onto(self, kept: np.ndarray) -> GeneMatch:
         """Return the match renumbered by the genes that were chosen."""
-        place = np.full(len(self.genes), -1, dtype=np.int32)
+        place = np.full(len(self.genes) + 1, -1, dtype=np.int32)
         place[kept] = np.arange(len(kept))
-        columns = np.where(self.columns >= 0, place[self.columns], self.columns)
+        columns = np.where(self.columns >= 0, place[np.maximum(self.columns, -1)], self.columns)
         return GeneMatch(columns, tuple(self.genes[k] for k in kept), self.repeated)
 
 
@@ -74,11 +74,14 @@ def match_genes(names: np.ndarray, vocabulary: Vocabulary | None = None, used: n
 
 
 def find_genes(names: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-    """Return the gene that each name means to a vocabulary, by its own names or their aliases; -1 for none."""
+    """Return the gene that each name means to a vocabulary, by its own names or their aliases; -1 for none.
+
+    Letter case matters: `Gapdh` is a gene of the mouse. Aliases are in upper case, in symbols of people only "orf" is not.
+    """
     index, aliases = pd.Index(vocabulary.genes, dtype=object), vocabulary.aliases
     found = index.get_indexer(names)
-    if aliases:  # their keys are in upper case
-        other = [aliases.get(n, aliases.get(n.upper())) if n else None for n in names[found < 0]]
+    if aliases:
+        other = [aliases.get(n, aliases.get(n.replace("orf", "ORF"))) if n else None for n in names[found < 0]]
         found[found < 0] = index.get_indexer(other)
     return found
 

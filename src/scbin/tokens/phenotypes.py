@@ -20,22 +20,22 @@ MOST_NUMBERS, FEW_NUMBERS, FEW_CELLS = 200, 20, 5
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
 
 
-def labels_of(column: pd.Series, name: str) -> np.ndarray:
+def labels_of(column: pd.Series, name: str, *, numbers: bool = False) -> np.ndarray:
     """Return the labels of a column as text (cells,), None where the label is missing.
 
     Names, never codes, so unused categories do not matter; 1 and 1.0 are both "1". Missing are NaN and what `text_of`
-    says. Numbers with fractions, of more than 200 kinds, or of many for few cells are refused: they are measurements. Text and
-    categories may be numbers, but not with fractions and of so many kinds.
+    says. Unless `numbers` are asked for, those with fractions, of more than 200 kinds, or of many for few cells are refused: they are
+    measurements. Text and categories may be numbers, but not with fractions and of so many kinds.
     """
     codes, distinct = pd.factorize(column.astype(object).to_numpy(dtype=object), use_na_sentinel=True)
     texts = np.array([text_of(value) for value in distinct] + [None], dtype=object)
-    numbers = pd.to_numeric(pd.Series(texts).dropna(), errors="coerce").to_numpy(dtype=np.float64)
-    if len(numbers) and np.isfinite(numbers).all() and not pd.api.types.is_bool_dtype(column.dtype):
-        many = len(numbers) > MOST_NUMBERS or FEW_NUMBERS < len(numbers) > (codes >= 0).sum() / FEW_CELLS
-        fractions = bool((numbers != np.rint(numbers)).any())
+    found = pd.to_numeric(pd.Series(texts).dropna(), errors="coerce").to_numpy(dtype=np.float64)
+    if not numbers and len(found) and np.isfinite(found).all() and not pd.api.types.is_bool_dtype(column.dtype):
+        many = len(found) > MOST_NUMBERS or FEW_NUMBERS < len(found) > (codes >= 0).sum() / FEW_CELLS
+        fractions = bool((found != np.rint(found)).any())
         if (many or fractions) if pd.api.types.is_numeric_dtype(column.dtype) else (many and fractions):
-            found = f"{name!r} looks continuous ({count(len(numbers), 'different number')})"
-            raise ScbinInputError("I42", f"{found}. Cut it into categories (pandas.cut), or use regression.")
+            what = f"{name!r} looks continuous ({count(len(found), 'different number')})"
+            raise ScbinInputError("I42", f"{what}. Cut it into categories (pandas.cut), or use regression.")
     return texts[codes]
 
 
@@ -100,8 +100,8 @@ def age_group(years: float | None, width: int) -> str | None:
 
 
 def age_labels(labels: np.ndarray, width: int) -> tuple[np.ndarray, Counter[str]]:
-    """Return the age classes of labels, and the labels that name no age with their counts."""
+    """Return the age classes of labels, and the labels that are in none with their counts."""
     years = {text: age_in_years(text) for text in set(labels) - {None}}
     groups = {text: age_group(age, width) for text, age in years.items()}
     found = np.array([groups.get(text) for text in labels], dtype=object)
-    return found, Counter(text for text in labels if text is not None and years[text] is None)
+    return found, Counter(text for text in labels if text is not None and groups[text] is None)

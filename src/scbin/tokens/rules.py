@@ -67,6 +67,8 @@ class Tokenization:
         check_fields(self)
         if self.n_bins < 1:
             raise ScbinInputError("A02", f"n_bins is {self.n_bins}; at least one bin is needed.")
+        if self.max_length is not None and self.max_length < 1:
+            raise ScbinInputError("A02", f"max_length is {self.max_length}; a row has at least one token.")
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Bins:
     def __post_init__(self) -> None:
         check_fields(self)
         edges = np.asarray(self.edges, dtype=np.float64)
+        object.__setattr__(self, "edges", tuple(edges.ravel().tolist()))
         rise = 0 < len(edges) <= MOST_BINS and np.isfinite(edges).all() and (np.diff(edges) > 0).all()
         if not rise or (self.per != "cell" and edges[0] <= 0):  # 0, not expressed, must stay below all edges
             need = f"1 to {MOST_BINS:,} finite numbers above 0 that increase"
@@ -197,7 +200,7 @@ def make_bins(rule: Bins | Sequence[float] | str, n_bins: int, zeros: Zeros) -> 
     made |= {"polygene": Bins.polygene(), "perturbgene": Bins.perturbgene()}
     if rule not in get_args(Rule):
         known = ", ".join(map(repr, get_args(Rule)))
-        raise ScbinInputError("A02", f"rule is {rule!r}; choose one of {known}, a list of edges, or a scbin Bins.")
+        raise ScbinInputError("A02", f"rule is {rule!r}; choose one of {known}, or a list of edges.")
     return made.get(rule, rule)
 
 
