@@ -36,7 +36,7 @@ VERBS = {
     "evaluate": Verb("tl.evaluate", "score predictions and simple baselines", out="file for the table, csv"),
     "perturb": Verb("tl.perturb", "edit genes and measure how cells move", out="file for the results", skip=("copy",)),
     "generate": Verb("tl.generate", "generate cells of a type", "", "file for the cells", ("like",)),
-    "plot": Verb("pl.", "plot a result: scbin plot embedding cells.h5ad", "cells", "file, png or pdf", ("ax", "made")),
+    "plot": Verb("pl.", "plot a result: scbin plot embedding cells.h5ad", "cells", "file, png or pdf", ("ax",)),
     "quickstart": Verb("cli.quickstart", "all of it on 700 blood cells that come with scanpy (a few minutes)", ""),
 }
 
@@ -79,6 +79,8 @@ def _fill(parser: Parser, verb: Verb) -> None:
     if verb.function == "pl.":
         pictures = parser.add_subcommands(dest="picture", title="pictures")
         for name in importlib.import_module("scbin.pl").__all__:
+            if name == "generated":  # which draws two files
+                continue
             pictures.add_subcommand(name, sub := Parser())
             _fill(sub, verb._replace(function=f"pl.{name}"))
         return
@@ -125,7 +127,8 @@ def run(verb: Verb, given: dict[str, Any]) -> None:
         data = corpus.read_cells(paths[0]) if in_memory else corpus.open_cells(paths[0], given.get("layer"))
     result = _function(verb)(*([data] if verb.reads else []), **given)
     if verb.function.startswith("pl."):
-        result.figure.savefig(out or f"{verb.function[3:]}.png", dpi=150, bbox_inches="tight")
+        axes = result[0] if isinstance(result, list) else result
+        axes.figure.savefig(out or f"{verb.function[3:]}.png", dpi=150, bbox_inches="tight")
     elif hasattr(result, "save"):
         if os.environ.get("RANK", "0") == "0":
             result.save(out, overwrite=True)
@@ -133,7 +136,7 @@ def run(verb: Verb, given: dict[str, Any]) -> None:
         print(result.to_string(index=False)) if out is None else result.to_csv(out, index=False)
     elif out is not None:
         corpus.write_cells(Path(out), data if result is None else result)
-    for path in result if isinstance(result, list) else ():
+    for path in result if isinstance(result, list) and verb.function == "pp.tokenize" else ():
         print(path)
 
 

@@ -287,8 +287,8 @@ class FileTokens:
 def open_tokens(paths: Paths, *, tokens_key: str | None = None) -> FileTokens:
     """Open AnnData files with tokens as one corpus, without reading the tokens into memory.
 
-    Every verb that takes tokenized cells in memory takes a corpus too, and the paths themselves:
-    `scbin.tl.pretrain("corpus/shard_{0..46}.h5ad")`.
+    `tl.pretrain`, `tl.finetune`, `tl.embed` and `tl.predict` take a corpus, or the paths themselves, as in
+    `scbin.tl.pretrain("corpus/shard_{0..46}.h5ad")`; `tl.evaluate` and `tl.perturb` read it into memory.
 
     Parameters
     ----------

@@ -120,7 +120,13 @@ class Joined(Source):
             var[request.gene_key] = first["gene"]
         if "marked" in whole:
             var[request.mask_var] = whole["marked"].eq(True).groupby(places).any().to_numpy()
-        parts: Any = {"uns": uns, "layers": {}, "isbacked": True, "obs": pd.concat(labels, ignore_index=True), "var": var}
+        parts: Any = {
+            "uns": uns,
+            "layers": {},
+            "isbacked": True,
+            "obs": pd.concat(labels, ignore_index=True),
+            "var": var,
+        }
         shape = {"n_obs": int(self.bounds[-1]), "n_vars": len(var), "obs_names": self, "var_names": var.index}
         super().__init__(SimpleNamespace(**parts, **shape), request.layer)
 

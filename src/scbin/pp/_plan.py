@@ -171,7 +171,9 @@ class Plan:
             self.seen.append(seen)
             yield tokens
         if not self.seen:
-            yield self.vocabulary.matrix(np.zeros(0, self.vocabulary.dtype), np.zeros(0, np.int32), np.zeros(1, np.int64))
+            yield self.vocabulary.matrix(
+                np.zeros(0, self.vocabulary.dtype), np.zeros(0, np.int32), np.zeros(1, np.int64)
+            )
 
     def finish(self) -> tuple[pd.Categorical, dict[str, Any]]:
         """Return the status of each cell and the record of the run when all rows are encoded; warn of what is missing."""

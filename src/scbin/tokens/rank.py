@@ -27,7 +27,9 @@ class RankEncoding(Encoding):
     def fit(self, cells: Cells, rule: Any, asked: Tokenization) -> dict[str, Any]:
         """Take every gene that a cell expresses, with its median."""
         if rule is not None or cells.marked is not None:
-            raise ScbinInputError("A03", 'encoding="rank" takes all expressed genes, by rank: leave out rule= and mask_var=.')
+            raise ScbinInputError(
+                "A03", 'encoding="rank" takes all expressed genes, by rank: leave out rule= and mask_var=.'
+            )
         medians = gene_medians(cells)
         kept = np.flatnonzero(medians > 0)
         if not len(kept):
