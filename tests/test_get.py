@@ -95,7 +95,7 @@ def adata():
         index=[f"c{i}" for i in range(8)],
     )
     adata = ad.AnnData(np.ones((8, 2)), obs=obs)
-    p = np.tile([0.6, 0.4], (8, 1))
+    p = np.where((obs["scbin_cell_type"] == "B").to_numpy()[:, None], [0.4, 0.6], [0.6, 0.4])
     p[6] = np.nan
     adata.obsm["scbin_cell_type_probability"] = p
     return adata

@@ -83,6 +83,8 @@ def _fitting(name: str, value: Any, annotation: str, scope: Mapping[str, Any]) -
             choices += get_args(scope[part])
         else:
             return value
+    if name == "seed" and isinstance(value, int) and value < 0:
+        raise ScbinInputError("A02", f"seed is {value}; a seed is at least 0.")
     is_kind = any(isinstance(value, _PLAIN[kind][0]) and (kind == "bool" or type(value) is not bool) for kind in kinds)
     if is_kind or any(type(value) is type(choice) and value == choice for choice in choices):
         return value

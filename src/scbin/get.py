@@ -297,6 +297,26 @@ def read_truth(adata: AnnData, target: str, record: Record, truth_key: str | Non
     return true_values(read_obs(adata, truth_key), target, record.kind, record.classes, record.age_groups)
 
 
+def read_probabilities(adata: AnnData, record: Record) -> np.ndarray | None:
+    """Return the probability of each class of the record for each cell (cells, classes), `None` where there is none.
+
+    Which column is which class is in `uns`. Where that was lost, the predicted classes must be the most probable ones.
+    """
+    slot = f"{record.column}_probability"
+    if slot not in adata.obsm:
+        return None
+    stored = np.asarray(adata.obsm[slot], dtype=np.float64)
+    fits = stored.shape[1] == len(record.classes)
+    if fits and record.model is None and record.column in adata.obs:
+        own = codes_of(adata.obs[record.column].astype(str), record.classes)
+        known = np.flatnonzero(np.isfinite(own) & np.isfinite(stored).all(axis=1))
+        fits = bool((stored[known, own[known].astype(int)] >= stored[known].max(axis=1, initial=0) - 1e-3).all())
+    if not fits:
+        found = f"which class is which column of adata.obsm[{slot!r}] is not known: adata.uns was lost, as in anndata.concat"
+        raise ScbinInputError("A06", f"{found}. Keep it with uns_merge='same', or call scbin.tl.predict again.")
+    return stored
+
+
 @dataclass(frozen=True, eq=False)
 class Predicted:
     """Predictions of one target for the cells whose truth is known, in the order of the rows.
@@ -332,9 +352,9 @@ def read_predicted(adata: AnnData, target: str, *, truth_key: str | None = None,
     if true.kind == "number":
         return Predicted(target, "number", rows, true.values[rows], numbers_of(given)[rows])
     predicted = pd.Index(true.classes, dtype=object).get_indexer(given.iloc[rows].astype(str))
-    probability, slot = None, f"{record.column}_probability"
-    if slot in adata.obsm:
-        stored = np.asarray(adata.obsm[slot], dtype=np.float64)[rows]
+    probability = read_probabilities(adata, record)
+    if probability is not None:
+        stored = probability[rows]
         probability = np.pad(stored, ((0, 0), (0, len(true.classes) - stored.shape[1])))
         probability[np.isnan(stored).any(axis=1)] = np.nan
     return Predicted(target, "class", rows, true.codes(rows), predicted, true.classes, probability)
@@ -471,6 +491,14 @@ class Screen:
         """Return the features of targets by block (targets, d), NaN where there are none."""
         at = pd.Index(self.names).get_indexer(list(names))
         return {key: np.where((at >= 0)[:, None], block[at], np.nan) for key, block in self.features.items()}
+
+
+def check_genes(screen: Screen, adata: AnnData) -> None:
+    """Raise where the genes of an AnnData are not those that a screen was fitted on, in their order."""
+    if list(screen.genes) != list(adata.var_names.astype(str)):
+        raise ScbinInputError(
+            "A03", "genes are not those of the fit, in their order. Call scbin.tl.fit_perturbations again."
+        )
 
 
 def read_screen(adata: AnnData) -> Screen:

@@ -46,6 +46,17 @@ def texts(labels):
     return [label.get_text() for label in labels]
 
 
+def test_the_truth_of_predictions_under_another_name(adata):
+    cells = adata.copy()
+    cells.obs["mine"] = cells.obs["scbin_cell_type"]
+    cells.obsm["mine_probability"] = cells.obsm["scbin_cell_type_probability"]
+    entry = {"column": "mine", "asked": "cell_type", "classes": list(cells.obs["mine"].cat.categories)}
+    cells.uns["scbin"] = {"predict": json.dumps({"mine": entry})}
+    assert prediction(cells, "mine").get_ylabel() == "Cells by cell_type"
+    del cells.obs["cell_type"]
+    assert prediction(cells, "mine").get_ylabel() == "Cells by mine"
+
+
 @pytest.mark.parametrize("name", PLOTS)
 @pytest.mark.parametrize("n_classes", [2, 4, 20])
 def test_every_plot_draws(name, n_classes):

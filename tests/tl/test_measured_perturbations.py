@@ -371,8 +371,11 @@ def test_a_left_out_perturbation_does_not_leak(fitted):
 
 
 def test_cells_that_are_not_those_of_the_fit(fitted):
-    with pytest.raises(ScbinInputError, match="A03"):
-        scbin.tl.evaluate_perturbations(fitted[:, :50].copy())
+    for other in (fitted[:, :50].copy(), fitted[:, ::-1].copy()):
+        with pytest.raises(ScbinInputError, match="A03.*genes are not those of the fit"):
+            scbin.tl.evaluate_perturbations(other)
+        with pytest.raises(ScbinInputError, match="A03.*genes are not those of the fit"):
+            scbin.tl.predict_perturbations(other, None, ["GENE1"], n_cells=5)
     with pytest.raises(ScbinInputError, match=r"A06.*fit_perturbations"):
         scbin.tl.evaluate_perturbations(screen())
 

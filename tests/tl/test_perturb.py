@@ -270,6 +270,9 @@ def test_pairs(cells):
     assert row["combined_minus_sum_ci_low"] < row["combined_minus_sum"] < row["combined_minus_sum_ci_high"]
     scbin.tl.perturb(adata, model, genes=[("GENE1", "GENE2"), ("GENE2", "GENE3")], **QUIET)
     assert table(adata)[0]["shift"].tolist() == pytest.approx([pairs.iloc[0], pairs.iloc[2]])
+    assert "scbin_shift" not in adata.layers  # of the call before
+    scbin.tl.perturb(adata, model, genes=["GENE1", "GENE2"], combine=2, **QUIET)  # one pair is a table of pairs, too
+    assert table(adata)[0].set_index("gene").loc["GENE1,GENE2", "combined_minus_sum"] == row["combined_minus_sum"]
 
 
 # ---- the screen -----------------------------------------------------------------------------------------------------

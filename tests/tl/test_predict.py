@@ -53,6 +53,35 @@ def test_predictions_are_written_and_survive_files(tuned, untouched, tmp_path):
     assert record["model"] == model.fingerprint and record["classes"] == ["B cell", "T cell", "monocyte"]
 
 
+def test_columns_of_probabilities_are_those_of_their_classes(tuned):
+    adata, model = tuned[0].copy(), tuned[1]
+    scbin.tl.predict(adata, model, **HOW)
+    whole = read_predicted(adata, "cell_type")
+    del adata.uns["scbin"]["predict"]  # as joining loses it
+    np.testing.assert_array_equal(read_predicted(adata, "cell_type").probability, whole.probability)
+    turned, fewer = adata.copy(), adata[adata.obs["scbin_cell_type"] != "B cell"].copy()
+    turned.obs["scbin_cell_type"] = turned.obs["scbin_cell_type"].cat.reorder_categories(whole.classes[::-1])
+    fewer.obs["scbin_cell_type"] = fewer.obs["scbin_cell_type"].cat.remove_unused_categories()
+    for cells in (turned, fewer):
+        for read in (read_predicted, lambda *given: scbin.tl.roll_up(*given, {"T cell": "lymphocyte"})):
+            with pytest.raises(ScbinInputError, match="A06.*uns was lost"):
+                read(cells, "cell_type")
+
+
+def test_no_column_that_means_something_else_is_replaced(tuned):
+    adata = tuned[0].copy()
+    adata.obs["status"] = adata.obs["cell_type"].astype(str)
+    model = scbin.tl.finetune(adata, tuned[1], target="status", max_steps=0, **HOW)
+    before = adata.obs["scbin_status"].copy()
+    for verb in (scbin.tl.predict, scbin.tl.evaluate):
+        with pytest.raises(ScbinInputError, match="A04.*scbin_status"):
+            verb(adata, model, target="status", **HOW)
+    pd.testing.assert_series_equal(adata.obs["scbin_status"], before)
+    for call in (lambda: scbin.tl.split(adata, seed=-1), lambda: scbin.tl.evaluate(adata, model, seed=-1)):
+        with pytest.raises(ScbinInputError, match="A02.*seed is -1"):
+            call()
+
+
 def test_a_saved_model_predicts_the_same_and_cells_alone_too(tuned, tmp_path):
     adata, model = tuned[0].copy(), tuned[1]
     model.save(tmp_path / "m")

@@ -49,6 +49,9 @@ def test_optuna_keeps_the_trials(trained, tried, tmp_path):
     how = {**HOW, "space": space, "n_trials": 4, "storage": f"sqlite:///{tmp_path}/s.db"}
     counts = [len(scbin.tl.search(trained[0].copy(), trained[1], **how).trials) for _ in range(2)]
     assert counts == [4, 8]
+    trials = scbin.tl.search(trained[0].copy(), trained[1], **how).trials
+    assert trials["learning_rate"].nunique() == len(trials) == 12  # no trial is made twice
+    assert len(scbin.tl.search(trained[0].copy(), trained[1], **{**how, "target": "sex"}).trials) == 4  # another search
 
 
 def test_where_settings_go():

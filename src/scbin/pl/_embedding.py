@@ -206,6 +206,8 @@ def generated(
     'ringed cells are generated'
     """
     parts = [read_embedding(check_adata(cells), basis) for cells in (adata, made)]
+    if parts[0].shape[1] != parts[1].shape[1]:
+        raise ScbinInputError("A03", f"obsm[{basis!r}] of real and generated cells are of different models.")
     matrix = np.concatenate(parts)
     cells = AnnData(np.zeros((len(matrix), 1), dtype=np.float32))
     cells.obsm["X_umap"] = matrix if matrix.shape[1] == 2 else compute_umap(matrix)

@@ -9,7 +9,7 @@ import numpy as np
 
 from scbin import _docs
 from scbin._errors import ScbinInputError
-from scbin.get import Cells, read_predicted
+from scbin.get import Cells, read_predicted, recorded
 from scbin.pl import _style
 
 if TYPE_CHECKING:
@@ -164,7 +164,9 @@ def prediction(
     >>> scbin.pl.prediction(adata, "cell_type").get_ylabel()
     'Cells by cell_type'
     """
-    key = truth_key or (target if target in adata.obs else f"scbin_{target}")
+    record = recorded(adata, target)
+    names = [target] if target != record.column else []
+    key = truth_key or next((name for name in [*names, record.asked] if name in adata.obs), record.column)
     found = _read(adata, target, key, cells)
     truth, predicted, probability = found.truth, found.predicted, found.probability
     likely = np.flatnonzero(probability.max(axis=0) >= 0.05)

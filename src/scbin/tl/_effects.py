@@ -238,7 +238,10 @@ class Measure:
         self.means: Any = None  # mean vector of each state (states, size)
         self.expected: Any = None  # direction of each state that a cell's own label alone makes (rows, states, size)
         if states is not None and self.phenotype is not None:
-            values = record_of(model, states.key).classes
+            record = record_of(model, states.key)
+            if record.kind != "class":
+                raise ScbinInputError("A03", f"{states.key!r} is a number; level='phenotype' is for classes.")
+            values = record.classes
             if states.goal not in (None, *values):
                 told = f"{states.goal!r} is not a value of {states.key!r}. Available: {values[:9]}."
                 raise ScbinInputError("A06", told)

@@ -116,7 +116,8 @@ def embed(
         own: Any = network.vector
         number = layer_number(own.layer if layer is None else layer, backbone.n_layers)
         how_pooled = pooling or getattr(own, "pooling", None) or "weighted"
-        network = CellNetwork(backbone, PooledVector(chosen.vocabulary, backbone.hidden_size, how_pooled, layer=number))
+        pooled = PooledVector(chosen.vocabulary, backbone.hidden_size, how_pooled, layer=number)
+        network = CellNetwork(backbone, pooled).train(network.training)
     vectors = corrected(network, embed_tokens(network, shown, **how), adata, chosen.training.get("batch_key"))
 
     target = adata_of(tokens) if in_adata is None else copied(in_adata) if copy else in_adata

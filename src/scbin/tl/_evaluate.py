@@ -24,7 +24,7 @@ from scbin.tl._gene_vectors import fixed_gene_vectors, mean_gene_vectors
 from scbin.tl._labels import MaskedPhenotypes, balanced_weights, gene_labels
 from scbin.tl._masked_genes import score_masked_genes
 from scbin.tl._metrics import class_scores, number_scores
-from scbin.tl._predict import predictable, predictions, record_of, write_predictions
+from scbin.tl._predict import check_free, predictable, predictions, record_of, write_predictions
 from scbin.tl._probe import Scaler, fit_probe, fitted_temperature, log_expression, some_of
 from scbin.tl._split import folds_of, read_split, warn_of_leakage
 
@@ -90,7 +90,7 @@ def evaluate(
         others. Default: `"scbin_split"`. With a column of donors or batches, baselines are cross-validated by donor; without any
         split, over cells.
     baselines
-        Whether to run the baselines.
+        Whether to run the baselines of classes and numbers of cells. Those of genes are always there.
     {tokens_key}
     {device}
     {token_budget}
@@ -137,6 +137,7 @@ def evaluate(
     name, record = names[0], record_of(chosen, names[0])
     if len(names) != 1 or record.kind == "gene":
         raise ScbinInputError("A02", f"name one target of cells with target=: {', '.join(names)}, or 'genes'.")
+    check_free([record.column])
     truth = read_truth(adata, name, record, truth_key)
     codes = np.nan_to_num(truth.values) * bool(truth.classes)
     fold = plan_folds(truth.known, codes, split, split_key, seed=seed)

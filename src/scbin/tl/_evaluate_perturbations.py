@@ -11,7 +11,7 @@ from scbin import _docs, _keys
 from scbin._adata import check_adata, copied, write_entry
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError
-from scbin.get import Screen, read_screen
+from scbin.get import Screen, check_genes, read_screen
 from scbin.tl import _responses as responses
 from scbin.tl._fit_perturbations import FEWEST_SINGLES
 from scbin.tl._responses import own_genes, read_cells, targets_of
@@ -73,8 +73,9 @@ def evaluate_perturbations(
     """
     screen = read_screen(check_adata(adata))
     cells = read_cells(adata, screen.params, screen.names)
-    if list(cells.names) != list(screen.table["perturbation"]) or len(screen.genes) != adata.n_vars:
-        raise ScbinInputError("A03", "cells or genes are not those of the fit. Call scbin.tl.fit_perturbations again.")
+    check_genes(screen, adata)
+    if list(cells.names) != list(screen.table["perturbation"]):
+        raise ScbinInputError("A03", "cells are not those of the fit. Call scbin.tl.fit_perturbations again.")
     table = screen.table[(screen.table["status"] == "measured").to_numpy()]
     sides = None if split is None else _sides(split, screen, list(table["perturbation"]))
     sums = responses.sum_cells(cells.values, cells.group, cells.stratum, cells.donor, int(screen.params["seed"]))

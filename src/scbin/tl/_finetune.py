@@ -135,7 +135,7 @@ def finetune(
     `adata.uns["scbin"]["finetune"]`
         How the model was made and its held-out losses, as JSON.
     `adata.uns["scbin"]["finetune_history"]`
-        Losses of every step, as a `DataFrame`, if there was training.
+        Losses of every step, as a `DataFrame`; empty if there was no training.
 
     Raises
     ------

@@ -108,6 +108,10 @@ def fit_perturbations(
     user = _user_features(adata, features)
     cells = read_cells(adata, params, [] if user is None else user.index)
     genes = np.asarray(adata.var_names.astype(str), dtype=object)
+    if not adata.var_names.is_unique:
+        raise ScbinInputError(
+            "A03", "names of genes occur twice in var_names. Call adata.var_names_make_unique() first."
+        )
     sums = sum_cells(cells.values, cells.group, cells.stratum, cells.donor, seed)
     table = _table(cells, sums, genes, min_cells, seed)
     measured = table["status"] == "measured"

@@ -301,6 +301,8 @@ def gene_association(
         table["n"], table["n_reference"] = map(len, units)
         table["unit"] = "cell" if donor_key is None else "paired donor" if paired else "donor"
         tables.append(table.sort_values("log_fold_change", ascending=False, kind="stable"))
+    if not tables:
+        raise ScbinInputError("A03", f"there is no group to compare with {reference!r}; name others with groups=.")
     return pd.concat(tables, ignore_index=True)
 
 

@@ -271,7 +271,8 @@ def impute(
         raise ScbinInputError("A06", "none of the genes to impute is a column of adata.")
     asked = asked[np.argsort(names.columns[asked], kind="stable")]
     options = {"device": device, "token_budget": token_budget, "progress": progress}
-    vectors, blocks = embed_tokens(chosen.network, MaskedPhenotypes(tokens), **options), []
+    vectors = embed_tokens(chosen.network, MaskedPhenotypes(tokens), **options)
+    blocks = [sparse.csr_matrix((0, adata.n_vars), dtype=np.float32)]
     for start in range(0, tokens.n_cells, CELLS_AT_ONCE):
         rows = tokens.take(np.arange(start, min(start + CELLS_AT_ONCE, tokens.n_cells)))
         values = token_expression(rows, vocabulary).toarray()

@@ -192,7 +192,8 @@ def perturb(
             table = affected_genes(effects, level, judged)
         else:
             effects.run(method, verify)
-            alone = _alone(effects) if level == "cell" and plan.sets.shape[1] == 2 and not together else None
+            pairs = level == "cell" and plan.sets.shape[1] == 2 and (combine == 2 or not together)
+            alone = _alone(effects) if pairs else None
             table = _table(effects, alone, judged)
     if ends is not None and permuted is not None:
         _permute(table, effects, ends, permuted, number)
@@ -200,14 +201,17 @@ def perturb(
     about |= {"alternatives": [] if ends is None else list(ends.alternatives), "level": level}
     about |= {"method": "screen" if effects.screened else "exact", "donor_key": judged.donor_key, "seed": judged.seed}
     about |= {"model": chosen.fingerprint, "n_edits": len(plan.cells), "n_cells": len(np.unique(plan.cells))}
+    shifts = vectors = None
     if plan.sets.shape[1] == 1 and not of_genes:
         columns = named.columns[plan.genes[:, 0]]
         values = np.where(columns >= 0, effects.values[:, 0], np.nan)
-        write(adata, "layers", layer, _stored(values, plan.cells, np.maximum(columns, 0), adata.shape))
-    if effects.after is not None:
+        shifts = _stored(values, plan.cells, np.maximum(columns, 0), adata.shape)
+    if together and effects.after is not None:
         vectors = np.full((adata.n_obs, effects.after.shape[1]), np.nan, dtype=np.float32)
         vectors[plan.cells] = effects.after
-        write(adata, "obsm", obsm, corrected(chosen.network, vectors, adata, chosen.training.get("batch_key")))
+        vectors = corrected(chosen.network, vectors, adata, chosen.training.get("batch_key"))
+    write(adata, "layers", layer, shifts)  # those of an earlier call are taken away
+    write(adata, "obsm", obsm, vectors)
     write_entry(adata, slot, asdict(edit) | about, table=table)
     return adata if copy else None
 

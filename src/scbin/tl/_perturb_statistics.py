@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -208,7 +209,9 @@ def permuted_means(
     own = ((here - is_start) / np.maximum(size - 1, 1))[:, :, None] * (total - sums)[:, None]
     expected = np.full((len(labels), len(vectors), every.shape[1]), np.nan)
     expected[known] = means(rest + own + is_start[:, None] * sums[:, None])[sample]
-    labellings = np.exp(special.gammaln(n_of.sum(axis=1) + 1).sum() - special.gammaln(n_of + 1).sum())
+    labellings = math.exp(
+        min(700.0, special.gammaln(n_of.sum(axis=1) + 1).sum() - special.gammaln(n_of + 1).sum())
+    )  # beyond, all the same
     return result, expected[labels == 1], float(labellings)
 
 

@@ -17,7 +17,7 @@ from scbin import _docs, _keys
 from scbin._adata import check_adata, check_writable, copied, gene_names, read_tokens, write, write_uns
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError
-from scbin.get import Record, read_record, recorded
+from scbin.get import Record, read_probabilities, read_record, recorded
 from scbin.model import resolve_model
 from scbin.nn.labels import GeneHead, gene_outputs, label_outputs
 from scbin.nn.run import run
@@ -26,7 +26,7 @@ from scbin.tl._labels import MaskedPhenotypes
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from scbin.io.corpus import Paths
@@ -120,8 +120,7 @@ def predict(
     if key_added is not None and len(names) > 1:
         raise ScbinInputError("A03", f"key_added={key_added!r} names one slot, but {len(names)} targets are predicted.")
     keys = {name: key_added or f"scbin_{name}" for name in names}
-    if clash := {_keys.STATUS, _keys.SPLIT} & set(keys.values()):
-        raise ScbinInputError("A04", f"{min(clash)!r} already means something else; pass key_added=.")
+    check_free(keys.values())
     tokens = read_tokens(adata, chosen.vocabulary, tokens_key)
     written = adata_of(tokens) if in_adata is None else in_adata
     slots = ("obs", "obsm", "var", "varm") if isinstance(chosen.network.labels, GeneHead) else ("obs", "obsm")
@@ -276,11 +275,12 @@ def roll_up(
     ['T', 'B']
     """
     record = recorded(check_adata(adata), target)
-    slot = f"{record.column}_probability"
-    if slot not in adata.obsm or not record.classes:
-        raise ScbinInputError("A06", f"adata.obsm has no {slot!r}: predict classes first with scbin.tl.predict.")
+    probabilities = read_probabilities(adata, record)
+    if probabilities is None or not record.classes:
+        told = f"adata.obsm has no '{record.column}_probability': predict classes first with scbin.tl.predict."
+        raise ScbinInputError("A06", told)
     terms, below = classes_below(record.classes, parents)
-    of_terms = np.asarray(adata.obsm[slot], dtype=np.float64) @ below.T  # (cells, terms), NaN where a cell has none
+    of_terms = probabilities @ below.T  # (cells, terms), NaN where a cell has none
     # of terms with equally many classes the more probable one
     size = np.where(of_terms >= threshold - 1e-9, below.sum(axis=1) - of_terms / 2, np.inf)
     chosen = np.where(np.isfinite(size.min(axis=1)), size.argmin(axis=1), -1)
@@ -290,6 +290,14 @@ def roll_up(
     write(changed, "obs", f"{record.column}_rolled", rolled)
     write(changed, "obs", f"{record.column}_rolled_probability", probability.astype(np.float32))
     return changed if copy else None
+
+
+def check_free(columns: Iterable[str]) -> None:
+    """Raise where predictions would replace a column of obs that means something else."""
+    if clash := {_keys.STATUS, _keys.SPLIT} & set(columns):
+        raise ScbinInputError(
+            "A04", f"{min(clash)!r} already means something else; pass key_added= to scbin.tl.predict."
+        )
 
 
 def classes_below(classes: tuple[str, ...], parents: Mapping[str, str]) -> tuple[list[str], np.ndarray]:

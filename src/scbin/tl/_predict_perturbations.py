@@ -14,7 +14,7 @@ from scbin import _docs, _keys
 from scbin._adata import check_adata, copied, warn, write_entry
 from scbin._arguments import checked
 from scbin._errors import ScbinInputError
-from scbin.get import Screen, read_screen
+from scbin.get import Screen, check_genes, read_screen
 from scbin.model import resolve_model
 from scbin.tl._responses import (
     combine,
@@ -223,6 +223,7 @@ def _own_changes(screen: Screen, singles: pd.DataFrame, targets: list[str]) -> t
 
 def _cells(adata: AnnData, screen: Screen, asked: list[str], change: np.ndarray, n_cells: int, seed: int) -> AnnData:
     """Return predicted cells: control cells whose counts are thinned, or added to, by what the change means for the mean control."""
+    check_genes(screen, adata)
     cells = read_cells(adata, screen.params, screen.names)
     if not cells.is_counts:
         raise ScbinInputError("A03", "n_cells= needs counts, but the screen holds log1p values. Fit it with layer=.")

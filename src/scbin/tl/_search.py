@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -62,7 +64,8 @@ def search(
         A function that takes an `optuna.Trial` and returns settings by name: arguments of :func:`scbin.tl.finetune`, or fields of
         :class:`scbin.Training` and :class:`scbin.Finetuning`. Default: rate, schedule, warmup, weight decay and dropout of genes.
     storage
-        Where Optuna keeps the trials, such as `"sqlite:///search.db"`; another call adds to them.
+        Where Optuna keeps the trials, such as `"sqlite:///search.db"`; another call with the same target and settings adds
+        to them.
     {seed}
     {progress}
     **fixed
@@ -107,8 +110,9 @@ def search(
         return float(report["held_out_loss"][report["kept"]])
 
     common = {"target": target, "seed": seed, **fixed}
-    sampler = optuna.samplers.TPESampler(seed=seed)
-    study = optuna.create_study(storage=storage, study_name="scbin", sampler=sampler, load_if_exists=True)
+    about = zlib.crc32(json.dumps(common, default=str, sort_keys=True).encode())  # other targets are other searches
+    study = optuna.create_study(storage=storage, study_name=f"scbin-{about:08x}", load_if_exists=True)
+    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
     study.optimize(objective, n_trials=n_trials, catch=(ScbinTrainingError,), show_progress_bar=progress)
     table = study.trials_dataframe(attrs=("number", "state", "value", "params"))
     table = table.rename(columns=lambda name: name.removeprefix("params_")).rename(columns={"value": "loss"})
