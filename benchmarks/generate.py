@@ -7,7 +7,7 @@ the class has there. Beside it: `real`, another draw of real cells (training cel
 `independent`, the training cells with each gene permuted among the cells of the class, in which no genes vary together.
 
 - `genes together`: correlation of the gene-gene correlations with those of held-out cells (the `--genes` highest genes of the class)
-- `means`, `variances`, `zeros`: correlation over genes of log mean and log variance, mean absolute difference of the fraction of zeros
+- `means`, `variances`, `zeros`: correlation over genes of mean and variance of log-normalised expression, and of the fraction of zeros
 - `recognised`: fraction that logistic regression, fitted on the held-out cells, takes for their class
 - `linear`, `neighbours`, `forest`: macro-F1 on held-out cells of logistic regression, 15 nearest neighbours on 30 components and a random
   forest, fitted on such cells
@@ -57,14 +57,13 @@ def agreement(held_out: np.ndarray, cells: np.ndarray, n_genes: int) -> dict[str
     varies = (a.std(axis=0) > 0) & (b.std(axis=0) > 0)
     pairs = np.triu_indices(varies.sum(), 1)
     together = [np.corrcoef(x[:, varies].T)[pairs] for x in (a, b)]
-    both = (held_out.sum(axis=0) > 0) & (cells.sum(axis=0) > 0)
-    moments = [np.log([x[:, both].mean(axis=0), x[:, both].var(axis=0) + 1e-9]) for x in (held_out, cells)]
-    return {
-        "genes together": np.corrcoef(together)[0, 1],
-        "means": np.corrcoef(moments[0][0], moments[1][0])[0, 1],
-        "variances": np.corrcoef(moments[0][1], moments[1][1])[0, 1],
-        "zeros": np.abs((held_out == 0).mean(axis=0) - (cells == 0).mean(axis=0)).mean(),
+    of_genes = {
+        "means": lambda x: logs(x).mean(axis=0),
+        "variances": lambda x: logs(x).var(axis=0),
+        "zeros": lambda x: (x == 0).mean(axis=0),
     }
+    alike = {name: np.corrcoef(of(held_out), of(cells))[0, 1] for name, of in of_genes.items()}
+    return {"genes together": np.corrcoef(together)[0, 1], **alike}
 
 
 def scores(adata: ad.AnnData, label: str, seed: int, n_genes: int, times: int, max_steps: int | None) -> pd.DataFrame:
