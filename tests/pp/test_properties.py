@@ -68,9 +68,8 @@ def test_cells_are_independent_and_genes_have_no_order(x, encoding, random, cut)
 @quick
 @given(counts, st.sampled_from(["bins", "rank", "binary"]), st.integers(2, 9))
 def test_rescaling_a_cell_changes_nothing_but_counts_and_depth(x, encoding, factor):
-    out, vocabulary = fitted(
-        x, encoding, rule=None if encoding == "binary" else "linear", tokenization=Tokenization(depth=False)
-    )
+    rule = "linear" if encoding == "bins" else None
+    out, vocabulary = fitted(x, encoding, rule=rule, tokenization=Tokenization(depth=False))
     if vocabulary is not None:
         np.testing.assert_array_equal(tokens(table(x * factor), like=vocabulary), out)
 
