@@ -279,10 +279,10 @@ def gene_names(adata: ad.AnnData, vocabulary: Vocabulary) -> GeneNames:
     own = [str(name) for name in adata.var_names]
     texts = [column for column in adata.var if adata.var[column].dtype.kind not in "biufc"]
     others = [adata.var[column].astype(object) for column in texts]
-    found = dict(zip([None, *texts], map(genes_of, [own, *others]), strict=True))
-    best = found.get(read_uns(adata, _keys.TOKENIZE, dict).get("gene_key", ""), np.array([-1]))
+    labels_of = dict(zip([None, *texts], [own, *others], strict=True))
+    best = genes_of(labels_of.get(read_uns(adata, _keys.TOKENIZE, dict).get("gene_key", ""), []))
     if not (best >= 0).any():
-        best = max(found.values(), key=lambda genes: len(np.unique(genes[genes >= 0])))
+        best = max(map(genes_of, labels_of.values()), key=lambda genes: len(np.unique(genes[genes >= 0])))
     columns = np.full(len(index), -1, dtype=np.int64)
     known = np.flatnonzero(best >= 0)[::-1]
     columns[best[known]] = known  # the first of several columns of one gene

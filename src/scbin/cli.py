@@ -136,8 +136,8 @@ def run(verb: Verb, given: dict[str, Any]) -> None:
         print(result.to_string(index=False)) if out is None else result.to_csv(out, index=False)
     elif out is not None:
         corpus.write_cells(Path(out), data if result is None else result)
-    for path in result if isinstance(result, list) and verb.function == "pp.tokenize" else ():
-        print(path)
+    elif isinstance(result, list):
+        print(*result, sep="\n")
 
 
 def quickstart(out: Path = Path("quickstart"), *, preset: str = "tiny", device: str = "auto", seed: int = 0) -> None:

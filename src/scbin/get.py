@@ -290,11 +290,20 @@ def predicted_targets(adata: AnnData) -> list[str]:
     return [name for name, each in made.items() if each.kind != "gene" and each.column in adata.obs]
 
 
+def truth_of(adata: AnnData, target: str, record: Record) -> str:
+    """Return the column of obs that has the truth of predictions, if there is one."""
+    return target if target in adata.obs and target != record.column else record.asked
+
+
 def read_truth(adata: AnnData, target: str, record: Record, truth_key: str | None) -> Column:
     """Return the truth: the column `truth_key`, or the one named after the target or what was asked for."""
-    if truth_key is None:
-        truth_key = target if target in adata.obs and target != record.column else record.asked
-    return true_values(read_obs(adata, truth_key), target, record.kind, record.classes, record.age_groups)
+    return true_values(
+        read_obs(adata, truth_key or truth_of(adata, target, record)),
+        target,
+        record.kind,
+        record.classes,
+        record.age_groups,
+    )
 
 
 def read_probabilities(adata: AnnData, record: Record) -> np.ndarray | None:

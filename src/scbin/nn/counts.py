@@ -21,12 +21,8 @@ if TYPE_CHECKING:
     from scbin.tokens.vocabulary import Vocabulary
 
 MOST_CELLS, FEWEST_PER_VALUE, NEIGHBOURS, ROUNDS = 4_000, 50, 10, 3  # of a density
-_DENSE, _FEWEST_CELLS, _NEWTON, _AT_ONCE = (
-    2**21,
-    50,
-    12,
-    256,
-)  # counts and cells that dispersions are fitted to; steps; cells
+# counts and cells that dispersions are fitted to; steps; cells
+_DENSE, _FEWEST_CELLS, _NEWTON, _AT_ONCE = 2**21, 50, 12, 256
 
 
 class CountHead(nn.Module):

@@ -185,10 +185,8 @@ def age_gap(adata: AnnData, *, ax: Axes | None = None) -> Axes:
     how: dict[str, Any] = {"data": table, "x": by[0], "y": "corrected_gap", "hue": by[-1], "ax": ax}
     colors = _style.palette(table[by[-1]].nunique())
     sns.violinplot(**how, palette=colors, legend=len(by) > 1, inner=None, linewidth=0.8, cut=0)
-    state = np.random.get_state()  # seaborn draws the jitter from the global generator
-    np.random.seed(0)
-    sns.stripplot(**how, palette="dark:black", legend=False, dodge=len(by) > 1, size=3)
-    np.random.set_state(state)
+    with _style.seeded():
+        sns.stripplot(**how, palette="dark:black", legend=False, dodge=len(by) > 1, size=3)
     if len(by) > 1:
         sns.move_legend(ax, "center left", bbox_to_anchor=(1.01, 0.5), frameon=False, title=None)
     ax.axhline(0, color=_style.QUIET, linestyle=":", linewidth=1)

@@ -9,7 +9,7 @@ import numpy as np
 
 from scbin import _docs
 from scbin._errors import ScbinInputError
-from scbin.get import Cells, read_predicted, recorded
+from scbin.get import Cells, read_predicted, recorded, truth_of
 from scbin.pl import _style
 
 if TYPE_CHECKING:
@@ -165,8 +165,8 @@ def prediction(
     'Cells by cell_type'
     """
     record = recorded(adata, target)
-    names = [target] if target != record.column else []
-    key = truth_key or next((name for name in [*names, record.asked] if name in adata.obs), record.column)
+    truth = truth_of(adata, target, record)
+    key = truth_key or (truth if truth in adata.obs else record.column)
     found = _read(adata, target, key, cells)
     truth, predicted, probability = found.truth, found.predicted, found.probability
     likely = np.flatnonzero(probability.max(axis=0) >= 0.05)

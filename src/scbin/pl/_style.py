@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from anndata import AnnData
     from matplotlib.artist import Artist
@@ -59,6 +60,17 @@ def legend_beside(ax: Axes, handles: Sequence[Artist], labels: Sequence[str]) ->
     return ax.legend(handles, [shorten(label) for label in labels], ncols=-(-len(handles) // 18) or 1, **style)
 
 
+@contextmanager
+def seeded() -> Iterator[None]:
+    """For a while let the global generator, from which some libraries draw, start at 0; afterwards it is as it was."""
+    state = np.random.get_state()
+    np.random.seed(0)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
+
+
 def write_names(
     ax: Axes,
     names: Sequence[str],
@@ -75,12 +87,11 @@ def write_names(
     figure: Any = ax.get_figure(root=True)
     figure.draw_without_rendering()  # a layout engine settles the size of the axes when it draws
     style: dict[str, Any] = {"fontsize": 7.5, "parse_math": False, "zorder": 6, "in_layout": False}
-    others, state = list(ax.texts), np.random.get_state()  # adjustText draws from the global generator
+    others = list(ax.texts)
     start = x + inwards * np.sign(np.mean(ax.get_xlim()) - x)
     texts = [ax.text(start[i], y[i], shorten(names[i], 18), **style) for i in rows]
-    np.random.seed(0)
-    adjust_text(texts, x=x, y=y, objects=others or None, ax=ax, iter_lim=60, expand=(1.1, 1.3))
-    np.random.set_state(state)
+    with seeded():
+        adjust_text(texts, x=x, y=y, objects=others or None, ax=ax, iter_lim=60, expand=(1.1, 1.3))
     taken = [text.get_window_extent() for text in others]
     for text, i in zip(texts, rows, strict=True):
         box = text.get_window_extent()

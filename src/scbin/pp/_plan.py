@@ -60,10 +60,19 @@ class Request:
         object.__setattr__(self, "tokenization", self.tokenization or Tokenization())
         what = "a column of obs, a list of columns, or {category: column}"
         instances((str, Mapping, Sequence, np.ndarray, pd.Index), what, optional=True, phenotypes=self.phenotypes)
-        for column in (self.columns or {}).values():  # those of a mapping, which `columns` takes as they are
+        for column in self._named:
             instances(str, "a text", phenotypes=column)
+        if len(self.columns or {}) < len(self._named):
+            fix = "Name the category of each: phenotypes={'age': 'age', 'stage': 'development_stage'}"
+            raise ScbinInputError("A03", f"two of the columns {self._named} are the same category. {fix}.")
         if self.n_genes < 1:
             raise ScbinInputError("A02", f"n_genes is {self.n_genes}; at least one gene is needed.")
+
+    @property
+    def _named(self) -> list[Any]:
+        """The columns of obs that were named."""
+        asked = () if self.phenotypes is None else self.phenotypes
+        return list(asked.values() if isinstance(asked, Mapping) else np.atleast_1d(np.asarray(asked, dtype=object)))
 
     @property
     def columns(self) -> dict[str, str] | None:
@@ -71,14 +80,7 @@ class Request:
         asked = self.phenotypes
         if asked is None or isinstance(asked, Mapping):
             return asked if asked is None else dict(asked)
-        named = list(np.atleast_1d(np.asarray(asked, dtype=object)))
-        for column in named:
-            instances(str, "a text", phenotypes=column)
-        columns = {"age" if name == "development_stage" else name: name for name in named}
-        if len(columns) < len(named):
-            fix = "Name the category of each: phenotypes={'age': 'age', 'stage': 'development_stage'}"
-            raise ScbinInputError("A03", f"two of the columns {named} are the same category. {fix}.")
-        return columns
+        return {"age" if name == "development_stage" else name: name for name in self._named}
 
     @property
     def vocabulary(self) -> Vocabulary | None:

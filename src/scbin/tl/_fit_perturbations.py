@@ -105,13 +105,11 @@ def fit_perturbations(
         raise ScbinInputError("A02", f"min_cells is {min_cells} and seed {seed}; they need to be at least 2 and 0.")
     params: dict[str, Any] = {"key": key, "control": control, "donor_key": donor_key, "batch_key": batch_key}
     params |= {"layer": layer, "total_key": total_key, "mode": mode, "min_cells": min_cells, "seed": seed}
+    if not adata.var_names.is_unique:
+        raise ScbinInputError("A03", "names of genes occur twice: call adata.var_names_make_unique() first.")
     user = _user_features(adata, features)
     cells = read_cells(adata, params, [] if user is None else user.index)
     genes = np.asarray(adata.var_names.astype(str), dtype=object)
-    if not adata.var_names.is_unique:
-        raise ScbinInputError(
-            "A03", "names of genes occur twice in var_names. Call adata.var_names_make_unique() first."
-        )
     sums = sum_cells(cells.values, cells.group, cells.stratum, cells.donor, seed)
     table = _table(cells, sums, genes, min_cells, seed)
     measured = table["status"] == "measured"

@@ -121,9 +121,8 @@ def generate(
     >>> made.obs_names[0], made.shape, bool(made.obs["scbin_generated"].all())
     ('generated_0', (5, 765), True)
     """
-    if n_cells < 1 or seed < 0 or not 1 <= (1 if depth is None else depth) < np.inf:
-        given = f"n_cells={n_cells}, depth={depth}, seed={seed}"
-        raise ScbinInputError("A02", f"{given}: numbers and depths are at least 1, a seed at least 0.")
+    if n_cells < 1 or not 1 <= (1 if depth is None else depth) < np.inf:
+        raise ScbinInputError("A02", f"n_cells={n_cells}, depth={depth}: numbers and depths are at least 1.")
     model = resolve_model(model)
     vocabulary, density = model.vocabulary, model.network.density
     count_head(model, 'Tokenize with encoding="bins", and use the model that scbin.tl.pretrain returns.')

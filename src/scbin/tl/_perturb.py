@@ -104,8 +104,8 @@ def perturb(
         all states is subtracted before cosines are computed.
     method
         `"exact"`: the network runs on every edited cell. `"screen"`: the effects of all genes of a cell are estimated from one
-        pass and a few gradients, about five times faster in the benchmarks; the genes with the largest effects are then computed exactly, as the
-        table says. `"auto"`: exact up to 20,000 edits.
+        pass and a few gradients, about five times faster in the benchmarks; the genes with the largest effects are then
+        computed exactly, as the table says. `"auto"`: exact up to 20,000 edits.
     verify
         Fraction of the genes that a screen computes exactly.
     statistics

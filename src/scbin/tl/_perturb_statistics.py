@@ -209,10 +209,8 @@ def permuted_means(
     own = ((here - is_start) / np.maximum(size - 1, 1))[:, :, None] * (total - sums)[:, None]
     expected = np.full((len(labels), len(vectors), every.shape[1]), np.nan)
     expected[known] = means(rest + own + is_start[:, None] * sums[:, None])[sample]
-    labellings = math.exp(
-        min(700.0, special.gammaln(n_of.sum(axis=1) + 1).sum() - special.gammaln(n_of + 1).sum())
-    )  # beyond, all the same
-    return result, expected[labels == 1], float(labellings)
+    log_labellings = special.gammaln(n_of.sum(axis=1) + 1).sum() - special.gammaln(n_of + 1).sum()
+    return result, expected[labels == 1], math.exp(min(log_labellings, 700.0))  # beyond, all the same
 
 
 def permutation_p_values(observed: np.ndarray, permuted: np.ndarray, labellings: float = np.inf) -> np.ndarray:

@@ -34,10 +34,8 @@ DONORS = "donor_id"  # CELLxGENE's name
 N_KEPT = 512  # hashes: of a tenth of a million training cells, about 50 are recognised by them
 _LEAST = 0.05  # fraction of cells that were trained on; below it cells may be equal by chance
 _BLOCK = 1_024  # cells
-_MOST_OF_CELLS, _LEAST_JUDGED = (
-    0.4,
-    0.8,
-)  # fractions of the cells: held out with their donors; of classes that these have
+# fractions of the cells: held out with their donors, at most; of classes that these have, at least
+_MOST_OF_CELLS, _LEAST_JUDGED = 0.4, 0.8
 
 
 @_docs.shared

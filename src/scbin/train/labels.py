@@ -141,12 +141,8 @@ class Labels(nn.Module):
             if target.kind == "number":
                 scores = (outputs[:, part][:, 0] - truth).square()
             else:
-                how: Any = {
-                    "reduction": "none",
-                    "label_smoothing": smoothing,
-                }  # unweighted, or rare classes got most of it
-                scores = weights.to(outputs.device)[truth.long()] * F.cross_entropy(
-                    outputs[:, part], truth.long(), **how
-                )
+                classes, how = truth.long(), dict[str, Any](reduction="none", label_smoothing=smoothing)
+                scores = F.cross_entropy(outputs[:, part], classes, **how)  # with weights, rare classes got most of it
+                scores = scores * weights.to(outputs.device)[classes]
             sums.append(torch.where(known, scores, 0.0).sum())  # nothing is picked out, which a GPU would wait for
         return torch.stack(sums)
